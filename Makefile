@@ -1,0 +1,27 @@
+# make demo    train a small GPT and look at what it writes
+# make test    the whole test suite
+# make check   style and types
+# make asan    the native tests under AddressSanitizer and UBSan
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(wildcard csrc/*.* kernels/cpu/*.*) CMakeLists.txt setup.py pyproject.toml constraints.txt
+
+.PHONY: demo test check asan clean
+demo: .venv/installed
+	$(BIN)/python examples/demo.py
+test: .venv/installed
+	$(BIN)/python -m pytest
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+asan: .venv/installed
+	bash tests/sanitize.sh
+
+.venv/installed: $(SOURCES)
+	$(PYTHON) -m venv .venv
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist out *.egg-info gptcore/_C*.so

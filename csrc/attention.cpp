@@ -1,0 +1,157 @@
+#include <cmath>
+
+#include "csrc/checks.h"
+#include "csrc/cpu_isa.h"
+#include "csrc/ops.h"
+#include "csrc/workspace.h"
+
+namespace gptcore {
+namespace {
+
+// The boundaries as 64-bit numbers, checked: they rise from 0 to batch x length.
+std::vector<int64_t> read_boundaries(const TensorView& cu, const char* name, int64_t batch, int64_t length) {
+  check_cpu(cu, name);
+  if (cu.ndim != 1 || cu.shape[0] < 1) refuse(name, " has shape ", shape_text(cu.shape, cu.ndim), ", expected 1-D");
+  if (cu.dtype != DType::int32 && cu.dtype != DType::int64)
+    refuse(name, " is ", cu.dtype_name, ", expected torch.int32 or torch.int64");
+  std::vector<int64_t> bounds(cu.shape[0]);
+  for (size_t i = 0; i < bounds.size(); ++i) {
+    int64_t at = static_cast<int64_t>(i) * cu.strides[0];
+    bounds[i] = cu.dtype == DType::int32 ? cu.as<int32_t>()[at] : cu.as<int64_t>()[at];
+    if (i && bounds[i] < bounds[i - 1])
+      refuse(name, " decreases from ", bounds[i - 1], " to ", bounds[i], " at index ", i, "; boundaries must not");
+  }
+  if (bounds.front() != 0) refuse(name, " begins with ", bounds.front(), ", expected 0");
+  if (batch > 1 && bounds.back() == length) {  // the boundaries of one row, for every row
+    const size_t of_one_row = bounds.size();
+    for (int64_t b = 1; b < batch; ++b)
+      for (size_t i = 1; i < of_one_row; ++i) bounds.push_back(b * length + bounds[i]);
+  }
+  if (bounds.back() != batch * length)
+    refuse(name, " ends at ", bounds.back(), ", expected length = ", length, " or batch x length = ", batch, " x ",
+           length, " = ", batch * length);
+  return bounds;
+}
+
+HeadsView heads(const TensorView& t) { return {t.data, t.strides[0], t.strides[1], t.strides[2]}; }
+
+void check_heads(const TensorView& t, const char* name, DType dtype, const std::string& dtype_name) {
+  check_cpu(t, name);
+  check_dtype(t, name, dtype, dtype_name);
+  if (t.ndim != 4)
+    refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected (batch, heads, length, head_dim)");
+  if (t.shape[3] > 1 && t.strides[3] != 1)
+    refuse(name, " has stride ", t.strides[3], " in head_dim, expected 1; call .contiguous() on it first");
+}
+
+// All that forward and backward share: the checks of query, key and value, and the arguments made from them.
+AttentionArgs common_args(const TensorView& query, const TensorView& key, const TensorView& value,
+                          const TensorView& out, const TensorView& lse, const AttentionOptions& options) {
+  check_float(query, "query");
+  check_heads(query, "query", query.dtype, query.dtype_name);
+  check_heads(key, "key", query.dtype, query.dtype_name);
+  check_heads(value, "value", query.dtype, query.dtype_name);
+  check_heads(out, "out", query.dtype, query.dtype_name);
+  int64_t batch = query.shape[0], query_heads = query.shape[1], query_len = query.shape[2], head_dim = query.shape[3];
+  int64_t kv_heads = key.shape[1], kv_len = key.shape[2];
+  check_shape(key, "key", {batch, kv_heads, kv_len, head_dim});
+  check_shape(value, "value", {batch, kv_heads, kv_len, head_dim});
+  check_shape(out, "out", {batch, query_heads, query_len, head_dim});
+  if (head_dim < 1 || head_dim > 256) refuse("head_dim is ", head_dim, ", expected 1 to 256");
+  if (kv_heads < 1 || query_heads % kv_heads)
+    refuse("query has ", query_heads, " heads, which is not a multiple of the ", kv_heads, " heads of key and value");
+  if (query_len > INT32_MAX || kv_len > INT32_MAX)
+    refuse("query has ", query_len, " rows and key ", kv_len, ", expected fewer than 2^31");
+  if (!std::isfinite(options.scale)) refuse("scale is ", options.scale, ", expected a finite number");
+  if (!(options.dropout_p >= 0 && options.dropout_p < 1))
+    refuse("dropout_p is ", options.dropout_p, ", expected 0 <= dropout_p < 1");
+
+  AttentionArgs args{};
+  args.dtype = query.dtype;
+  args.query = heads(query), args.key = heads(key), args.value = heads(value), args.out = heads(out);
+  args.lse = float_array(lse, "lse", {batch, query_heads, query_len});
+  args.query_heads = query_heads, args.kv_heads = kv_heads, args.query_len = query_len, args.head_dim = head_dim;
+  args.scale = static_cast<float>(options.scale);
+  args.causal = options.causal;
+  args.window_left = options.window_left, args.window_right = options.window_right;
+  args.dropout_p = options.dropout_p;
+  args.seed = options.seed;
+  args.num_threads = check_threads(options.num_threads);
+  return args;
+}
+
+}  // namespace
+
+std::vector<Segment> make_segments(const OptionalView& cu_seqlens_q, const OptionalView& cu_seqlens_k, int64_t batch,
+                                   int64_t query_len, int64_t kv_len) {
+  std::vector<Segment> segments;
+  if (!cu_seqlens_q && !cu_seqlens_k) {
+    for (int64_t b = 0; b < batch; ++b) segments.push_back({b, 0, query_len, 0, kv_len});
+    return segments;
+  }
+  if (!cu_seqlens_q || !cu_seqlens_k) refuse("cu_seqlens_q and cu_seqlens_k must be given together");
+  auto q = read_boundaries(*cu_seqlens_q, "cu_seqlens_q", batch, query_len);
+  auto k = read_boundaries(*cu_seqlens_k, "cu_seqlens_k", batch, kv_len);
+  if (q.size() != k.size())
+    refuse("cu_seqlens_q has ", q.size(), " boundaries and cu_seqlens_k has ", k.size(), ", expected as many");
+  for (size_t i = 0; i + 1 < q.size(); ++i) {
+    int64_t queries = q[i + 1] - q[i], keys = k[i + 1] - k[i];
+    if (queries == 0) continue;  // nobody looks at these keys
+    int64_t row = q[i] / query_len;
+    if (q[i + 1] > (row + 1) * query_len)
+      refuse("cu_seqlens_q: the segment from ", q[i], " to ", q[i + 1], " crosses the end of batch row ", row, " at ",
+             (row + 1) * query_len, "; every row's end must be a boundary");
+    if (keys && (k[i] < row * kv_len || k[i + 1] > (row + 1) * kv_len))
+      refuse("cu_seqlens_k: the segment from ", k[i], " to ", k[i + 1], " is not inside batch row ", row,
+             " of its queries, which holds keys ", row * kv_len, " to ", (row + 1) * kv_len);
+    segments.push_back({row, q[i] - row * query_len, queries, keys ? k[i] - row * kv_len : 0, keys});
+  }
+  return segments;
+}
+
+void attention_forward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
+                       const TensorView& lse, const AttentionOptions& options) {
+  AttentionArgs args = common_args(query, key, value, out, lse, options);
+  for (const auto* in : {&query, &key, &value}) check_apart(out, "out", *in, "an input");
+  auto segments =
+      make_segments(options.cu_seqlens_q, options.cu_seqlens_k, query.shape[0], query.shape[2], key.shape[2]);
+  args.segments = segments.data(), args.num_segments = static_cast<int64_t>(segments.size());
+
+  pybind11::gil_scoped_release release;
+  const CpuKernels& kernels = cpu_kernels();
+  auto scratch = workspace(args.num_threads * kernels.attention_forward_workspace(args));
+  args.workspace = scratch.get();
+  kernels.attention_forward(args);
+}
+
+void attention_backward(const TensorView& grad_out, const OptionalView& grad_lse, const TensorView& query,
+                        const TensorView& key, const TensorView& value, const TensorView& out, const TensorView& lse,
+                        const TensorView& grad_query, const TensorView& grad_key, const TensorView& grad_value,
+                        const AttentionOptions& options) {
+  AttentionArgs args = common_args(query, key, value, out, lse, options);
+  check_heads(grad_out, "grad_out", query.dtype, query.dtype_name);
+  check_shape(grad_out, "grad_out", {query.shape[0], query.shape[1], query.shape[2], query.shape[3]});
+  args.grad_lse = float_array(grad_lse, "grad_lse", {query.shape[0], query.shape[1], query.shape[2]});
+  const std::pair<const TensorView*, const TensorView*> pairs[] = {
+      {&grad_query, &query}, {&grad_key, &key}, {&grad_value, &value}};
+  const char* names[] = {"grad_query", "grad_key", "grad_value"};
+  for (int i = 0; i < 3; ++i) {
+    const auto& [grad, like] = pairs[i];
+    check_heads(*grad, names[i], query.dtype, query.dtype_name);
+    check_shape(*grad, names[i], {like->shape[0], like->shape[1], like->shape[2], like->shape[3]});
+    for (const auto* in : {&grad_out, &query, &key, &value, &out}) check_apart(*grad, names[i], *in, "an input");
+  }
+  args.grad_out = heads(grad_out);
+  args.grad_query = heads(grad_query), args.grad_key = heads(grad_key), args.grad_value = heads(grad_value);
+  auto segments =
+      make_segments(options.cu_seqlens_q, options.cu_seqlens_k, query.shape[0], query.shape[2], key.shape[2]);
+  args.segments = segments.data(), args.num_segments = static_cast<int64_t>(segments.size());
+
+  pybind11::gil_scoped_release release;
+  const CpuKernels& kernels = cpu_kernels();
+  auto scratch = workspace(args.num_threads * kernels.attention_backward_workspace(args));
+  args.workspace = scratch.get();
+  kernels.attention_backward(args);
+}
+
+}  // namespace gptcore

@@ -1,0 +1,110 @@
+// What is checked of every tensor before a kernel sees its pointer, and the words in which a refusal is put.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "csrc/tensor_view.h"
+
+namespace gptcore {
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::string message;
+  auto append = [&](const auto& part) {
+    if constexpr (std::is_arithmetic_v<std::decay_t<decltype(part)>>) message += std::to_string(part);
+    else message += part;
+  };
+  (append(parts), ...);
+  throw pybind11::value_error(message);
+}
+
+inline std::string shape_text(const int64_t* shape, int ndim) {
+  std::string text = "(";
+  for (int i = 0; i < ndim; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + ")";
+}
+
+inline void check_cpu(const TensorView& t, const char* name) {
+  if (t.device != "cpu") refuse(name, " is on ", t.device, ", but this kernel runs on the CPU; move it with .cpu()");
+}
+
+inline void check_float(const TensorView& t, const char* name) {
+  if (t.dtype != DType::float32 && t.dtype != DType::bfloat16 && t.dtype != DType::float16)
+    refuse(name, " is ", t.dtype_name, ", expected torch.float32, torch.bfloat16 or torch.float16");
+}
+
+inline void check_dtype(const TensorView& t, const char* name, DType dtype, const std::string& expected) {
+  if (t.dtype != dtype) refuse(name, " is ", t.dtype_name, ", expected ", expected);
+}
+
+inline void check_shape(const TensorView& t, const char* name, std::initializer_list<int64_t> shape) {
+  bool same = t.ndim == static_cast<int>(shape.size());
+  for (int i = 0; same && i < t.ndim; ++i) same = t.shape[i] == shape.begin()[i];
+  if (!same)
+    refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected ",
+           shape_text(shape.begin(), static_cast<int>(shape.size())));
+}
+
+inline void check_contiguous(const TensorView& t, const char* name) {
+  if (t.size() == 0) return;
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] != 1 && t.strides[i] != stride) refuse(name, " is not contiguous; call .contiguous() on it first");
+    stride *= t.shape[i];
+  }
+}
+
+// A tensor with the dtype and the shape of another, dense.
+inline void check_like(const TensorView& t, const char* name, const TensorView& like) {
+  check_cpu(t, name);
+  check_dtype(t, name, like.dtype, like.dtype_name);
+  if (t.ndim != like.ndim || !std::equal(t.shape, t.shape + t.ndim, like.shape))
+    refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected ", shape_text(like.shape, like.ndim));
+  check_contiguous(t, name);
+}
+
+// A dense 2-D tensor of one of the three float types.
+inline void check_matrix(const TensorView& t, const char* name) {
+  check_cpu(t, name);
+  check_float(t, name);
+  if (t.ndim != 2) refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected (rows, width)");
+  check_contiguous(t, name);
+}
+
+// The elements of a dense float32 tensor of this shape; null for an optional one that is not there.
+inline float* float_array(const TensorView& t, const char* name, std::initializer_list<int64_t> shape) {
+  check_cpu(t, name);
+  check_dtype(t, name, DType::float32, "torch.float32");
+  check_shape(t, name, shape);
+  check_contiguous(t, name);
+  return t.as<float>();
+}
+inline float* float_array(const std::optional<TensorView>& t, const char* name, std::initializer_list<int64_t> shape) {
+  return t ? float_array(*t, name, shape) : nullptr;
+}
+
+// First and last byte that a view can touch. Strides of a torch.Tensor are never negative.
+inline void byte_range(const TensorView& t, uintptr_t* begin, uintptr_t* end) {
+  int64_t last = 0;
+  for (int i = 0; i < t.ndim; ++i) last += (t.shape[i] - 1) * t.strides[i];
+  *begin = reinterpret_cast<uintptr_t>(t.data);
+  *end = *begin + (t.size() > 0 ? (last + 1) * item_size(t.dtype) : 0);
+}
+
+// An output must not share memory with an input: the kernels read inputs after they have begun to write.
+inline void check_apart(const TensorView& out, const char* out_name, const TensorView& in, const char* in_name) {
+  uintptr_t out_begin, out_end, in_begin, in_end;
+  byte_range(out, &out_begin, &out_end);
+  byte_range(in, &in_begin, &in_end);
+  if (out_begin < in_end && in_begin < out_end) refuse(out_name, " shares memory with ", in_name);
+}
+
+inline int check_threads(int64_t num_threads) {
+  if (num_threads < 1 || num_threads > 4096) refuse("num_threads is ", num_threads, ", expected 1 to 4096");
+  return static_cast<int>(num_threads);
+}
+
+}  // namespace gptcore

@@ -1,0 +1,94 @@
+#include "csrc/cpu_isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace gptcore {
+
+// Each file of kernels/cpu is compiled once for every instruction set, into a namespace of that name.
+#define GPTCORE_DECLARE_ISA(isa)                               \
+  namespace isa {                                              \
+  size_t attention_forward_workspace(const AttentionArgs&);    \
+  void attention_forward(const AttentionArgs&);                \
+  size_t attention_backward_workspace(const AttentionArgs&);   \
+  void attention_backward(const AttentionArgs&);               \
+  void layer_norm_forward(const LayerNormArgs&);               \
+  void layer_norm_backward(const LayerNormArgs&);              \
+  void gelu_forward(const GeluArgs&);                          \
+  void gelu_backward(const GeluArgs&);                         \
+  }
+#define GPTCORE_KERNELS(isa)                                                                                        \
+  CpuKernels {                                                                                                      \
+    #isa, isa::attention_forward_workspace, isa::attention_forward, isa::attention_backward_workspace,              \
+        isa::attention_backward, isa::layer_norm_forward, isa::layer_norm_backward, isa::gelu_forward,              \
+        isa::gelu_backward                                                                                          \
+  }
+
+GPTCORE_DECLARE_ISA(baseline)
+#if defined(__x86_64__)
+GPTCORE_DECLARE_ISA(avx2)
+GPTCORE_DECLARE_ISA(avx512)
+GPTCORE_DECLARE_ISA(avx512_bf16)
+#endif
+
+namespace {
+
+struct Isa {
+  CpuKernels kernels;
+  bool supported;
+};
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = [] {
+    std::vector<Isa> found = {{GPTCORE_KERNELS(baseline), true}};
+#if defined(__x86_64__)
+    __builtin_cpu_init();  // its answers include whether the operating system saves the registers
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    found.push_back({GPTCORE_KERNELS(avx2), avx2});
+    found.push_back({GPTCORE_KERNELS(avx512), avx512});
+    found.push_back({GPTCORE_KERNELS(avx512_bf16), avx512 && __builtin_cpu_supports("avx512bf16")});
+#endif
+    return found;
+  }();
+  return all;
+}
+
+std::atomic<const CpuKernels*> in_use{nullptr};
+
+}  // namespace
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas()) names.push_back(isa.kernels.isa);
+  return names;
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas())
+    if (isa.supported) names.push_back(isa.kernels.isa);
+  return names;
+}
+
+void use_isa(const std::string& name) {
+  std::string known;
+  for (const Isa& isa : isas()) {
+    if (isa.kernels.isa == name) {
+      if (!isa.supported) throw std::invalid_argument("this CPU does not have the instruction set " + name);
+      in_use = &isa.kernels;
+      return;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(isa.kernels.isa);
+  }
+  throw std::invalid_argument("unknown CPU instruction set '" + name + "', expected one of: " + known);
+}
+
+const CpuKernels& cpu_kernels() {
+  if (!in_use) use_isa(supported_isas().back());
+  return *in_use;
+}
+
+}  // namespace gptcore

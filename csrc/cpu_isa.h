@@ -1,0 +1,16 @@
+// The instruction sets that the CPU kernels are compiled for, and the one that is used.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/kernels.h"
+
+namespace gptcore {
+
+std::vector<std::string> compiled_isas();   // lowest first
+std::vector<std::string> supported_isas();  // those that this CPU has, lowest first
+void use_isa(const std::string& name);      // throws std::invalid_argument
+const CpuKernels& cpu_kernels();            // of the instruction set in use: at first the highest supported
+
+}  // namespace gptcore

@@ -1,0 +1,49 @@
+// The operations as Python calls them: each checks its tensors, makes the kernel's arguments and runs it without the GIL.
+// Outputs are allocated by the caller. All throw std::invalid_argument or pybind11::value_error (ValueError in Python).
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "csrc/tensor_view.h"
+
+namespace gptcore {
+
+using OptionalView = std::optional<TensorView>;
+
+// What a call of attention is besides its tensors; see gptcore/ops/attention.py for the meaning of each.
+struct AttentionOptions {
+  OptionalView cu_seqlens_q, cu_seqlens_k;
+  double scale;
+  bool causal;
+  int64_t window_left, window_right;
+  double dropout_p;
+  uint64_t seed;
+  int64_t num_threads;
+};
+
+// Checks boundaries (int32 or int64, on the CPU) and returns the segments; without any, one for each batch row.
+std::vector<Segment> make_segments(const OptionalView& cu_seqlens_q, const OptionalView& cu_seqlens_k, int64_t batch,
+                                   int64_t query_len, int64_t kv_len);
+
+void attention_forward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
+                       const TensorView& lse, const AttentionOptions& options);
+void attention_backward(const TensorView& grad_out, const OptionalView& grad_lse, const TensorView& query,
+                        const TensorView& key, const TensorView& value, const TensorView& out, const TensorView& lse,
+                        const TensorView& grad_query, const TensorView& grad_key, const TensorView& grad_value,
+                        const AttentionOptions& options);
+
+void layer_norm_forward(const TensorView& x, const OptionalView& residual, const TensorView& weight,
+                        const OptionalView& bias, const TensorView& out, const OptionalView& sum,
+                        const TensorView& mean, const TensorView& rstd, double eps, int64_t num_threads);
+void layer_norm_backward(const TensorView& grad_out, const OptionalView& grad_sum, const TensorView& x,
+                         const TensorView& weight, const TensorView& mean, const TensorView& rstd,
+                         const TensorView& grad_x, const TensorView& grad_weight, const OptionalView& grad_bias,
+                         int64_t num_threads);
+
+void gelu_forward(const TensorView& x, const OptionalView& bias, const TensorView& out, bool tanh_form,
+                  int64_t num_threads);
+void gelu_backward(const TensorView& grad_out, const TensorView& x, const OptionalView& bias, const TensorView& grad_x,
+                   const OptionalView& grad_bias, bool tanh_form, int64_t num_threads);
+
+}  // namespace gptcore

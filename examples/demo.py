@@ -1,0 +1,27 @@
+"""Trains a small GPT on the documentation inside Python's standard library: `make demo` runs this.
+
+All of it is one command of gptcore's, which this prints and runs. Run again, it goes on from what is there.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from gptcore import cli
+from gptcore.corpus import write_standard_library_corpus
+
+OUT = Path("out/demo")
+
+
+def main() -> int:
+    corpus = OUT / "corpus.txt"
+    if not corpus.exists():
+        write_standard_library_corpus(corpus)
+    print(f"corpus            {corpus}, {corpus.stat().st_size / 1e6:.1f} MB of documentation")
+    command = ["train", str(corpus), "--output-dir", str(OUT / "model"), "--max-steps", "600", "--bf16", "--resume"]
+    print(f"command           gptcore {shlex.join(command)}\n")
+    return cli.main(command, resume_command="make demo")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

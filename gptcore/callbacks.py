@@ -1,0 +1,136 @@
+"""What is told while training runs: log.jsonl, the progress line, and whatever a callback of yours does."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from gptcore.files import PathLike, atomic_file
+
+if TYPE_CHECKING:
+    from gptcore.trainer import Trainer
+
+
+class TrainerCallback:
+    """Methods that the trainer calls; override what you need. `trainer` has model, args, state and the datasets.
+
+    An exception from a callback stops training. Training stays reproducible as long as a callback leaves the weights
+    and the global random generators alone (`model.generate` draws from a generator of its own).
+    """
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Before the first step; what was resumed is in place."""
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """After each update of the weights; the (clipped) gradients are still there, the sum of the micro-batches'."""
+
+    def on_log(self, trainer: Trainer, logs: dict[str, Any]) -> None:
+        """After a line was written to log.jsonl."""
+
+    def on_evaluate(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """After an evaluation, whether training asked for it or you did."""
+
+    def on_save(self, trainer: Trainer, checkpoint: Path) -> None:
+        """After a checkpoint was written, whole."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """When training is over, be it by an error or an interrupt."""
+
+
+def read_log(path: PathLike) -> list[dict[str, Any]]:
+    """The entries of a log.jsonl, in order, without a last line torn by a kill. Raises ValueError for other damage."""
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    entries: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return entries
+
+
+class LogFile:
+    """log.jsonl, open for appending after the entries of steps up to `last_step`; later ones are dropped."""
+
+    def __init__(self, path: PathLike, last_step: int) -> None:
+        entries = read_log(path) if Path(path).exists() else []
+        with atomic_file(path) as aside:
+            aside.write_text("".join(_line(entry) for entry in entries if entry["step"] <= last_step), encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Write one line, so that readers and a kill of this process find it whole."""
+        self._file.write(_line(entry))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Flush to the disk, before a checkpoint that relies on the lines up to its step."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    # JSON has neither NaN nor infinity: null
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+class ProgressLine(TrainerCallback):
+    """On a terminal one live line with step, loss, learning rate, tokens/s and time left; else a line per log entry."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.live: Progress | None = None
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self.console.print(trainer.plan(), highlight=False, markup=False, soft_wrap=True)
+        self.started, self.first_step = time.perf_counter(), trainer.state.global_step
+        if self.console.is_terminal:
+            self.live = Progress(
+                TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"),
+                console=self.console, refresh_per_second=4,
+            )  # fmt: skip
+            self.task = self.live.add_task("", total=trainer.total_steps, completed=self.first_step)
+            self.live.start()
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if self.live is not None:
+            logs = trainer.last_step
+            text = f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {logs['tokens_per_second']:,.0f} tokens/s"
+            self.live.update(
+                self.task, completed=trainer.state.global_step, description=f"{text}  {self._left(trainer)} left"
+            )
+
+    def on_log(self, trainer: Trainer, logs: dict[str, Any]) -> None:
+        shown = [f"step {logs['step']}/{trainer.total_steps}"]
+        formats = {"loss": ".4f", "eval_loss": ".4f", "learning_rate": ".2e", "tokens_per_second": ",.0f"}
+        shown += [f"{name} {logs[name]:{form}}" for name, form in formats.items() if name in logs]
+        if self.live is None:
+            self.console.print("  ".join([*shown, f"{self._left(trainer)} left"]), highlight=False, soft_wrap=True)
+        elif "eval_loss" in logs:
+            self.console.print("  ".join(shown), highlight=False)
+
+    def on_save(self, trainer: Trainer, checkpoint: Path) -> None:
+        self.console.print(f"saved {checkpoint}", highlight=False, markup=False, soft_wrap=True)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def _left(self, trainer: Trainer) -> str:
+        done, left = trainer.state.global_step - self.first_step, trainer.total_steps - trainer.state.global_step
+        seconds = int((time.perf_counter() - self.started) / max(1, done) * left)
+        return str(datetime.timedelta(seconds=seconds))

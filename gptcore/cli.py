@@ -1,0 +1,350 @@
+"""The command line: gptcore train | generate | evaluate | info.
+
+Options are made from the fields of GPTConfig and TrainingArguments, so each is described in one place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import torch
+
+from gptcore import info, ops
+from gptcore.callbacks import read_log
+from gptcore.checkpoint import CheckpointError, list_checkpoints
+from gptcore.config import GPTConfig
+from gptcore.data import DataCollatorForLanguageModeling, TextDataset, split
+from gptcore.model import GPT
+from gptcore.plot import plot_loss
+from gptcore.tokenizer import Tokenizer
+from gptcore.trainer import NonFiniteError, Trainer, TrainingArguments, TrainingInterrupted
+
+# Where the command line's defaults differ from those of the classes: a model that a laptop trains in minutes.
+SMALL_MODEL: dict[str, Any] = {
+    "n_positions": 256,
+    "n_embd": 256,
+    "n_layer": 4,
+    "n_head": 4,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+SMALL_RUN: dict[str, Any] = {
+    "output_dir": "out",
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 20,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "logging_steps": 10,
+    "eval_steps": 100,
+    "save_steps": 100,
+    "save_total_limit": 2,
+}
+FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says which known option is nearest to one that is not known. Takes --n_layer for --n-layer, too."""
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        argv = [_dashes(word) for word in argv]
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            command = self._commands[args.command] if getattr(args, "command", None) else self
+            known = [option for action in command._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else f"; see {command.prog} --help"
+            self.error(f"unknown option or argument {unknown[0]}{hint}")
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    _commands: Mapping[str, argparse.ArgumentParser] = {}
+
+
+def _dashes(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def add_fields(parser: argparse.ArgumentParser, cls: type, defaults: Mapping[str, Any], skip: Sequence[str] = ()) -> None:
+    """An option for each field of a dataclass: its name, its type, its help."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in skip:
+            continue
+        default = defaults.get(field.name, None if field.default is dataclasses.MISSING else field.default)
+        kind, options = hints[field.name], {"default": default, "help": field.metadata["help"]}
+        types = [part for part in get_args(kind) if part is not type(None)]
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        elif types:  # int | None
+            options["type"] = _optional(types[0])
+        else:
+            options["type"] = kind
+        if not isinstance(default, bool):
+            options["help"] += f" (default: {'none' if default is None else default})"
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def _optional(kind: Any) -> Any:
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = f"{kind.__name__} or none"
+    return read
+
+
+def _pick(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(cls) if hasattr(args, field.name)}
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a tokenizer where there is none, then a model; end with its losses, samples, a loss curve and a folder."""
+    out = Path(args.output_dir)
+    resume = args.resume and bool(list_checkpoints(out))
+    torch.manual_seed(args.seed)
+    tokenizer = _tokenizer(args, out, resume)
+    if args.init_from:
+        model = GPT.from_pretrained(args.init_from)
+        if model.config.vocab_size < tokenizer.vocab_size:
+            raise ValueError(
+                f"the model in {args.init_from} has {model.config.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}"
+            )
+    else:
+        eos = tokenizer.eos_token_id
+        settings = _pick(args, GPTConfig) | {"vocab_size": tokenizer.vocab_size, "bos_token_id": eos, "eos_token_id": eos}
+        model = GPT(GPTConfig(**settings))
+    block_size = args.block_size or model.config.n_positions
+    dataset = TextDataset(
+        tokenizer, args.files, block_size, cache_dir=args.cache_dir, mask_documents=args.mask_documents
+    )
+    train_set, validation_set = split(dataset, args.validation_fraction)
+    trainer = Trainer(
+        model,
+        TrainingArguments(**_pick(args, TrainingArguments)),
+        train_dataset=train_set,
+        eval_dataset=validation_set,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        tokenizer=tokenizer,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    tokenizer.save_pretrained(out)
+    try:
+        result = trainer.train(resume_from_checkpoint=resume)
+    except TrainingInterrupted as interrupt:
+        command = args.resume_command or shlex.join(["gptcore", *_with_resume(args.argv)])
+        print(f"\ninterrupted; all of it is in {interrupt.checkpoint}. To go on:\n\n    {command}\n")
+        return 130
+    after = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+
+    log = read_log(out / "log.jsonl")
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    print(f"\nvalidation loss   {before:.4f} -> {after:.4f} ({after / before:.0%}), perplexity {math.exp(after):.1f}")
+    print(f"training loss     {losses[-1] if losses else result.training_loss:.4f}")
+    print(f"speed             {result.metrics['tokens_per_second']:,.0f} tokens/s")
+    for number, text in enumerate(_samples(model, tokenizer, args.samples, args.sample_tokens, args.seed), start=1):
+        print(f"\n---- sample {number} " + "-" * 60 + f"\n{text}")
+    print()
+    try:
+        plot_loss(log, out / "loss.png")
+        print(f"loss curve        {out / 'loss.png'}")
+    except ImportError:
+        print('loss curve        not drawn: matplotlib is missing (pip install "gptcore[plot]")')
+    print(f"model             {out}    (gptcore generate {out} --prompt ...)")
+    return 0
+
+
+def _tokenizer(args: argparse.Namespace, out: Path, resume: bool) -> Tokenizer:
+    """The one that was asked for; that of the run or of the model which is gone on from; or a newly trained one."""
+    if not resume and not args.overwrite_output_dir and list_checkpoints(out):
+        raise FileExistsError(
+            f"{out} holds an earlier run: go on from it with --resume, delete it with --overwrite-output-dir, or choose "
+            "another --output-dir"
+        )
+    source = args.tokenizer or (out if resume else args.init_from)
+    if source:
+        return Tokenizer.from_pretrained(source)
+    vocab_size = {} if args.tokenizer_kind == "char" else {"vocab_size": args.vocab_size}
+    return Tokenizer.train(args.files, kind=args.tokenizer_kind, **vocab_size)
+
+
+def _with_resume(argv: Sequence[str]) -> list[str]:
+    kept = [word for word in argv if word not in ("--overwrite-output-dir", "--resume")]
+    return [*kept, "--resume"]
+
+
+def _samples(model: GPT, tokenizer: Tokenizer, count: int, new_tokens: int, seed: int) -> list[str]:
+    """Texts that the model makes up from the start of a document."""
+    start = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.encode("\n")[0]
+    new_tokens = min(new_tokens, model.config.n_positions - 1)
+    if count < 1 or new_tokens < 1:
+        return []
+    ids = model.generate([[start]] * count, new_tokens, do_sample=True, temperature=0.8, top_k=50, seed=seed)
+    return [_text(tokenizer, row[1:].tolist()) for row in ids]
+
+
+def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text up to the end-of-text token, without it; what a terminal cannot print is replaced."""
+    end = tokenizer.eos_token_id
+    text = tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
+    return text.encode("utf-8", errors="replace").decode()
+
+
+# ---- generate, evaluate, info ----------------------------------------------------------------------------------------
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Continue each prompt."""
+    model, tokenizer = GPT.from_pretrained(args.model), Tokenizer.from_pretrained(args.model)
+    start = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else tokenizer.encode("\n")
+    prompts = [tokenizer.encode(prompt) or start for prompt in args.prompt]
+    if args.greedy:
+        rows = model.generate(prompts, args.max_new_tokens)
+    else:
+        rows = model.generate(
+            prompts,
+            args.max_new_tokens,
+            do_sample=True,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+        )
+    longest = max(map(len, prompts))
+    for text, row in zip(args.prompt, rows.tolist(), strict=True):
+        print(text + _text(tokenizer, row[longest:]))
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Loss and perplexity of a model on a text."""
+    model, tokenizer = GPT.from_pretrained(args.model), Tokenizer.from_pretrained(args.model)
+    dataset = TextDataset(tokenizer, args.files, args.block_size or model.config.n_positions, cache_dir=args.cache_dir)
+    options = TrainingArguments(
+        output_dir=args.model, per_device_eval_batch_size=args.batch_size, bf16=args.bf16, disable_tqdm=True
+    )
+    metrics = Trainer(model, options, eval_dataset=dataset, tokenizer=tokenizer).evaluate()
+    print(f"loss {metrics['eval_loss']:.4f} nats a token, perplexity {metrics['perplexity']:.2f}")
+    return 0
+
+
+def show_info(args: argparse.Namespace) -> int:
+    """What this installation is and what it can use."""
+    for name, text in info.describe().items():
+        first, *rest = text.splitlines()
+        print(f"{name:<17} {first}")
+        for line in rest:
+            print(" " * 18 + line)
+    return 0
+
+
+# ---- the parser ------------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(prog="gptcore", description="Train and run small GPTs on fused kernels.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any) -> argparse.ArgumentParser:
+        text = run.__doc__
+        made = commands.add_parser(name, help=text[0].lower() + text[1:].rstrip("."), description=text, allow_abbrev=False)
+        made.set_defaults(run=run)
+        return made
+
+    def shared(to: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+        to.add_argument("--threads", type=int, help="threads to compute with (default: as many as cores)")
+        to.add_argument("--backend", help=f"kernels to compute with: {', '.join(ops.backends())} (default: the fastest)")
+
+    def data(to: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+        to.add_argument("files", nargs="+", metavar="FILE", help="text files, each a document or, cut by <|endoftext|>, many")
+        to.add_argument("--block-size", type=int, help="tokens in an example (default: the model's n_positions)")
+        to.add_argument("--cache-dir", help="where tokens are kept (default: $XDG_CACHE_HOME/gptcore)")
+
+    made = command("train", train)
+    group = made.add_argument_group("data and tokenizer")
+    data(group)
+    group.add_argument("--validation-fraction", type=float, default=0.05, help="of the end of the data (default: 0.05)")
+    group.add_argument(
+        "--mask-documents", action=argparse.BooleanOptionalAction, default=False, help="documents do not see each other"
+    )
+    group.add_argument("--tokenizer", help="folder of a tokenizer (default: train one on FILE)")
+    group.add_argument("--tokenizer-kind", choices=("bpe", "char"), default="bpe", help="what to train (default: bpe)")
+    group.add_argument("--vocab-size", type=int, default=4096, help="tokens of a new bpe tokenizer (default: 4096)")
+    group = made.add_argument_group("model")
+    group.add_argument("--init-from", help="folder of a model to go on from; the options of this group are then its own")
+    add_fields(group, GPTConfig, SMALL_MODEL, skip=FROM_TOKENIZER)  # type: ignore[arg-type]
+    group = made.add_argument_group("training")
+    group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir, if any")
+    add_fields(group, TrainingArguments, SMALL_RUN)  # type: ignore[arg-type]
+    group = made.add_argument_group("the end, and the machine")
+    group.add_argument("--samples", type=int, default=3, help="texts to generate at the end (default: 3)")
+    group.add_argument("--sample-tokens", type=int, default=120, help="longest of them, in tokens (default: 120)")
+    shared(group)
+    made.set_defaults(resume_command=None)
+
+    made = command("generate", generate)
+    made.add_argument("model", nargs="?", default="out", metavar="MODEL", help="folder of a model (default: out)")
+    made.add_argument("--prompt", nargs="+", default=[""], help="texts to continue (default: the start of a document)")
+    made.add_argument("--max-new-tokens", type=int, default=100, help="tokens to add (default: 100)")
+    made.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    made.add_argument("--temperature", type=float, default=0.8, help="below 1 sharpens, above 1 flattens (default: 0.8)")
+    made.add_argument("--top-k", type=_optional(int), default=50, help="draw from so many likeliest tokens (default: 50)")
+    made.add_argument("--top-p", type=_optional(float), help="draw from the fewest tokens of this probability (default: none)")
+    made.add_argument("--seed", type=int, help="for the same draws again (default: new ones each time)")
+    shared(made)
+
+    made = command("evaluate", evaluate)
+    made.add_argument("model", metavar="MODEL", help="folder of a model")
+    data(made)
+    made.add_argument("--batch-size", type=int, default=16, help="examples in a forward pass (default: 16)")
+    made.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="compute in bfloat16")
+    shared(made)
+
+    command("info", show_info)
+    parser._commands = commands.choices
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, **overrides: Any) -> int:
+    """Run one command and return its exit status: 0, 1 for an error that it explains, 2 for wrong usage, 130 after ^C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = make_parser().parse(argv)
+    args.argv = argv
+    vars(args).update(overrides)
+    try:
+        if getattr(args, "threads", None) is not None:
+            if args.threads < 1:
+                raise ValueError(f"--threads is {args.threads}, expected at least 1")
+            torch.set_num_threads(args.threads)
+        with ops.use(getattr(args, "backend", None) or ops.in_use()):
+            status: int = args.run(args)
+        return status
+    except (OSError, ValueError, TypeError, CheckpointError, NonFiniteError) as error:
+        print(f"gptcore {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

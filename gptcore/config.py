@@ -1,0 +1,156 @@
+"""The shape of a GPT and all that its mathematics depends on, in one flat dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Names of activation_function, and the form of GELU that each means. "gelu" is exact (erf), as in transformers; GPT-1,
+# GPT-2 and GPT-3 were all trained with the tanh form.
+GELU_FORMS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+MAX_HEAD_DIM = 256  # of the attention kernels
+
+# What else config.json may hold where transformers wrote it. The first have no bearing on the model; the second change
+# what it computes, so that only the value that means GPT-2 is accepted.
+_BOOKKEEPING = """
+    _name_or_path _num_labels architectures chunk_size_feed_forward dtype gradient_checkpointing id2label label2id
+    output_attentions output_hidden_states output_past problem_type return_dict summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype transformers_version use_cache
+"""
+_FIXED = {"add_cross_attention": False, "is_encoder_decoder": False, "reorder_and_upcast_attn": False}
+
+
+def _option(default: Any, text: str) -> Any:
+    """A field whose description becomes its line in --help and in the documentation."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Names and defaults are those of transformers' GPT2Config; the last three fields make a GPT-1 or a GPT-3.
+
+    Raises TypeError or ValueError, with the number in question, for a model that could not be built.
+    """
+
+    vocab_size: int = _option(50257, "number of tokens in the vocabulary")
+    n_positions: int = _option(1024, "longest sequence, in tokens")
+    n_embd: int = _option(768, "width of the residual stream")
+    n_layer: int = _option(12, "number of blocks")
+    n_head: int = _option(12, "attention heads a block; n_embd is a multiple of it")
+    n_inner: int | None = _option(None, "width inside the MLP; none means 4 * n_embd")
+    activation_function: str = _option("gelu_new", "gelu_new or gelu_pytorch_tanh (tanh form), gelu (erf form)")
+    resid_pdrop: float = _option(0.1, "dropout on what each attention and MLP adds to the residual stream")
+    embd_pdrop: float = _option(0.1, "dropout on the sum of token and position embeddings")
+    attn_pdrop: float = _option(0.1, "dropout on the attention probabilities")
+    layer_norm_epsilon: float = _option(1e-5, "added to the variance in every layer norm")
+    initializer_range: float = _option(0.02, "standard deviation of the initial weights")
+    tie_word_embeddings: bool = _option(True, "use the token embedding as the output projection too")
+    scale_attn_weights: bool = _option(True, "divide attention scores by sqrt(head_dim)")
+    scale_attn_by_inverse_layer_idx: bool = _option(False, "divide attention scores by the layer's number, from 1, too")
+    bos_token_id: int | None = _option(50256, "token that begins a text; 50256 means none in a smaller vocabulary")
+    eos_token_id: int | None = _option(50256, "token that ends a text; 50256 means none in a smaller vocabulary")
+    pad_token_id: int | None = _option(None, "token that fills up a batch; none means eos_token_id")
+    norm_position: str = _option("pre", "layer norm before attention and MLP (pre: GPT-2, 3) or after (post: GPT-1)")
+    position_embedding: str = _option("learned", "learned, or sinusoidal: fixed, as in 'Attention Is All You Need'")
+    attention_window: int | None = _option(None, "keys that a token sees in every second layer (GPT-3); none means all")
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            self._check_int(name, minimum=1)
+        for name in ("n_inner", "attention_window"):
+            if getattr(self, name) is not None:
+                self._check_int(name, minimum=1)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            self._check_token(name)
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            if not 0 <= self._number(name) < 1:
+                raise ValueError(f"{name} is a probability in [0, 1), not {getattr(self, name)}")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            if not 0 < self._number(name) < math.inf:
+                raise ValueError(f"{name} should be positive and finite, not {getattr(self, name)}")
+        for name in ("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} should be True or False, not {getattr(self, name)!r}")
+        self._check_choice("activation_function", GELU_FORMS)
+        self._check_choice("norm_position", ("pre", "post"))
+        self._check_choice("position_embedding", ("learned", "sinusoidal"))
+        if self.n_embd % self.n_head != 0:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"n_embd {self.n_embd} over n_head {self.n_head} is {self.head_dim} dimensions a head, "
+                f"but the attention kernels do {MAX_HEAD_DIM} at most; use more heads"
+            )
+        if self.position_embedding == "sinusoidal" and self.n_embd % 2 != 0:
+            raise ValueError(f"sinusoidal positions are pairs of a sine and a cosine, but n_embd is odd: {self.n_embd}")
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def is_gpt2(self) -> bool:
+        """Whether transformers' GPT2LMHeadModel computes the same function from the same weights."""
+        return (self.norm_position, self.position_embedding, self.attention_window) == ("pre", "learned", None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds. transformers opens it as a GPT-2 where the model is one, and refuses it where not."""
+        gpt2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+        return {**(gpt2 if self.is_gpt2 else {"model_type": "gptcore"}), **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
+        """The config of a config.json, ours or one that transformers wrote for a GPT-2.
+
+        Raises ValueError for an unknown key, naming the nearest known one, and for a setting that GPT does not have.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        kwargs = {}
+        for key, value in values.items():
+            if key in known:
+                kwargs[key] = value
+            elif key in _FIXED and value != _FIXED[key]:
+                raise ValueError(f"{key} {value!r} is not supported; it should be {_FIXED[key]!r}")
+            elif key == "model_type" and value not in ("gpt2", "gptcore"):
+                raise ValueError(f"model_type {value!r} is not a GPT; it should be 'gpt2' or 'gptcore'")
+            elif key not in (*_BOOKKEEPING.split(), *_FIXED, "model_type", "n_ctx"):
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+                raise ValueError(f"unknown key {key!r}; the nearest known one is {near!r}")
+        config = cls(**kwargs)
+        if values.get("n_ctx", config.n_positions) != config.n_positions:  # old files give the length twice
+            raise ValueError(f"n_ctx {values['n_ctx']} and n_positions {config.n_positions} should be equal")
+        return config
+
+    def _check_int(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} should be a whole number, not {value!r}")
+        if value < minimum:
+            raise ValueError(f"{name} should be at least {minimum}, not {value}")
+
+    def _number(self, name: str) -> float:
+        value = getattr(self, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name} should be a number, not {value!r}")
+        return value
+
+    def _check_token(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        self._check_int(name, minimum=0)
+        if value >= self.vocab_size:
+            if value != GPTConfig.__dataclass_fields__[name].default:
+                raise ValueError(f"{name} {value} is outside the vocabulary of {self.vocab_size} tokens")
+            # GPT-2's own id, which everybody who sets only vocab_size still has, and transformers writes
+            object.__setattr__(self, name, None)
+
+    def _check_choice(self, name: str, choices: Any) -> None:
+        value = getattr(self, name)
+        if value not in tuple(choices):
+            raise ValueError(f"{name} {value!r} is not supported; it should be one of {', '.join(choices)}")

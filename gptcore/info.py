@@ -1,0 +1,54 @@
+"""What this installation is and what it can use: the facts behind `gptcore info`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from gptcore import _C, ops
+
+
+def openmp_runtimes() -> list[str]:
+    """Files of the OpenMP runtimes loaded into this process. More than one slows every parallel kernel down."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    return sorted(set(re.findall(r"/\S*/lib(?:gomp|omp|iomp5)\S*\.so\S*", maps.read_text())))
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def describe() -> dict[str, str]:
+    """Lines of `gptcore info`, by their heading, in order."""
+    build = _C.build_info()
+    runtimes = openmp_runtimes()
+    openmp = ", ".join(runtimes) or "none found"
+    if len(runtimes) > 1:
+        openmp += "\nwarning: several OpenMP runtimes in one process fight for the cores; keep one, or LD_PRELOAD it"
+    supported = _C.supported_isas()
+    isas = ", ".join(f"{isa}{'' if isa in supported else ' (not on this CPU)'}" for isa in _C.compiled_isas())
+    chosen = _C.cpu_isa() + (" (GPTCORE_CPU_ISA)" if os.environ.get("GPTCORE_CPU_ISA") else "")
+    lines = {
+        "gptcore": f"{build['version']} in {Path(__file__).parent}",
+        "python": f"{sys.version.split()[0]} in {sys.executable}",
+        "torch": torch.__version__,
+        "compiler": build["compiler"],
+        "cpu": _cpu_name(),
+        "instruction sets": isas,
+        "in use": chosen,
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} (torch.set_num_threads)",
+        "openmp": openmp,
+        "cuda": "not built: this version has kernels for the CPU only",
+    }
+    for name, reason in ops.backends().items():
+        lines[f"backend {name}"] = "usable" if reason is None else f"not usable: {reason}"
+    return lines

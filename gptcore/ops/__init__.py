@@ -1,0 +1,12 @@
+"""The operations that GPT is made of, one function each, the same whatever runs them.
+
+`backends()` says what can run them here, and of what cannot, why; `use(name)` chooses for all calls to come or for a
+`with` block; the argument `backend=` chooses for one call.
+"""
+
+from gptcore.ops.attention import attention
+from gptcore.ops.gelu import gelu
+from gptcore.ops.layer_norm import layer_norm
+from gptcore.ops.registry import backends, in_use, use
+
+__all__ = ["attention", "backends", "gelu", "in_use", "layer_norm", "use"]

@@ -1,0 +1,113 @@
+"""GELU, with the bias that stands before it added in the same pass.
+
+Hendrycks and Gimpel 2016, "Gaussian Error Linear Units" (arXiv:1606.08415).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptcore import _C
+from gptcore.ops import native, registry
+
+
+def gelu(x: Tensor, *, bias: Tensor | None = None, approximate: str = "tanh", backend: str | None = None) -> Tensor:
+    """GELU of x + bias, element by element.
+
+    Args:
+        x: any shape; with a bias, (..., width).
+        bias: (width,), in x's dtype or float32.
+        approximate: "tanh" is 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), which GPT-1, 2 and 3 use; "none" is the
+            exact 0.5 x (1 + erf(x / sqrt(2))).
+
+    Returns:
+        x's shape and dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or arguments that do not fit, with what was expected.
+        RuntimeError: the backend that was asked for cannot serve the call.
+    """
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"approximate is {approximate!r}, expected 'tanh' or 'none'")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x is {x.dtype}, expected a floating-point dtype")
+    if bias is not None:
+        if x.dim() < 1 or bias.shape != x.shape[-1:]:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {tuple(x.shape[-1:])}")
+        if bias.dtype not in (x.dtype, torch.float32) or bias.device != x.device:
+            raise ValueError(
+                f"bias is {bias.dtype} on {bias.device}, expected {x.dtype} or torch.float32 on {x.device}"
+            )
+    out: Tensor = registry.select("gelu", backend, x)(x, bias, approximate == "tanh")
+    return out
+
+
+# ---- torch: the formula in plain PyTorch -----------------------------------------------------------------------------
+
+
+def _gelu_torch(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if bias is not None:
+        wide = wide + bias
+    if tanh_form:
+        curve = torch.tanh(math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide**3))
+    else:
+        curve = torch.erf(wide / math.sqrt(2.0))
+    return (0.5 * wide * (1.0 + curve)).to(x.dtype)
+
+
+# ---- cpu: kernels/cpu/gelu.cpp -----------------------------------------------------------------------------------------
+
+
+def _forward_body(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
+    out = torch.empty_like(x)
+    _C.gelu_forward(x, bias, out, tanh_form, torch.get_num_threads())
+    return out
+
+
+def _backward_body(grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh_form: bool) -> tuple[Tensor, Tensor]:
+    grad_x, grad_bias = _gradients(grad_out, x, bias, tanh_form)
+    _C.gelu_backward(
+        grad_out, x, bias, grad_x, None if bias is None else grad_bias, tanh_form, torch.get_num_threads()
+    )
+    return grad_x, grad_bias
+
+
+def _gradients(grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh_form: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+# Rows and columns only: (rows, width), dense, bias in float32.
+_forward = native.define(
+    "gelu_forward(Tensor x, Tensor? bias, bool tanh_form) -> Tensor", _forward_body, lambda x, *_: torch.empty_like(x)
+)
+_backward = native.define(
+    "gelu_backward(Tensor grad_out, Tensor x, Tensor? bias, bool tanh_form) -> (Tensor, Tensor)",
+    _backward_body,
+    _gradients,
+)
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1] if x.dim() else 1).contiguous()
+        wide = None if bias is None else bias.float()
+        ctx.save_for_backward(rows, wide)
+        ctx.tanh_form, ctx.shape, ctx.bias_dtype = tanh_form, x.shape, None if bias is None else bias.dtype
+        return _forward(rows, wide, tanh_form).view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        rows, bias = ctx.saved_tensors
+        grad, grad_bias = _backward(grad_out.reshape(rows.shape).contiguous(), rows, bias, ctx.tanh_form)
+        return grad.view(ctx.shape), None if bias is None else grad_bias.to(ctx.bias_dtype), None
+
+
+registry.BACKENDS["torch"].implementations["gelu"] = _gelu_torch
+registry.BACKENDS["cpu"].implementations["gelu"] = _Gelu.apply

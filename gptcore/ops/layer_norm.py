@@ -1,0 +1,199 @@
+"""Layer norm, with the residual connection that stands before it added in the same pass.
+
+Ba, Kiros and Hinton 2016, "Layer Normalization" (arXiv:1607.06450).
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from gptcore import _C
+from gptcore.ops import native, registry
+
+
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    eps: float = ...,
+    residual: None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    eps: float = ...,
+    residual: Tensor,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; statistics in float32.
+
+    Args:
+        x: (..., width).
+        weight, bias: (width,), in x's dtype or float32; bias is optional.
+        residual: added to x first: the same shape, x's dtype or float32. The sum has residual's dtype, and so has the
+            result.
+
+    Returns:
+        The normalised tensor, in x's shape; with a residual, that of the sum, and the sum itself: (out, x + residual).
+
+    Raises:
+        ValueError: shapes, dtypes or arguments that do not fit, with what was expected.
+        RuntimeError: the backend that was asked for cannot serve the call.
+    """
+    _check(x, weight, bias, residual)
+    if not eps >= 0.0:
+        raise ValueError(f"eps is {eps}, expected a number that is not negative")
+    out, total = registry.select("layer_norm", backend, x)(x, weight, bias, residual, float(eps))
+    return out if residual is None else (out, total)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., width) with a width of at least 1")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x is {x.dtype}, expected a floating-point dtype")
+    for name, tensor, shape in (("weight", weight, x.shape[-1:]), ("bias", bias, x.shape[-1:]), ("residual", residual, x.shape)):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} for x of {tuple(x.shape)}")
+        if tensor.dtype not in (x.dtype, torch.float32) or tensor.device != x.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, expected {x.dtype} or torch.float32 on {x.device}"
+            )
+
+
+# ---- torch: the formula in plain PyTorch -----------------------------------------------------------------------------
+
+
+def _layer_norm_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    out = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps) * weight
+    if bias is not None:
+        out = out + bias
+    return out.to(total.dtype), total
+
+
+# ---- cpu: kernels/cpu/layer_norm.cpp -----------------------------------------------------------------------------------
+
+
+def _forward_body(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, total, mean, rstd = _outputs(x, weight, bias, residual, eps)
+    _C.layer_norm_forward(
+        x, residual, weight, bias, out, None if residual is None else total, mean, rstd, eps, torch.get_num_threads()
+    )
+    return out, total, mean, rstd
+
+
+def _outputs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = x if residual is None else residual
+    total = like.new_empty(0) if residual is None else torch.empty_like(like)
+    rows = (x.shape[0],)
+    return (
+        torch.empty_like(like),
+        total,
+        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(rows, dtype=torch.float32),
+    )
+
+
+def _backward_body(
+    grad_out: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, grad_weight, grad_bias = _gradients(grad_out, grad_total, total, weight, mean, rstd, bias)
+    _C.layer_norm_backward(
+        grad_out, grad_total, total, weight, mean, rstd, grad_x, grad_weight, grad_bias if bias else None,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x, grad_weight, grad_bias
+
+
+def _gradients(
+    grad_out: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(total), torch.empty_like(weight), weight.new_empty(weight.shape if bias else (0,))
+
+
+# Rows and columns only: (rows, width), dense, weight and bias in float32.
+_forward = native.define(
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_body,
+    _outputs,
+)
+_backward = native.define(
+    "layer_norm_backward(Tensor grad_out, Tensor? grad_total, Tensor total, Tensor weight, Tensor mean, Tensor rstd, "
+    "bool bias) -> (Tensor, Tensor, Tensor)",
+    _backward_body,
+    _gradients,
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor | None]:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        wide = weight.float()
+        out, total, mean, rstd = _forward(
+            rows,
+            wide,
+            None if bias is None else bias.float(),
+            None if residual is None else residual.reshape(rows.shape).contiguous(),
+            eps,
+        )
+        ctx.save_for_backward(rows if residual is None else total, wide, mean, rstd)
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.has_residual = residual is not None
+        ctx.set_materialize_grads(False)
+        return out.view(x.shape), None if residual is None else total.view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, mean, rstd = ctx.saved_tensors
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        shape = grad_out.shape if grad_out is not None else grad_total.shape if grad_total is not None else total.shape
+        rows = torch.zeros_like(total) if grad_out is None else grad_out.reshape(total.shape).contiguous()
+        if grad_total is not None:
+            grad_total = grad_total.reshape(total.shape).contiguous()
+        grad, grad_weight, grad_bias = _backward(rows, grad_total, total, weight, mean, rstd, bias_dtype is not None)
+        grad = grad.view(shape)
+        return (
+            grad.to(x_dtype),
+            grad_weight.to(weight_dtype),
+            None if bias_dtype is None else grad_bias.to(bias_dtype),
+            grad if ctx.has_residual else None,
+            None,
+        )
+
+
+registry.BACKENDS["torch"].implementations["layer_norm"] = _layer_norm_torch
+registry.BACKENDS["cpu"].implementations["layer_norm"] = _LayerNorm.apply

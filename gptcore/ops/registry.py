@@ -1,0 +1,104 @@
+"""The table of backends: which can run an operation here, which is chosen, and of each other why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Backend:
+    """One way to run the operations. `implementations` is filled in by the file of each operation."""
+
+    name: str
+    devices: tuple[str, ...]  # device types of the tensors that it takes; () means all
+    dtypes: tuple[torch.dtype, ...]
+    unusable: str | None = None  # why this machine cannot use it, and what to do about it
+    implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def refusal(self, op: str, tensor: torch.Tensor) -> str | None:
+        """Why this backend cannot run `op` on such a tensor, or None."""
+        if self.unusable:
+            return self.unusable
+        if op not in self.implementations:
+            return f"it has no {op}"
+        if self.devices and tensor.device.type not in self.devices:
+            return f"it takes tensors on {' or '.join(self.devices)}, not on {tensor.device}"
+        if tensor.dtype not in self.dtypes:
+            return f"it takes {', '.join(map(str, self.dtypes))}, not {tensor.dtype}"
+        return None
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# In the order in which they are tried when none is asked for.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", devices=("cpu",), dtypes=FLOATS),
+        Backend("torch", devices=(), dtypes=(*FLOATS, torch.float64)),
+    )
+}
+
+_in_use: str | None = None
+
+
+def _known(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}, expected one of: {', '.join(BACKENDS)}")
+    return BACKENDS[name]
+
+
+def select(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The implementation of `op` for such a tensor: of `backend`, else of the one set by `use`, else the first that can.
+
+    Raises ValueError if the name is unknown, RuntimeError if the backend that was asked for cannot serve the call.
+    """
+    name = backend if backend is not None else _in_use
+    if name is not None:
+        reason = _known(name).refusal(op, tensor)
+        if reason:
+            raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}")
+        return BACKENDS[name].implementations[op]
+    for candidate in BACKENDS.values():
+        if candidate.refusal(op, tensor) is None:
+            return candidate.implementations[op]
+    reasons = "; ".join(f"{candidate.name}: {candidate.refusal(op, tensor)}" for candidate in BACKENDS.values())
+    raise RuntimeError(f"no backend can run {op}: {reasons}")
+
+
+class use:  # noqa: N801 (reads as a verb: `with ops.use("torch"):`)
+    """Run the operations on this backend from now on, or within a `with` block; None chooses for each call again.
+
+    Raises ValueError for an unknown name and RuntimeError for a backend that is not usable here.
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        global _in_use
+        if backend is not None and (reason := _known(backend).unusable):
+            raise RuntimeError(f"backend {backend!r} is not usable here: {reason}")
+        self._before = _in_use
+        _in_use = backend
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _in_use
+        _in_use = self._before
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name, with the reason why it is not usable on this machine, or None where it is."""
+    return {backend.name: backend.unusable for backend in BACKENDS.values()}
+
+
+def in_use() -> str | None:
+    """The backend set by `use`, or None if each call chooses."""
+    return _in_use

@@ -1,0 +1,795 @@
+// Fused attention for the CPU, forward and backward: softmax(scale Q K^T + mask) V without the score matrix.
+//
+// The method is FlashAttention's (Dao et al. 2022, arXiv:2205.14135): blocks of keys pass by a block of queries, whose
+// softmax is kept as a running maximum and a running sum. Here a block of scores is held transposed, one key a row and
+// one query a lane of the vectors. So the softmax is plain vector arithmetic (no lane ever meets another), and every
+// product of forward and backward is the same small matrix product, `multiply`, with its right side in the first-level
+// cache:
+//
+//     forward    S^T = K Q^T      O^T += V^T P^T
+//     backward   S^T = K Q^T     dP^T  = V dO^T     dV += P^T dO     dK += dS^T Q     dQ^T += K^T dS^T
+//
+// Operands are packed once per task into the order in which `multiply` reads them, converted on the way; that is where
+// strides, storage types and odd sizes end. T is the type that is multiplied: float, or bfloat16 where the CPU has a
+// dot product for it. Sums are float32 always.
+#include <math.h>
+#include <omp.h>
+
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/simd.h"
+
+namespace gptcore {
+namespace GPTCORE_ISA {
+namespace {
+
+constexpr int kPanel = kPanelVectors * kLanes;  // queries in one block of scores
+constexpr int kBlockN = 64;                     // keys in one block of scores
+constexpr int kTileRows = 6;                    // rows of one register tile
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- the matrix product -----------------------------------------------------------------------------------------------
+//
+// C (rows x width) = or += A (rows x depth) B (depth x width). A is row-major in T. B is in Wide<T>: a float, or two
+// bfloat16 that are neighbours in depth, side by side for one column; `steps` counts those, so depth = steps x kStep.
+
+template <class T> struct Operand;
+template <> struct Operand<float> { using Wide = float; static constexpr int kStep = 1; };
+template <> struct Operand<bfloat16> { using Wide = uint32_t; static constexpr int kStep = 2; };
+template <class T> using Wide = typename Operand<T>::Wide;
+template <class T> constexpr int kStep = Operand<T>::kStep;
+
+GPTCORE_INLINE void multiply_add(Vec& acc, const float* a, Vec b) { acc += splat(*a) * b; }
+GPTCORE_INLINE Vec load_wide(const float* p) { return load(p); }
+
+#if defined(__AVX512BF16__)
+GPTCORE_INLINE void multiply_add(Vec& acc, const bfloat16* a, UintVec b) {
+  int32_t pair;
+  memcpy(&pair, a, sizeof pair);
+  acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+}
+GPTCORE_INLINE UintVec load_wide(const uint32_t* p) { return bit_cast<UintVec>(load((const float*)p)); }
+#endif
+
+template <int Rows, int Vectors, class T>
+void tile(const T* a, int64_t lda, const Wide<T>* b, int64_t steps, float* c, int64_t ldc, bool accumulate) {
+  Vec acc[Rows][Vectors];
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Vectors; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * kLanes) : Vec{};
+  for (int64_t k = 0; k < steps; ++k) {
+    decltype(load_wide(b)) row[Vectors];
+    for (int v = 0; v < Vectors; ++v) row[v] = load_wide(b + k * kPanel + v * kLanes);
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < Vectors; ++v) multiply_add(acc[r][v], a + r * lda + k * kStep<T>, row[v]);
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Vectors; ++v) store(c + r * ldc + v * kLanes, acc[r][v]);
+}
+
+template <int Vectors, class T>
+void multiply_rows(const T* a, int64_t lda, const Wide<T>* b, int64_t rows, int64_t steps, float* c, int64_t ldc,
+                   bool accumulate) {
+  for (; rows >= kTileRows; rows -= kTileRows, a += kTileRows * lda, c += kTileRows * ldc)
+    tile<kTileRows, Vectors>(a, lda, b, steps, c, ldc, accumulate);
+  switch (rows) {
+    case 5: return tile<5, Vectors>(a, lda, b, steps, c, ldc, accumulate);
+    case 4: return tile<4, Vectors>(a, lda, b, steps, c, ldc, accumulate);
+    case 3: return tile<3, Vectors>(a, lda, b, steps, c, ldc, accumulate);
+    case 2: return tile<2, Vectors>(a, lda, b, steps, c, ldc, accumulate);
+    case 1: return tile<1, Vectors>(a, lda, b, steps, c, ldc, accumulate);
+  }
+}
+
+// The first `width` columns (rounded up to whole vectors) of a product whose B has rows of kPanel.
+template <class T>
+void multiply(const T* a, int64_t lda, const Wide<T>* b, int64_t rows, int64_t steps, int64_t width, float* c,
+              int64_t ldc, bool accumulate) {
+  switch ((width + kLanes - 1) / kLanes) {
+    case 1: return multiply_rows<1>(a, lda, b, rows, steps, c, ldc, accumulate);
+    case 2: return multiply_rows<2>(a, lda, b, rows, steps, c, ldc, accumulate);
+#if defined(__AVX512F__)
+    case 3: return multiply_rows<3>(a, lda, b, rows, steps, c, ldc, accumulate);
+    case 4: return multiply_rows<4>(a, lda, b, rows, steps, c, ldc, accumulate);
+#endif
+  }
+}
+
+// ---- packing: from strided rows of any storage type S to operands of type T -------------------------------------------
+
+template <int Half>
+GPTCORE_INLINE void exchange(Vec (&v)[kLanes]) {
+  const IntVec lane = lane_index();
+  const IntVec low = (lane & Half) ? lane - Half + kLanes : lane, high = (lane & Half) ? lane + kLanes : lane + Half;
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & Half)) {
+      Vec a = v[i], b = v[i + Half];
+      v[i] = __builtin_shuffle(a, b, low);
+      v[i + Half] = __builtin_shuffle(a, b, high);
+    }
+  if constexpr (Half > 1) exchange<Half / 2>(v);
+}
+
+// Transposes kLanes vectors in registers, by exchanging quarters of halves of halves.
+GPTCORE_INLINE void transpose(Vec (&v)[kLanes]) { exchange<kLanes / 2>(v); }
+
+GPTCORE_INLINE void store_wide(float* p, const Vec* v) { store(p, v[0]); }
+GPTCORE_INLINE void store_wide(uint32_t* p, const Vec* v) {
+  UintVec low = __builtin_convertvector(to_bfloat16(v[0]), UintVec);
+  UintVec high = __builtin_convertvector(to_bfloat16(v[1]), UintVec);
+  store((float*)p, bit_cast<Vec>(low | high << 16));
+}
+
+// A kLanes x kLanes corner of the source; zeros beyond its rows and columns.
+template <class S>
+GPTCORE_INLINE void load_square(Vec (&v)[kLanes], const S* source, int64_t stride, int64_t rows, int64_t columns) {
+  for (int i = 0; i < kLanes; ++i) v[i] = i < rows ? load_up_to(source + i * stride, columns) : Vec{};
+}
+
+// A, one source row a row, zeros up to `depth` columns (a multiple of kStep).
+template <class S, class T>
+void pack_rows(T* to, int64_t ld, const S* source, int64_t stride, int64_t rows, int64_t columns, int64_t depth) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < depth; j += kLanes) {
+      Vec v = j < columns ? load_up_to(source + i * stride + j, columns - j) : Vec{};
+      store_up_to(to + i * ld + j, v, depth - j);
+    }
+}
+
+// A, one source column a row: to[column][row], in blocks of kBlockN source rows, each `columns` x kBlockN.
+template <class S, class T>
+void pack_columns(T* to, const S* source, int64_t stride, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    T* block = to + i / kBlockN * kBlockN * columns + i % kBlockN;
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      Vec v[kLanes];
+      load_square(v, source + i * stride + j, stride, rows - i, columns - j);
+      transpose(v);
+      for (int64_t c = 0; c < smaller(kLanes, columns - j); ++c) store(block + (j + c) * kBlockN, v[c]);
+    }
+  }
+}
+
+// B, one source row a column: depth runs along the source's columns; kPanel source rows, times `sign`.
+template <class S, class T>
+void pack_panel_columns(Wide<T>* to, const S* source, int64_t stride, int64_t rows, int64_t columns, float sign) {
+  for (int64_t i = 0; i < kPanel; i += kLanes)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      Vec v[kLanes];
+      load_square(v, source + i * stride + j, stride, rows - i, columns - j);
+      transpose(v);
+      for (int64_t c = 0; c < smaller(kLanes, columns - j); c += kStep<T>) {
+        Vec scaled[2] = {v[c] * sign, v[(c + 1) % kLanes] * sign};
+        store_wide(to + (j + c) / kStep<T> * kPanel + i, scaled);
+      }
+    }
+}
+
+// B, one source column a column: depth runs along the rows; panels of kPanel columns, each kPanel rows deep.
+template <class S, class T>
+void pack_panel_rows(Wide<T>* to, const S* source, int64_t stride, int64_t rows, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    Wide<T>* panel = to + j / kPanel * kPanel * (kPanel / kStep<T>) + j % kPanel;
+    for (int64_t i = 0; i < kPanel; i += kStep<T>) {
+      Vec v[2];
+      for (int s = 0; s < kStep<T>; ++s)
+        v[s] = i + s < rows ? load_up_to(source + (i + s) * stride + j, columns - j) : Vec{};
+      store_wide(panel + i / kStep<T> * kPanel, v);
+    }
+  }
+}
+
+// From accumulators with one destination row a column (rows of kPanel) to the strided rows of a tensor, times `factor`.
+template <class S>
+void unpack_columns(S* to, int64_t stride, const float* from, int64_t rows, int64_t columns, float factor) {
+  for (int64_t i = 0; i < rows; i += kLanes)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      Vec v[kLanes];
+      for (int c = 0; c < kLanes; ++c) v[c] = j + c < columns ? load(from + (j + c) * kPanel + i) * factor : Vec{};
+      transpose(v);
+      for (int64_t r = 0; r < smaller(kLanes, rows - i); ++r) store_up_to(to + (i + r) * stride + j, v[r], columns - j);
+    }
+}
+
+template <class S>
+void unpack_rows(S* to, int64_t stride, const float* from, int64_t ld, int64_t rows, int64_t columns, float factor) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; j += kLanes)
+      store_up_to(to + i * stride + j, load(from + i * ld + j) * factor, columns - j);
+}
+
+// ---- what a query may see ---------------------------------------------------------------------------------------------
+
+// The keys [begin, end) of its segment that a query sees. Both ends only grow from one query to the next.
+struct Range {
+  int64_t begin, end;
+};
+Range visible(const AttentionArgs& args, const Segment& segment, int64_t query) {
+  int64_t position = query + segment.key_len - segment.query_len;  // the last query stands at the last key
+  int64_t begin = args.window_left < 0 ? 0 : position - args.window_left, end = segment.key_len;
+  if (args.causal) end = smaller(end, position + 1);
+  if (args.window_right >= 0) end = smaller(end, position + args.window_right + 1);
+  end = larger(end, 0);
+  return {smaller(larger(begin, 0), end), end};
+}
+
+// kPanel queries of one head: what each lane may see, and which blocks of keys that concerns.
+struct Panel {
+  int64_t first, rows;  // queries [first, first + rows) of the segment; the other lanes are idle
+  int64_t key_begin, key_end;      // keys that any of them sees
+  int64_t full_begin, full_end;    // keys that all of them see: blocks inside need no mask
+  alignas(64) int32_t begin[kPanel], end[kPanel];
+
+  Panel(const AttentionArgs& args, const Segment& segment, int64_t first_query)
+      : first(first_query), rows(smaller(kPanel, segment.query_len - first_query)) {
+    for (int i = 0; i < kPanel; ++i) {
+      Range range = visible(args, segment, first + smaller(i, rows - 1));
+      begin[i] = (int32_t)range.begin, end[i] = (int32_t)range.end;
+    }
+    key_begin = begin[0], key_end = end[rows - 1];
+    full_begin = begin[rows - 1], full_end = end[0];
+  }
+  bool masked(int64_t key, int64_t count) const { return key < full_begin || key + count > full_end; }
+  int vectors() const { return (int)((rows + kLanes - 1) / kLanes); }
+
+  // All ones in the lanes that see this key.
+  IntVec sees(int vector, int64_t key) const {
+    IntVec from, to;
+    memcpy(&from, begin + vector * kLanes, sizeof from);
+    memcpy(&to, end + vector * kLanes, sizeof to);
+    return ((int32_t)key >= from) & ((int32_t)key < to);
+  }
+};
+
+// ---- dropout ----------------------------------------------------------------------------------------------------------
+
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). Whether a weight is kept is a
+// function of (seed, head, query, key) alone, so the backward, another backend or another tiling draws the same.
+// One call gives the words of four neighbouring keys: counter = (key / 4, query, batch x heads + head, 0).
+class Dropout {
+ public:
+  Dropout(const AttentionArgs& args, const Segment& segment, int64_t head, int64_t first_query)
+      : seed_(args.seed), threshold_((uint32_t)(args.dropout_p * 4294967296.0)),
+        head_((uint32_t)(segment.batch * args.query_heads + head)),
+        first_query_((uint32_t)(segment.query_begin + first_query)), first_key_(segment.key_begin) {
+    for (uint64_t& group : group_) group = ~0ull;
+  }
+
+  // All ones in the lanes that keep this key of the segment.
+  IntVec keeps(int vector, int64_t key) {
+    uint64_t at = (uint64_t)(first_key_ + key);
+    if (at / 4 != group_[vector]) generate(vector, group_[vector] = at / 4);
+    return words_[vector][at % 4] >= threshold_;
+  }
+
+ private:
+  void generate(int vector, uint64_t group) {
+    typedef uint64_t Long __attribute__((vector_size(kLanes * 8)));
+    UintVec c0 = UintVec{} + (uint32_t)group, c2 = UintVec{} + head_, c3 = UintVec{};
+    UintVec c1 = bit_cast<UintVec>(lane_index()) + (first_query_ + (uint32_t)(vector * kLanes));
+    uint32_t k0 = (uint32_t)seed_, k1 = (uint32_t)(seed_ >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      Long product0 = __builtin_convertvector(c0, Long) * 0xD2511F53ull;
+      Long product1 = __builtin_convertvector(c2, Long) * 0xCD9E8D57ull;
+      c0 = __builtin_convertvector(product1 >> 32, UintVec) ^ c1 ^ k0;
+      c2 = __builtin_convertvector(product0 >> 32, UintVec) ^ c3 ^ k1;
+      c1 = __builtin_convertvector(product1, UintVec);
+      c3 = __builtin_convertvector(product0, UintVec);
+    }
+    words_[vector][0] = c0, words_[vector][1] = c1, words_[vector][2] = c2, words_[vector][3] = c3;
+  }
+
+  uint64_t seed_;
+  uint32_t threshold_, head_, first_query_;
+  int64_t first_key_;
+  uint64_t group_[kPanelVectors];  // whose words are in hand
+  UintVec words_[kPanelVectors][4];
+};
+
+// ---- scratch memory ---------------------------------------------------------------------------------------------------
+
+// Hands out pieces of a thread's scratch; from a null base it only counts.
+struct Arena {
+  char* base;
+  size_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    size_t at = used;
+    used += round_up(count * sizeof(T), 64);
+    return base ? reinterpret_cast<T*>(base + at) : nullptr;
+  }
+};
+
+// The longest segment, in whole panels or blocks.
+int64_t most_queries(const AttentionArgs& args) {
+  int64_t longest = 0;
+  for (int64_t i = 0; i < args.num_segments; ++i) longest = larger(longest, args.segments[i].query_len);
+  return round_up(longest, kPanel);
+}
+int64_t most_keys(const AttentionArgs& args) {
+  int64_t longest = 0;
+  for (int64_t i = 0; i < args.num_segments; ++i) longest = larger(longest, args.segments[i].key_len);
+  return round_up(longest, kBlockN);
+}
+
+// The sizes to which one head is packed.
+template <class T>
+struct Sizes {
+  int64_t depth, steps, width;
+  explicit Sizes(const AttentionArgs& args)
+      : depth(round_up(args.head_dim, kStep<T>)), steps(depth / kStep<T>), width(round_up(args.head_dim, kPanel)) {}
+};
+
+template <class S>
+S* row(const HeadsView& view, int64_t batch, int64_t head, int64_t index) {
+  return static_cast<S*>(view.data) + batch * view.batch_stride + head * view.head_stride + index * view.row_stride;
+}
+
+// log2(e) x |scale| goes into the exponent; the sign of scale goes into Q, so that the largest score stays the largest.
+struct Scale {
+  float log2, sign;
+  explicit Scale(float scale)
+      : log2(scale == 0 ? 1.0f : fabsf(scale) * kLog2e), sign(scale == 0 ? 0.0f : scale < 0 ? -1.0f : 1.0f) {}
+};
+
+// ---- forward ----------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct ForwardScratch {
+  T *key, *value;         // K (keys x depth), V^T (blocks x head_dim x kBlockN)
+  Wide<T>*query, *probs;  // Q^T (steps x kPanel), P^T (kBlockN / kStep x kPanel)
+  float *scores, *out;    // S^T (kBlockN x kPanel), O^T (head_dim x kPanel)
+  float *max, *sum;       // of each lane, in units of log2
+  size_t bytes;
+
+  ForwardScratch(const AttentionArgs& args, char* base) {
+    const Sizes<T> size(args);
+    const int64_t keys = most_keys(args);
+    Arena arena{base};
+    key = arena.take<T>(keys * size.depth);
+    value = arena.take<T>(keys * args.head_dim);
+    query = arena.take<Wide<T>>(size.steps * kPanel);
+    probs = arena.take<Wide<T>>(kBlockN / kStep<T> * kPanel);
+    scores = arena.take<float>(kBlockN * kPanel);
+    out = arena.take<float>(args.head_dim * kPanel);
+    max = arena.take<float>(kPanel);
+    sum = arena.take<float>(kPanel);
+    bytes = arena.used;
+  }
+};
+
+// One step of the online softmax over `count` keys: scores become probabilities relative to the new maximum, and what
+// was accumulated under the old one is scaled down.
+template <class T>
+void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int64_t key, int64_t count, float scale_log2,
+                   int64_t head_dim, Dropout* dropout, float keep_factor) {
+  const bool masked = panel.masked(key, count);
+  for (int v = 0; v < panel.vectors(); ++v) {
+    float* scores = scratch.scores + v * kLanes;
+    Vec block_max = splat(-kInfinity);
+    for (int64_t j = 0; j < count; ++j) {
+      Vec s = load(scores + j * kPanel);
+      if (masked) store(scores + j * kPanel, s = panel.sees(v, key + j) ? s : splat(-kInfinity));
+      block_max = max(block_max, s);
+    }
+    Vec old_max = load(scratch.max + v * kLanes), new_max = max(old_max, block_max * scale_log2);
+    // A lane that has seen no key yet has a maximum of -inf, and -inf - -inf would be NaN.
+    Vec shift = new_max == -kInfinity ? splat(0.0f) : new_max;
+    Vec shrink = exp2(old_max - shift), sum = Vec{};
+    for (int64_t j = 0; j < count; j += kStep<T>) {
+      Vec p[2] = {};
+      for (int s = 0; s < kStep<T> && j + s < count; ++s) {
+        p[s] = exp2(load(scores + (j + s) * kPanel) * scale_log2 - shift);
+        sum += p[s];
+        if (dropout) p[s] = dropout->keeps(v, key + j + s) ? p[s] * keep_factor : splat(0.0f);
+      }
+      store_wide(scratch.probs + j / kStep<T> * kPanel + v * kLanes, p);
+    }
+    store(scratch.sum + v * kLanes, load(scratch.sum + v * kLanes) * shrink + sum);
+    store(scratch.max + v * kLanes, new_max);
+    for (int64_t d = 0; d < head_dim; ++d) {
+      float* out = scratch.out + d * kPanel + v * kLanes;
+      store(out, load(out) * shrink);
+    }
+  }
+}
+
+template <class S, class T>
+void forward_panel(const AttentionArgs& args, const ForwardScratch<T>& scratch, const Segment& segment, int64_t head,
+                   int64_t first_query, int64_t packed_from) {
+  const Sizes<T> size(args);
+  const Scale scale(args.scale);
+  const Panel panel(args, segment, first_query);
+  Dropout dropout(args, segment, head, first_query);
+  const int64_t query_row = segment.query_begin + first_query;
+  pack_panel_columns<S, T>(scratch.query, row<S>(args.query, segment.batch, head, query_row), args.query.row_stride,
+                           panel.rows, args.head_dim, scale.sign);
+  memset(scratch.out, 0, args.head_dim * kPanel * sizeof(float));
+  for (int i = 0; i < kPanel; ++i) scratch.max[i] = -kInfinity, scratch.sum[i] = 0.0f;
+
+  for (int64_t key = panel.key_begin / kBlockN * kBlockN; key < panel.key_end; key += kBlockN) {
+    const int64_t count = smaller(kBlockN, panel.key_end - key), packed = key - packed_from;
+    multiply<T>(scratch.key + packed * size.depth, size.depth, scratch.query, count, size.steps, panel.rows,
+                scratch.scores, kPanel, false);
+    softmax_block<T>(scratch, panel, key, count, scale.log2, args.head_dim, args.dropout_p > 0 ? &dropout : nullptr,
+                     (float)(1 / (1 - args.dropout_p)));
+    multiply<T>(scratch.value + packed * args.head_dim, kBlockN, scratch.probs, args.head_dim,
+                (count + kStep<T> - 1) / kStep<T>, panel.rows, scratch.out, kPanel, true);
+  }
+
+  for (int v = 0; v < panel.vectors(); ++v) {
+    Vec sum = load(scratch.sum + v * kLanes), inverse = sum == 0.0f ? splat(0.0f) : 1.0f / sum;  // no key seen: zeros
+    for (int64_t d = 0; d < args.head_dim; ++d) {
+      float* out = scratch.out + d * kPanel + v * kLanes;
+      store(out, load(out) * inverse);
+    }
+  }
+  unpack_columns(row<S>(args.out, segment.batch, head, query_row), args.out.row_stride, scratch.out, panel.rows,
+                 args.head_dim, 1.0f);
+  float* lse = args.lse + (segment.batch * args.query_heads + head) * args.query_len + query_row;
+  for (int64_t i = 0; i < panel.rows; ++i)
+    lse[i] = scratch.sum[i] == 0 ? -kInfinity : (scratch.max[i] + log2f(scratch.sum[i])) * kLn2;
+}
+
+// A task is a key-value head of a segment and a run of its query panels, for which it packs the keys that they see.
+template <class S, class T>
+void forward(const AttentionArgs& args) {
+  const Sizes<T> size(args);
+  const size_t bytes = ForwardScratch<T>(args, nullptr).bytes;
+  const int64_t pairs = args.num_segments * args.kv_heads, group = args.query_heads / args.kv_heads;
+  const int64_t panels = most_queries(args) / kPanel;
+  // Enough tasks to keep every thread busy to the end, and no more: each packs its keys again.
+  const int64_t chunks = pairs ? larger(1, smaller(panels, (4 * args.num_threads + pairs - 1) / pairs)) : 0;
+  const int64_t chunk_rows = chunks ? (panels + chunks - 1) / chunks * kPanel : 0;
+#pragma omp parallel num_threads(args.num_threads) if (args.num_threads > 1 && pairs * chunks > 1)
+  {
+    const ForwardScratch<T> scratch(args, args.workspace + bytes * omp_get_thread_num());
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < pairs * chunks; ++task) {
+      const int64_t chunk = chunks - 1 - task / pairs, pair = task % pairs;  // the longest (under a causal mask) first
+      const Segment& segment = args.segments[pair / args.kv_heads];
+      const int64_t kv_head = pair % args.kv_heads;
+      const int64_t begin = chunk * chunk_rows, end = smaller(segment.query_len, begin + chunk_rows);
+      if (begin >= end) continue;
+      const int64_t key_begin = visible(args, segment, begin).begin / kBlockN * kBlockN;
+      const int64_t key_end = visible(args, segment, end - 1).end;
+      const int64_t first = segment.key_begin + key_begin, count = larger(0, key_end - key_begin);
+      pack_rows<S, T>(scratch.key, size.depth, row<S>(args.key, segment.batch, kv_head, first), args.key.row_stride,
+                      count, args.head_dim, size.depth);
+      pack_columns<S, T>(scratch.value, row<S>(args.value, segment.batch, kv_head, first), args.value.row_stride, count,
+                         args.head_dim);
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+        for (int64_t query = begin; query < end; query += kPanel)
+          forward_panel<S, T>(args, scratch, segment, head, query, key_begin);
+    }
+  }
+}
+
+// ---- forward for few queries: decoding ----------------------------------------------------------------------------------
+//
+// With a handful of queries the time is that of reading K and V once from memory, and packing would read and write them
+// again. So here keys are used where they lie: dot products along head_dim, kLanes keys at a time, turned into a vector of
+// scores by a transpose.
+
+constexpr int kFewRows = 8;  // query heads of the group x queries
+
+bool few_queries(const AttentionArgs& args) {
+  const int64_t group = args.query_heads / args.kv_heads;
+  for (int64_t i = 0; i < args.num_segments; ++i)
+    if (args.segments[i].query_len * group > kFewRows) return false;
+  return args.dropout_p == 0;
+}
+
+struct FewScratch {
+  float *query, *out, *scores;  // (kFewRows x width) twice, (kBlockN)
+  int64_t width;
+  size_t bytes;
+
+  FewScratch(const AttentionArgs& args, char* base) : width(round_up(args.head_dim, kLanes)) {
+    Arena arena{base};
+    query = arena.take<float>(kFewRows * width);
+    out = arena.take<float>(kFewRows * width);
+    scores = arena.take<float>(kBlockN);
+    bytes = arena.used;
+  }
+};
+
+// scores[j] = query . key j for j < count; what is beyond, up to a whole vector, is a copy of the last.
+template <class S>
+void dot_keys(const float* query, const S* keys, int64_t stride, int64_t count, int64_t head_dim, float* scores) {
+  for (int64_t j = 0; j < count; j += kLanes) {
+    Vec products[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const S* key = keys + smaller(j + i, count - 1) * stride;
+      products[i] = Vec{};
+      for (int64_t d = 0; d < head_dim; d += kLanes) products[i] += load(query + d) * load_up_to(key + d, head_dim - d);
+    }
+    transpose(products);
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) products[i] += products[i + half];
+    store(scores + j, products[0]);
+  }
+}
+
+// out = out x shrink + the sum of probs[j] x value j for j < count.
+template <class S>
+void add_values(const float* probs, const S* values, int64_t stride, int64_t count, int64_t head_dim, float shrink,
+                float* out) {
+  constexpr int kVectors = 4;
+  for (int64_t d = 0; d < head_dim; d += kVectors * kLanes) {
+    Vec sum[kVectors];
+    for (int v = 0; v < kVectors; ++v) sum[v] = d + v * kLanes < head_dim ? load(out + d + v * kLanes) * shrink : Vec{};
+    for (int64_t j = 0; j < count; ++j)
+      for (int v = 0; v < kVectors; ++v)
+        if (d + v * kLanes < head_dim)
+          sum[v] += splat(probs[j]) * load_up_to(values + j * stride + d + v * kLanes, head_dim - d - v * kLanes);
+    for (int v = 0; v < kVectors; ++v)
+      if (d + v * kLanes < head_dim) store(out + d + v * kLanes, sum[v]);
+  }
+}
+
+// A task is a key-value head of a segment with all of its queries.
+template <class S>
+void forward_few(const AttentionArgs& args) {
+  const size_t bytes = FewScratch(args, nullptr).bytes;
+  const int64_t pairs = args.num_segments * args.kv_heads, group = args.query_heads / args.kv_heads;
+  const Scale scale(args.scale);
+#pragma omp parallel num_threads(args.num_threads) if (args.num_threads > 1 && pairs > 1)
+  {
+    const FewScratch scratch(args, args.workspace + bytes * omp_get_thread_num());
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < pairs; ++task) {
+      const Segment& segment = args.segments[task / args.kv_heads];
+      const int64_t kv_head = task % args.kv_heads, rows = segment.query_len * group;
+      float max[kFewRows], sum[kFewRows];
+      for (int64_t r = 0; r < rows; ++r) {  // row r: head r / query_len of the group, query r % query_len
+        const int64_t head = kv_head * group + r / segment.query_len, query = r % segment.query_len;
+        pack_rows(scratch.query + r * scratch.width, scratch.width,
+                  row<S>(args.query, segment.batch, head, segment.query_begin + query), 0, 1, args.head_dim,
+                  scratch.width);
+        for (int64_t d = 0; d < scratch.width; d += kLanes)
+          store(scratch.query + r * scratch.width + d,
+                load(scratch.query + r * scratch.width + d) * (scale.sign * scale.log2));
+        memset(scratch.out + r * scratch.width, 0, scratch.width * sizeof(float));
+        max[r] = -kInfinity, sum[r] = 0.0f;
+      }
+      for (int64_t block = 0; block < segment.key_len; block += kBlockN)
+        for (int64_t r = 0; r < rows; ++r) {
+          Range range = visible(args, segment, r % segment.query_len);
+          const int64_t begin = larger(block, range.begin), count = smaller(block + kBlockN, range.end) - begin;
+          if (count <= 0) continue;
+          const int64_t first = segment.key_begin + begin;
+          dot_keys(scratch.query + r * scratch.width, row<S>(args.key, segment.batch, kv_head, first),
+                   args.key.row_stride, count, args.head_dim, scratch.scores);
+          Vec block_max = splat(-kInfinity), block_sum = Vec{};
+          for (int64_t j = 0; j < count; j += kLanes) block_max = gptcore::GPTCORE_ISA::max(block_max, load(scratch.scores + j));
+          float new_max = max[r];
+          for (int i = 0; i < kLanes; ++i) new_max = block_max[i] > new_max ? block_max[i] : new_max;
+          const float shift = new_max == -kInfinity ? 0.0f : new_max;
+          for (int64_t j = 0; j < count; j += kLanes) {
+            Vec p = exp2(load(scratch.scores + j) - shift);
+            block_sum += lane_index() < (int32_t)(count - j) ? p : Vec{};
+            store(scratch.scores + j, p);
+          }
+          const float shrink = exp2f(max[r] - shift);
+          sum[r] = sum[r] * shrink + sum_lanes(block_sum), max[r] = new_max;
+          add_values(scratch.scores, row<S>(args.value, segment.batch, kv_head, first), args.value.row_stride, count,
+                     args.head_dim, shrink, scratch.out + r * scratch.width);
+        }
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t head = kv_head * group + r / segment.query_len;
+        const int64_t query = segment.query_begin + r % segment.query_len;
+        unpack_rows(row<S>(args.out, segment.batch, head, query), 0, scratch.out + r * scratch.width, 0, 1,
+                    args.head_dim, sum[r] == 0 ? 0.0f : 1.0f / sum[r]);
+        args.lse[(segment.batch * args.query_heads + head) * args.query_len + query] =
+            sum[r] == 0 ? -kInfinity : (max[r] + log2f(sum[r])) * kLn2;
+      }
+    }
+  }
+}
+
+// ---- backward ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct BackwardScratch {
+  T *key, *value, *key_columns;        // K, V (keys x depth), K^T (blocks x head_dim x kBlockN)
+  float *grad_key, *grad_value;        // dK, dV (keys x width)
+  Wide<T>*query, *grad_out;            // of the panel at hand: Q^T, dO^T (steps x kPanel)
+  Wide<T>*query_rows, *grad_out_rows;  // Q, dO (kPanel / kStep x width)
+  float *scores, *grad_probs;          // S^T, then P^T; dP^T, then dS^T (kBlockN x kPanel)
+  T *probs, *grad_scores;              // P^T, dS^T as left operands; for T = float the same memory
+  Wide<T>* grad_scores_wide;           // dS^T as right operand; likewise
+  float* grad_query;                   // dQ^T (head_dim x kPanel)
+  float *lse_log2, *delta;             // of each lane
+  size_t bytes;
+
+  BackwardScratch(const AttentionArgs& args, char* base) {
+    const Sizes<T> size(args);
+    const int64_t keys = most_keys(args);
+    Arena arena{base};
+    key = arena.take<T>(keys * size.depth);
+    value = arena.take<T>(keys * size.depth);
+    key_columns = arena.take<T>(keys * args.head_dim);
+    grad_key = arena.take<float>(keys * size.width);
+    grad_value = arena.take<float>(keys * size.width);
+    query = arena.take<Wide<T>>(size.steps * kPanel);
+    grad_out = arena.take<Wide<T>>(size.steps * kPanel);
+    query_rows = arena.take<Wide<T>>(kPanel / kStep<T> * size.width);
+    grad_out_rows = arena.take<Wide<T>>(kPanel / kStep<T> * size.width);
+    scores = arena.take<float>(kBlockN * kPanel);
+    grad_probs = arena.take<float>(kBlockN * kPanel);
+    if constexpr (kStep<T> == 1) {
+      probs = scores, grad_scores = grad_probs, grad_scores_wide = grad_probs;
+    } else {
+      probs = arena.take<T>(kBlockN * kPanel);
+      grad_scores = arena.take<T>(kBlockN * kPanel);
+      grad_scores_wide = arena.take<Wide<T>>(kBlockN / kStep<T> * kPanel);
+    }
+    grad_query = arena.take<float>(args.head_dim * kPanel);
+    lse_log2 = arena.take<float>(kPanel);
+    delta = arena.take<float>(kPanel);
+    bytes = arena.used;
+  }
+};
+
+// From scores and dP to P and dS = P (dP - delta), with P recomputed from the saved LSE (FlashAttention, algorithm 4).
+template <class T>
+void softmax_backward_block(const BackwardScratch<T>& scratch, const Panel& panel, int64_t key, int64_t count,
+                            float scale_log2, Dropout* dropout, float keep_factor) {
+  const bool masked = panel.masked(key, count);
+  for (int v = 0; v < kPanelVectors; ++v) {
+    const Vec lse_log2 = load(scratch.lse_log2 + v * kLanes);
+    const Vec delta = load(scratch.delta + v * kLanes);
+    for (int64_t j = 0; j < count; j += kStep<T>) {
+      Vec ds[2] = {};
+      for (int s = 0; s < kStep<T> && j + s < count; ++s) {
+        const int64_t at = (j + s) * kPanel + v * kLanes;
+        Vec p = exp2(load(scratch.scores + at) * scale_log2 - lse_log2), dp = load(scratch.grad_probs + at);
+        if (masked) {
+          IntVec seen = panel.sees(v, key + j + s);
+          p = seen ? p : splat(0.0f), dp = seen ? dp : splat(0.0f);
+        }
+        Vec dropped = p;
+        if (dropout) {
+          IntVec kept = dropout->keeps(v, key + j + s);
+          dropped = kept ? p * keep_factor : splat(0.0f), dp = kept ? dp * keep_factor : splat(0.0f);
+        }
+        ds[s] = p * (dp - delta);
+        store(scratch.probs + at, dropped);
+        store(scratch.grad_scores + at, ds[s]);
+      }
+      if constexpr (kStep<T> > 1) store_wide(scratch.grad_scores_wide + j / kStep<T> * kPanel + v * kLanes, ds);
+    }
+  }
+}
+
+// Packs one panel of queries: Q and dO both ways, and of each query its LSE and delta = rowsum(dO O) - dLSE.
+template <class S, class T>
+void pack_panel(const AttentionArgs& args, const BackwardScratch<T>& scratch, const Segment& segment, int64_t head,
+                const Panel& panel) {
+  const int64_t at = segment.query_begin + panel.first, rows = panel.rows;
+  const S* query = row<S>(args.query, segment.batch, head, at);
+  const S* out = row<S>(args.out, segment.batch, head, at);
+  const S* grad_out = row<S>(args.grad_out, segment.batch, head, at);
+  pack_panel_columns<S, T>(scratch.query, query, args.query.row_stride, rows, args.head_dim, Scale(args.scale).sign);
+  pack_panel_columns<S, T>(scratch.grad_out, grad_out, args.grad_out.row_stride, rows, args.head_dim, 1.0f);
+  pack_panel_rows<S, T>(scratch.query_rows, query, args.query.row_stride, rows, args.head_dim);
+  pack_panel_rows<S, T>(scratch.grad_out_rows, grad_out, args.grad_out.row_stride, rows, args.head_dim);
+  const int64_t lse_row = (segment.batch * args.query_heads + head) * args.query_len + at;
+  for (int64_t i = 0; i < kPanel; ++i) {
+    scratch.lse_log2[i] = kInfinity, scratch.delta[i] = 0.0f;  // probability zero: right for idle lanes
+    if (i >= rows || args.lse[lse_row + i] == -kInfinity) continue;
+    Vec products = Vec{};
+    for (int64_t d = 0; d < args.head_dim; d += kLanes)
+      products += load_up_to(out + i * args.out.row_stride + d, args.head_dim - d) *
+                  load_up_to(grad_out + i * args.grad_out.row_stride + d, args.head_dim - d);
+    scratch.lse_log2[i] = args.lse[lse_row + i] * kLog2e;
+    scratch.delta[i] = sum_lanes(products) - (args.grad_lse ? args.grad_lse[lse_row + i] : 0.0f);
+  }
+}
+
+// One block of keys against the panel: the five products.
+template <class T>
+void backward_block(const AttentionArgs& args, const BackwardScratch<T>& scratch, const Panel& panel, int64_t key,
+                    int64_t count, Dropout* dropout) {
+  const Sizes<T> size(args);
+  multiply<T>(scratch.key + key * size.depth, size.depth, scratch.query, count, size.steps, kPanel, scratch.scores,
+              kPanel, false);
+  multiply<T>(scratch.value + key * size.depth, size.depth, scratch.grad_out, count, size.steps, kPanel,
+              scratch.grad_probs, kPanel, false);
+  softmax_backward_block<T>(scratch, panel, key, count, Scale(args.scale).log2, dropout,
+                            (float)(1 / (1 - args.dropout_p)));
+  for (int64_t d = 0; d < args.head_dim; d += kPanel) {
+    const int64_t rows_panel = d * (kPanel / kStep<T>), columns = smaller(kPanel, args.head_dim - d);
+    multiply<T>(scratch.probs, kPanel, scratch.grad_out_rows + rows_panel, count, kPanel / kStep<T>, columns,
+                scratch.grad_value + key * size.width + d, size.width, true);
+    multiply<T>(scratch.grad_scores, kPanel, scratch.query_rows + rows_panel, count, kPanel / kStep<T>, columns,
+                scratch.grad_key + key * size.width + d, size.width, true);
+  }
+  multiply<T>(scratch.key_columns + key * args.head_dim, kBlockN, scratch.grad_scores_wide, args.head_dim,
+              (count + kStep<T> - 1) / kStep<T>, kPanel, scratch.grad_query, kPanel, true);
+}
+
+// A task is one key-value head of a segment with all of its query heads, so every sum has one owner and one order:
+// the gradients are deterministic, and those of a group of query heads are added in float32.
+template <class S, class T>
+void backward(const AttentionArgs& args) {
+  const Sizes<T> size(args);
+  const size_t bytes = BackwardScratch<T>(args, nullptr).bytes;
+  const int64_t pairs = args.num_segments * args.kv_heads, group = args.query_heads / args.kv_heads;
+#pragma omp parallel num_threads(args.num_threads) if (args.num_threads > 1 && pairs > 1)
+  {
+    const BackwardScratch<T> scratch(args, args.workspace + bytes * omp_get_thread_num());
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < pairs; ++task) {
+      const Segment& segment = args.segments[task / args.kv_heads];
+      const int64_t kv_head = task % args.kv_heads, keys = segment.key_len;
+      const S* key_rows = row<S>(args.key, segment.batch, kv_head, segment.key_begin);
+      const S* value_rows = row<S>(args.value, segment.batch, kv_head, segment.key_begin);
+      pack_rows<S, T>(scratch.key, size.depth, key_rows, args.key.row_stride, keys, args.head_dim, size.depth);
+      pack_rows<S, T>(scratch.value, size.depth, value_rows, args.value.row_stride, keys, args.head_dim, size.depth);
+      pack_columns<S, T>(scratch.key_columns, key_rows, args.key.row_stride, keys, args.head_dim);
+      memset(scratch.grad_key, 0, keys * size.width * sizeof(float));
+      memset(scratch.grad_value, 0, keys * size.width * sizeof(float));
+
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+        for (int64_t query = 0; query < segment.query_len; query += kPanel) {
+          const Panel panel(args, segment, query);
+          Dropout dropout(args, segment, head, query);
+          pack_panel<S, T>(args, scratch, segment, head, panel);
+          memset(scratch.grad_query, 0, args.head_dim * kPanel * sizeof(float));
+          for (int64_t key = panel.key_begin / kBlockN * kBlockN; key < panel.key_end; key += kBlockN)
+            backward_block<T>(args, scratch, panel, key, smaller(kBlockN, panel.key_end - key),
+                              args.dropout_p > 0 ? &dropout : nullptr);
+          unpack_columns(row<S>(args.grad_query, segment.batch, head, segment.query_begin + query),
+                         args.grad_query.row_stride, scratch.grad_query, panel.rows, args.head_dim, args.scale);
+        }
+      unpack_rows(row<S>(args.grad_key, segment.batch, kv_head, segment.key_begin), args.grad_key.row_stride,
+                  scratch.grad_key, size.width, keys, args.head_dim, args.scale);
+      unpack_rows(row<S>(args.grad_value, segment.batch, kv_head, segment.key_begin), args.grad_value.row_stride,
+                  scratch.grad_value, size.width, keys, args.head_dim, 1.0f);
+    }
+  }
+}
+
+}  // namespace
+
+// ---- the entries of the kernel table ------------------------------------------------------------------------------------
+
+#if defined(__AVX512BF16__)
+using Bfloat16Operand = bfloat16;
+#else
+using Bfloat16Operand = float;
+#endif
+
+size_t attention_forward_workspace(const AttentionArgs& args) {
+  if (few_queries(args)) return FewScratch(args, nullptr).bytes;
+  if (args.dtype == DType::bfloat16) return ForwardScratch<Bfloat16Operand>(args, nullptr).bytes;
+  return ForwardScratch<float>(args, nullptr).bytes;
+}
+
+void attention_forward(const AttentionArgs& args) {
+  const bool few = few_queries(args);
+  switch (args.dtype) {
+    case DType::bfloat16: return few ? forward_few<bfloat16>(args) : forward<bfloat16, Bfloat16Operand>(args);
+    case DType::float16: return few ? forward_few<float16>(args) : forward<float16, float>(args);
+    default: return few ? forward_few<float>(args) : forward<float, float>(args);
+  }
+}
+
+size_t attention_backward_workspace(const AttentionArgs& args) {
+  if (args.dtype == DType::bfloat16) return BackwardScratch<Bfloat16Operand>(args, nullptr).bytes;
+  return BackwardScratch<float>(args, nullptr).bytes;
+}
+
+void attention_backward(const AttentionArgs& args) {
+  switch (args.dtype) {
+    case DType::bfloat16: return backward<bfloat16, Bfloat16Operand>(args);
+    case DType::float16: return backward<float16, float>(args);
+    default: return backward<float, float>(args);
+  }
+}
+
+}  // namespace GPTCORE_ISA
+}  // namespace gptcore

@@ -1,0 +1,137 @@
+// GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415): x * Phi(x), with Phi the normal distribution function or the
+// paper's approximation of it by tanh, which is what GPT-2 was trained with.
+#include "kernels/cpu/rows.h"
+
+namespace gptcore {
+namespace GPTCORE_ISA {
+namespace {
+
+// gelu(x) = x * cdf and gelu'(x) = cdf + x_pdf, where x_pdf is x times the derivative of cdf.
+struct Normal {
+  Vec cdf, x_pdf;
+};
+
+// What a result of type T needs: all of float32's accuracy, or just enough for 16 bits (their rounding errors are 2^-9
+// and 2^-12) at about half of the instructions.
+template <class T>
+GPTCORE_INLINE Vec exp2_for(Vec x) { return sizeof(T) == 4 ? exp2(x) : exp2<4>(x); }
+template <class T>
+GPTCORE_INLINE Vec reciprocal_for(Vec x) {
+#if defined(__AVX512F__)
+  if (sizeof(T) == 2) return (Vec)_mm512_rcp14_ps((__m512)x);  // relative error 2^-14
+#endif
+  return 1.0f / x;
+}
+
+// (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), which does not cancel for negative u, with u = sqrt(2/pi) (x + 0.044715 x^3).
+template <class T>
+GPTCORE_INLINE Normal tanh_form(Vec x) {
+  constexpr float kSlope = 1.5957691216f, kCube = 0.044715f;  // 2 sqrt(2/pi)
+  Vec square = min(splat(1e3f), x * x);  // finite, so that no 0 * inf comes of a large x: by then cdf is 0 or 1
+  Vec e = exp2_for<T>(x * (square * (-kSlope * kCube * kLog2e) - kSlope * kLog2e));
+  Vec cdf = reciprocal_for<T>(1.0f + e);
+  Vec upper = min(e * cdf, splat(1.0f));  // 1 - cdf without cancelling; inf * 0 = NaN counts as 1
+  return {cdf, (upper * cdf * x) * (square * (3 * kSlope * kCube) + kSlope)};
+}
+
+// Phi(-a) = exp(-a^2 / 2) R(a) for a = |x|, so that the lower tail does not cancel. R falls slowly, from 1/2 towards
+// 1 / (a sqrt(2 pi)), and is smooth in v = a / (a + 3). The polynomial is its minimax fit in v (Remez exchange in 40
+// digits; relative error 9e-9) for a up to 14.5, where the exponential underflows. In float32 Phi comes to about 1e-7
+// for a below 3 and 2e-6 in the far tail.
+template <class T>
+GPTCORE_INLINE Normal erf_form(Vec x) {
+  Vec a = x < 0.0f ? -x : x;
+  a = min(splat(20.0f), a);
+  Vec gauss = exp2_for<T>((a * a) * (-0.5f * kLog2e));
+  Vec v = a * reciprocal_for<T>(a + 3.0f);
+  Vec r = splat(2.72342142e-2f);
+  r = r * v - 9.31109186e-2f;
+  r = r * v + 8.39373651e-2f;
+  r = r * v + 9.10632874e-3f;
+  r = r * v + 6.22576922e-2f;
+  r = r * v - 1.58782357e-1f;
+  r = r * v - 2.86965246e-1f;
+  r = r * v + 1.05315478f;
+  r = r * v - 1.19682654f;
+  r = r * v + 0.5f;
+  Vec tail = gauss * r;
+  return {x < 0.0f ? tail : 1.0f - tail, x * (gauss * 0.3989422804f)};  // 1 / sqrt(2 pi)
+}
+
+template <class T, bool kTanh>
+GPTCORE_INLINE Normal normal(Vec x) { return kTanh ? tanh_form<T>(x) : erf_form<T>(x); }
+
+// The work is cut into lines: rows where there is a bias to add to each, else stretches of any length.
+struct Lines {
+  int64_t count, length, size;
+  explicit Lines(const GeluArgs& args) : length(args.bias ? args.width : 4096), size(args.rows * args.width) {
+    count = length ? (size + length - 1) / length : 0;
+  }
+  int64_t begin(int64_t line) const { return line * length; }
+  int64_t end(int64_t line) const { return size < (line + 1) * length ? size : (line + 1) * length; }
+  int threads(int num_threads) const { return size < 32768 ? 1 : num_threads; }
+};
+
+template <class T, bool kTanh>
+void forward(const GeluArgs& args) {
+  const Lines lines(args);
+  bool streaming = pays_to_stream(lines.size * sizeof(T));
+  parallel_for(lines.count, lines.threads(args.num_threads), [&](int64_t line) {
+    int64_t begin = lines.begin(line), n = lines.end(line) - begin;
+    const T* x = (const T*)args.x + begin;
+    T* out = (T*)args.out + begin;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      Vec v = load_up_to(x + i, n - i);
+      if (args.bias) v += load_up_to(args.bias + i, n - i);
+      stream_up_to(out + i, v * normal<T, kTanh>(v).cdf, n - i, streaming);
+    }
+  });
+}
+
+template <class T, bool kTanh>
+GPTCORE_INLINE void backward_line(const T* x, const float* bias, const T* grad_out, T* grad_x, float* grad_bias, int64_t n, bool streaming) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    Vec v = load_up_to(x + i, n - i);
+    if (bias) v += load_up_to(bias + i, n - i);
+    Normal at = normal<T, kTanh>(v);
+    Vec grad = load_up_to(grad_out + i, n - i) * (at.cdf + at.x_pdf);
+    stream_up_to(grad_x + i, grad, n - i, streaming);
+    if (bias) store_up_to(grad_bias + i, load_up_to(grad_bias + i, n - i) + grad, n - i);
+  }
+}
+
+template <class T, bool kTanh>
+void backward(const GeluArgs& args) {
+  const Lines lines(args);
+  bool streaming = pays_to_stream(lines.size * sizeof(T));
+  int64_t chunks = args.bias ? row_chunks(args.rows) : lines.count;
+  parallel_for(chunks, lines.threads(args.num_threads), [&](int64_t chunk) {
+    float* partial = args.workspace + chunk * args.width;
+    if (args.bias) memset(partial, 0, args.width * sizeof(float));
+    for (int64_t line = lines.count * chunk / chunks; line < lines.count * (chunk + 1) / chunks; ++line) {
+      int64_t begin = lines.begin(line), n = lines.end(line) - begin;
+      backward_line<T, kTanh>((const T*)args.x + begin, args.bias, (const T*)args.grad_out + begin,
+                              (T*)args.grad_x + begin, partial, n, streaming);
+    }
+  });
+  if (args.bias) sum_chunks(args.workspace, chunks, args.width, args.width, args.grad_bias);
+}
+
+}  // namespace
+
+void gelu_forward(const GeluArgs& args) {
+  with_type(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    args.tanh_form ? forward<T, true>(args) : forward<T, false>(args);
+  });
+}
+
+void gelu_backward(const GeluArgs& args) {
+  with_type(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    args.tanh_form ? backward<T, true>(args) : backward<T, false>(args);
+  });
+}
+
+}  // namespace GPTCORE_ISA
+}  // namespace gptcore

@@ -1,0 +1,93 @@
+// What the CPU kernels are called with, and the table of them that every instruction set fills in.
+//
+// Plain structs of pointers and sizes: a kernel knows nothing of Python or PyTorch. Strides count elements. The caller
+// (csrc/) has checked every shape, stride and range; the kernels trust their arguments.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace gptcore {
+
+enum class DType { float32, bfloat16, float16, int32, int64, other };
+
+// One document (or one batch row): its queries attend to its keys and to nothing else.
+struct Segment {
+  int64_t batch, query_begin, query_len, key_begin, key_len;
+};
+
+// A 4-D tensor (batch, heads, length, head_dim) whose head_dim is dense.
+struct HeadsView {
+  void* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
+};
+
+struct AttentionArgs {
+  DType dtype;
+  HeadsView query, key, value, out;
+  float* lse;  // (batch, query_heads, query_len), natural log
+  int64_t query_heads, kv_heads, query_len, head_dim;  // query_len: of the tensor, the row length of lse and delta
+  const Segment* segments;
+  int64_t num_segments;
+  float scale;
+  bool causal;
+  int64_t window_left, window_right;  // negative: no limit
+  double dropout_p;
+  uint64_t seed;
+  // Backward only.
+  HeadsView grad_out, grad_query, grad_key, grad_value;
+  const float* grad_lse;  // may be null
+  char* workspace;        // num_threads x attention_*_workspace bytes, aligned to 64
+  int num_threads;
+};
+
+struct LayerNormArgs {
+  DType dtype;           // of x, and of out where there is no residual
+  DType residual_dtype;  // of residual, and of sum and out where there is one: dtype itself or float32
+  int64_t rows, width;
+  const void *x, *residual;     // residual may be null
+  const float *weight, *bias;   // bias may be null
+  void *out, *sum;              // sum = x + residual, null without a residual
+  float *mean, *rstd;           // (rows,)
+  float eps;
+  // Backward only. x is then what was normalised: the sum, of residual_dtype, where there was a residual. grad_out has
+  // its dtype, and so does grad_x: the gradient of the sum, which is that of x and of the residual.
+  const void *grad_out, *grad_sum;  // grad_sum may be null
+  void *grad_x;
+  float *grad_weight, *grad_bias;   // grad_bias may be null
+  float* workspace;                 // row_chunks(rows) x 2 x width partial sums
+  int num_threads;
+};
+
+struct GeluArgs {
+  DType dtype;
+  bool tanh_form;
+  int64_t rows, width;  // bias is (width,); without one, rows x width is any factorisation of the size
+  const void* x;
+  const float* bias;  // may be null
+  void* out;
+  // Backward only.
+  const void* grad_out;
+  void* grad_x;
+  float* grad_bias;  // null without a bias
+  float* workspace;  // row_chunks(rows) x width partial sums
+  int num_threads;
+};
+
+// Sums over rows (grad_weight, grad_bias) are taken in this many chunks and the chunks added in order, so that the
+// result depends on the shape alone and never on the number of threads.
+static inline constexpr int64_t row_chunks(int64_t rows) { return rows < 64 ? 1 : rows < 2048 ? rows / 64 : 32; }
+
+struct CpuKernels {
+  const char* isa;
+  size_t (*attention_forward_workspace)(const AttentionArgs&);  // bytes a thread
+  void (*attention_forward)(const AttentionArgs&);
+  size_t (*attention_backward_workspace)(const AttentionArgs&);
+  void (*attention_backward)(const AttentionArgs&);
+  void (*layer_norm_forward)(const LayerNormArgs&);
+  void (*layer_norm_backward)(const LayerNormArgs&);
+  void (*gelu_forward)(const GeluArgs&);
+  void (*gelu_backward)(const GeluArgs&);
+};
+
+}  // namespace gptcore

@@ -1,0 +1,151 @@
+// Layer normalisation (Ba et al. 2016, arXiv:1607.06450), with the residual addition before it fused in.
+//
+// Memory is the limit: every row is read from it once, and stays in the cache for the passes after the first.
+#include "kernels/cpu/rows.h"
+
+namespace gptcore {
+namespace GPTCORE_ISA {
+namespace {
+
+// body(begin, length) for stretches of a row. A float32 sum of more terms than this, one after the other, would lose digits:
+// stretches are summed in float32 and added in double.
+template <class Body>
+GPTCORE_INLINE void for_stretches(int64_t n, Body body) {
+  constexpr int64_t kStretch = 4096;
+  for (int64_t i = 0; i < n; i += kStretch) body(i, n - i < kStretch ? n - i : kStretch);
+}
+
+// visit(v, j) for each vector of a row; j < 4 numbers the sum to add it to, because one addition must not wait for the
+// one before it. Lanes past the end read `fill`, which must add nothing.
+template <class T, class Visit>
+GPTCORE_INLINE void visit_row(const T* row, int64_t n, float fill, Visit visit) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) visit(load(row + i + j * kLanes), j);
+  for (; i + kLanes <= n; i += kLanes) visit(load(row + i), 0);
+  if (i < n) visit(load_partial(row + i, n - i, fill), 1);
+}
+GPTCORE_INLINE float total(const Vec* sums) { return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])); }
+
+template <class X, class R>
+GPTCORE_INLINE void add_residual(const X* x, const R* residual, R* sum, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes)
+    store_up_to(sum + i, load_up_to(x + i, n - i) + load_up_to(residual + i, n - i), n - i);
+}
+
+// In two passes, since E[x^2] - mean^2 cancels when the mean is large. The second also finds by how much the mean was
+// rounded: at mean 100 and deviation 1 that is most of the error of a float32 layer norm.
+template <class T>
+GPTCORE_INLINE void normalize_row(const LayerNormArgs& args, const T* row, T* out, float* mean_out, float* rstd_out) {
+  const int64_t n = args.width;
+  double sum = 0, sum_rest = 0, sum_square = 0;
+  for_stretches(n, [&](int64_t begin, int64_t length) {
+    Vec sums[4] = {};
+    visit_row(row + begin, length, 0.0f, [&](Vec v, int j) { sums[j] += v; });
+    sum += total(sums);
+  });
+  const float mean = sum / n;
+  for_stretches(n, [&](int64_t begin, int64_t length) {
+    Vec rests[4] = {}, squares[4] = {};
+    visit_row(row + begin, length, mean, [&](Vec v, int j) {
+      Vec difference = v - mean;
+      rests[j] += difference;
+      squares[j] += difference * difference;
+    });
+    sum_rest += total(rests), sum_square += total(squares);
+  });
+  const float rest = sum_rest / n, variance = sum_square / n - rest * rest;
+  const float rstd = 1.0f / __builtin_sqrtf(variance + args.eps), shift = rest * rstd;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    Vec v = ((load_up_to(row + i, n - i) - mean) * rstd - shift) * load_up_to(args.weight + i, n - i);
+    if (args.bias) v += load_up_to(args.bias + i, n - i);
+    store_up_to(out + i, v, n - i);
+  }
+  *mean_out = mean + rest, *rstd_out = rstd;
+}
+
+GPTCORE_INLINE int threads_for(const LayerNormArgs& args) {
+  return args.rows * args.width < 16384 ? 1 : args.num_threads;
+}
+
+// X is the type of x, R that of everything from the sum on.
+template <class X, class R>
+void forward(const LayerNormArgs& args) {
+  parallel_for(args.rows, threads_for(args), [&](int64_t r) {
+    const int64_t begin = r * args.width;
+    const R* row = (const R*)args.x + begin;
+    if (args.residual) {  // the statistics are those of the sum as stored, which is what the backward pass will see
+      R* sum = (R*)args.sum + begin;
+      add_residual((const X*)args.x + begin, (const R*)args.residual + begin, sum, args.width);
+      row = sum;
+    }
+    normalize_row(args, row, (R*)args.out + begin, args.mean + r, args.rstd + r);
+  });
+}
+
+// With xhat = (x - mean) * rstd and g = weight * grad_out:  grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)),
+// and what this row adds to grad_weight = sum of grad_out * xhat and to grad_bias = sum of grad_out.
+//
+// args.mean is rounded. `shift`, the mean of the xhat that comes of it, is what must be taken from every xhat.
+template <class T>
+GPTCORE_INLINE void backward_row(const LayerNormArgs& args, int64_t r, float* weight_partial, float* bias_partial) {
+  const int64_t n = args.width, begin = r * n;
+  const T *x = (const T*)args.x + begin, *grad_out = (const T*)args.grad_out + begin;
+  const T* grad_sum = args.grad_sum ? (const T*)args.grad_sum + begin : nullptr;
+  T* grad_x = (T*)args.grad_x + begin;
+  const float mean = args.mean[r], rstd = args.rstd[r];
+
+  double sum_xhat = 0, sum_g = 0, sum_g_xhat = 0;
+  for_stretches(n, [&](int64_t begin, int64_t length) {
+    Vec xhats = {}, gs = {}, g_xhats = {};
+    for (int64_t i = begin; i < begin + length; i += kLanes) {
+      const int64_t left = n - i;
+      Vec xhat = ((left >= kLanes ? load(x + i) : load_partial(x + i, left, mean)) - mean) * rstd;
+      Vec g = load_up_to(args.weight + i, left) * load_up_to(grad_out + i, left);
+      xhats += xhat;
+      gs += g;
+      g_xhats += g * xhat;
+    }
+    sum_xhat += sum_lanes(xhats), sum_g += sum_lanes(gs), sum_g_xhat += sum_lanes(g_xhats);
+  });
+  const float shift = sum_xhat / n, mean_g = sum_g / n, mean_g_xhat = sum_g_xhat / n - shift * mean_g;
+
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t left = n - i;
+    Vec xhat = (load_up_to(x + i, left) - mean) * rstd - shift, dy = load_up_to(grad_out + i, left);
+    Vec dx = (load_up_to(args.weight + i, left) * dy - mean_g - xhat * mean_g_xhat) * rstd;
+    if (grad_sum) dx += load_up_to(grad_sum + i, left);
+    store_up_to(grad_x + i, dx, left);
+    store_up_to(weight_partial + i, load_up_to(weight_partial + i, left) + dy * xhat, left);
+    store_up_to(bias_partial + i, load_up_to(bias_partial + i, left) + dy, left);
+  }
+}
+
+template <class T>
+void backward(const LayerNormArgs& args) {
+  const int64_t n = args.width, chunks = row_chunks(args.rows);
+  parallel_for(chunks, threads_for(args), [&](int64_t chunk) {
+    float *weight_partial = args.workspace + chunk * 2 * n, *bias_partial = weight_partial + n;
+    memset(weight_partial, 0, 2 * n * sizeof(float));
+    for (int64_t r = args.rows * chunk / chunks; r < args.rows * (chunk + 1) / chunks; ++r)
+      backward_row<T>(args, r, weight_partial, bias_partial);
+  });
+  sum_chunks(args.workspace, chunks, 2 * n, n, args.grad_weight);
+  if (args.grad_bias) sum_chunks(args.workspace + n, chunks, 2 * n, n, args.grad_bias);
+}
+
+}  // namespace
+
+void layer_norm_forward(const LayerNormArgs& args) {
+  with_type(args.dtype, [&](auto zero) {
+    using X = decltype(zero);
+    args.residual && args.residual_dtype == DType::float32 ? forward<X, float>(args) : forward<X, X>(args);
+  });
+}
+
+void layer_norm_backward(const LayerNormArgs& args) {
+  with_type(args.dtype, [&](auto zero) { backward<decltype(zero)>(args); });
+}
+
+}  // namespace GPTCORE_ISA
+}  // namespace gptcore

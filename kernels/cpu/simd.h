@@ -1,0 +1,197 @@
+// One vector type for every instruction set: GCC's vector extensions, with intrinsics only where they say more.
+//
+// Every file of kernels/cpu is compiled once for each instruction set, with GPTCORE_ISA naming the namespace that its
+// code lands in. Nothing here or in those files may be an external template or inline function (`static` only, no STL):
+// the linker would keep one copy for everybody, and an AVX-512 copy kills an older CPU. tests/test_native.py looks at
+// the symbols.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12's own headers (its PR 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#define GPTCORE_INLINE static inline __attribute__((always_inline, unused))
+
+namespace gptcore {
+namespace GPTCORE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kPanelVectors = 4;  // a tile of 6 rows x 4 vectors keeps 24 of the 32 registers busy
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kPanelVectors = 2;  // 6 x 2 of 16 registers
+#else
+constexpr int kLanes = 4;
+constexpr int kPanelVectors = 2;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfBits __attribute__((vector_size(kLanes * 2)));
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+GPTCORE_INLINE Vec splat(float x) { return Vec{} + x; }
+GPTCORE_INLINE IntVec lane_index() {
+  IntVec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+// ---- loads and stores: memory of any of the three types, float32 in registers ----------------------------------------
+
+template <class T, class U>
+GPTCORE_INLINE T bit_cast(const U& from) {
+  static_assert(sizeof(T) == sizeof(U), "same size");
+  T to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+GPTCORE_INLINE Vec load(const float* p) {
+  Vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+GPTCORE_INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+
+GPTCORE_INLINE Vec load(const bfloat16* p) {
+  HalfBits bits;
+  memcpy(&bits, p, sizeof bits);
+  return bit_cast<Vec>(__builtin_convertvector(bits, UintVec) << 16);
+}
+GPTCORE_INLINE HalfBits to_bfloat16(Vec v) {  // round to nearest even; NaN stays NaN
+#if defined(__AVX512BF16__)
+  return bit_cast<HalfBits>(_mm512_cvtneps_pbh((__m512)v));
+#else
+  UintVec u = bit_cast<UintVec>(v);
+  UintVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : ((u >> 16) | 0x40u), HalfBits);
+#endif
+}
+GPTCORE_INLINE void store(bfloat16* p, Vec v) {
+  HalfBits bits = to_bfloat16(v);
+  memcpy(p, &bits, sizeof bits);
+}
+
+GPTCORE_INLINE Vec load(const float16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  HalfBits bits;
+  memcpy(&bits, p, sizeof bits);
+  UintVec h = __builtin_convertvector(bits, UintVec);
+  UintVec sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 13;
+  // Scaling by 2^112 moves the exponent bias from 15 to 127 and turns float16's denormals into normal numbers.
+  Vec scaled = bit_cast<Vec>(magnitude) * 0x1p112f;
+  UintVec special = magnitude | 0x7f800000u;  // infinity and NaN keep their mantissa
+  return bit_cast<Vec>((magnitude >= 0x0f800000u ? special : bit_cast<UintVec>(scaled)) | sign);
+#endif
+}
+GPTCORE_INLINE void store(float16* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  UintVec u = bit_cast<UintVec>(v), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  // Normal results: rebias and round to nearest even. Denormal results: adding 0.5 lets the adder do the rounding.
+  UintVec normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  UintVec denormal = bit_cast<UintVec>(bit_cast<Vec>(magnitude) + 0.5f) - 0x3f000000u;
+  UintVec finite = magnitude < 0x38800000u ? denormal : normal;
+  UintVec huge = magnitude > 0x7f800000u ? UintVec{} + 0x7e00u : UintVec{} + 0x7c00u;
+  HalfBits bits = __builtin_convertvector((magnitude >= 0x477ff000u ? huge : finite) | sign, HalfBits);
+  memcpy(p, &bits, sizeof bits);
+#endif
+}
+
+// The first n < kLanes elements only; the other lanes read `fill` and are not written.
+template <class T>
+GPTCORE_INLINE Vec load_partial(const T* p, int64_t n, float fill = 0.0f) {
+  T buffer[kLanes] = {};
+  memcpy(buffer, p, n * sizeof(T));
+  return lane_index() < (int32_t)n ? load(buffer) : splat(fill);
+}
+template <class T>
+GPTCORE_INLINE void store_partial(T* p, Vec v, int64_t n) {
+  T buffer[kLanes];
+  store(buffer, v);
+  memcpy(p, buffer, n * sizeof(T));
+}
+
+template <class T>
+GPTCORE_INLINE Vec load_up_to(const T* p, int64_t n) { return n >= kLanes ? load(p) : load_partial(p, n); }
+template <class T>
+GPTCORE_INLINE void store_up_to(T* p, Vec v, int64_t n) {
+  if (n >= kLanes) store(p, v);
+  else store_partial(p, v, n);
+}
+
+// ---- arithmetic -------------------------------------------------------------------------------------------------------
+
+GPTCORE_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
+GPTCORE_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+GPTCORE_INLINE float sum_lanes(Vec v) {  // a fixed tree, so that the order of addition never varies
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+
+// 2^x: 0 below -150, infinity above 128, NaN for NaN; 1.5 ulp or better with kDegree 6. kDegree 4 is for results that are
+// rounded to 16 bits: relative error 3e-6.
+template <int kDegree = 6>
+GPTCORE_INLINE Vec exp2(Vec x) {
+  static_assert(kDegree == 4 || kDegree == 6, "the degrees that there are coefficients for");
+#if defined(__AVX512F__)
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  Vec whole = (Vec)_mm512_roundscale_ps((__m512)x, kNearest);
+  Vec f = (Vec)_mm512_reduce_ps((__m512)x, kNearest);  // x - whole, but 0 for an infinite x
+#else
+  x = min(splat(130.0f), max(splat(-200.0f), x));
+  Vec whole = (x + 0x1.8p23f) - 0x1.8p23f;  // rounds to an integer in the mantissa's last place
+  Vec f = x - whole;
+#endif
+  // Minimax polynomials of 2^f on [-1/2, 1/2]: relative error 2e-9 (degree 6) before rounding.
+  Vec p;
+  if (kDegree == 4) {
+    p = splat(9.5701021e-3f);
+    p = p * f + 5.5917860e-2f;
+    p = p * f + 2.4024745e-1f;
+    p = p * f + 6.9312182e-1f;
+    p = p * f + 9.9999926e-1f;
+  } else {
+    p = splat(1.5353362e-4f);
+    p = p * f + 1.3398875e-3f;
+    p = p * f + 9.6184369e-3f;
+    p = p * f + 5.5503324e-2f;
+    p = p * f + 2.4022648e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+  }
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+  IntVec n = __builtin_convertvector(whole, IntVec);
+  IntVec half = n >> 1;  // in two steps, so that results near both ends of the range survive
+  return p * bit_cast<Vec>((half + 127) << 23) * bit_cast<Vec>((n - half + 127) << 23);
+#endif
+}
+
+}  // namespace GPTCORE_ISA
+}  // namespace gptcore

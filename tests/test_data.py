@@ -1,0 +1,367 @@
+"""The data: ids equal those of whole documents, caches are never stale or half there, documents stay apart."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptcore import data
+from gptcore.corpus import write_standard_library_corpus
+from gptcore.data import DataCollatorForLanguageModeling, TextDataset, cache_folder, epoch_order, split
+from gptcore.tokenizer import Tokenizer
+
+WORDS = (
+    "the of and a to in is you that it he was for on are as with his they I\nat be this\n\nhave from, or. one had by"
+)
+
+
+def some_text(size: int, seed: int = 0) -> str:
+    drawn = random.Random(seed)
+    return " ".join(drawn.choices(WORDS.split(" "), k=size))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GPTCORE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "user" / "text.txt"
+    path.parent.mkdir()
+    path.write_text(some_text(3000))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(some_text(3000) + "é日")
+    return Tokenizer.train(path, vocab_size=300)
+
+
+def test_windows_are_the_ids_of_the_file_in_order(text_file: Path, tokenizer: Tokenizer) -> None:
+    expected = [*tokenizer.encode(text_file.read_bytes()), tokenizer.eos_token_id]
+    dataset = TextDataset(tokenizer, text_file, 32)
+    assert len(dataset) == len(expected) // 32 > 10
+    assert [dataset[i].tolist() for i in range(len(dataset))] == [
+        expected[i : i + 32] for i in range(0, len(expected) - 32 + 1, 32)
+    ]
+    assert dataset[0].dtype == torch.int64
+    assert dataset.tokens.dtype == np.uint16
+    assert isinstance(dataset.tokens, np.memmap)
+    assert torch.equal(dataset[-1], dataset[len(dataset) - 1])
+    for bad in (len(dataset), -len(dataset) - 1):
+        with pytest.raises(IndexError, match=f"no window {bad}: this dataset has {len(dataset)}"):
+            dataset[bad]
+
+
+def test_documents_end_with_the_end_of_text_id(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a").write_bytes(b"one\n<|endoftext|>\ntwo\xff<|endoftext|><|endoftext|>\r\nthree")
+    (tmp_path / "b").write_bytes(b"<|endoftext|>four<|endoftext|>\n")
+    documents = [b"one\n", b"two\xff", b"three", b"four"]
+    dataset = TextDataset(tokenizer, [tmp_path / "a", str(tmp_path / "b")], 2)
+    ids, starts = [], []
+    for document in documents:
+        starts.append(len(ids))
+        ids += [*tokenizer.encode(document), tokenizer.eos_token_id]
+    assert dataset.tokens.tolist() == ids
+    assert dataset.document_starts.tolist() == starts
+    bare = Tokenizer.train(tmp_path / "a", kind="char", special_tokens=())
+    assert bytes(bare.decode_bytes(TextDataset(bare, [tmp_path / "a", tmp_path / "b"], 2).tokens)) == b"".join(
+        documents
+    )
+
+
+def test_a_large_vocabulary_takes_four_bytes(text_file: Path, tokenizer: Tokenizer, monkeypatch: Any) -> None:
+    small = TextDataset(tokenizer, text_file, 8)
+    monkeypatch.setattr(Tokenizer, "vocab_size", 65537)
+    large = TextDataset(tokenizer, text_file, 8, overwrite_cache=True)
+    assert large.tokens.dtype == np.uint32
+    assert np.array_equal(large.tokens, small.tokens)
+    monkeypatch.setattr(Tokenizer, "vocab_size", 65536)
+    with pytest.warns(UserWarning, match="not one of format 1 for 65536 tokens"):
+        assert TextDataset(tokenizer, text_file, 8).tokens.dtype == np.uint16
+
+
+def test_long_lines_are_read_in_bounded_memory(tmp_path: Path) -> None:
+    script = """
+import random, resource, sys
+from gptcore.data import TextDataset
+from gptcore.tokenizer import Tokenizer
+folder = sys.argv[1]
+tokenizer = Tokenizer.train(f"{folder}/small", kind="char")
+TextDataset(tokenizer, f"{folder}/small", 8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+dataset = TextDataset(tokenizer, f"{folder}/large", 8)
+assert len(dataset.tokens) == 5_000_001, len(dataset.tokens)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    (tmp_path / "small").write_bytes(b"abc " * 300_000)
+    (tmp_path / "large").write_bytes(b"a" * 5_000_000)  # one line of one word, 244 MiB if encoded at once
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 100  # MiB
+
+
+def test_the_cache_is_where_it_should_be(
+    tmp_path: Path, cache: Path, text_file: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert TextDataset(tokenizer, text_file, 8).cache_file.parent == cache / "tokens"
+    assert TextDataset(tokenizer, text_file, 8, cache_dir=tmp_path / "mine").cache_file.is_relative_to(
+        tmp_path / "mine"
+    )
+    assert [p.name for p in text_file.parent.iterdir()] == ["text.txt"]
+    assert len(list(cache.rglob("*.*"))) == 1  # and nothing half-written
+    monkeypatch.delenv("GPTCORE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "gptcore"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "home" / ".cache" / "gptcore"
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"cannot write the token cache .* set GPTCORE_CACHE"):
+        TextDataset(tokenizer, text_file, 8, cache_dir=tmp_path / "file" / "folder")
+
+
+def test_the_cache_is_used_and_never_stale(text_file: Path, tokenizer: Tokenizer, monkeypatch: Any) -> None:
+    first = TextDataset(tokenizer, text_file, 8)
+    stat = first.cache_file.stat()
+    assert TextDataset(tokenizer, text_file, 16).cache_file.stat().st_ino == stat.st_ino
+    assert TextDataset(tokenizer, text_file, 8, overwrite_cache=True).cache_file.stat().st_ino != stat.st_ino
+    # The same size and the same times, but other bytes.
+    times = text_file.stat()
+    changed = text_file.read_text().replace("that", "this", 1)
+    text_file.write_text(changed)
+    os.utime(text_file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    second = TextDataset(tokenizer, text_file, 8)
+    assert second.cache_file != first.cache_file
+    assert tokenizer.decode(second.tokens[:-1]) == changed
+    # Another vocabulary, and another order of the files.
+    other = Tokenizer.train(text_file, kind="char")
+    assert TextDataset(other, text_file, 8).cache_file != second.cache_file
+    pair = [text_file, text_file.parent / "b.txt"]
+    pair[1].write_text("something else")
+    assert TextDataset(tokenizer, pair, 8).cache_file != TextDataset(tokenizer, pair[::-1], 8).cache_file
+
+
+@pytest.mark.parametrize("damage", ["empty", "header", "short", "long", "token", "start", "magic", "count", "digest"])
+def test_a_damaged_cache_is_made_again(text_file: Path, tokenizer: Tokenizer, damage: str) -> None:
+    dataset = TextDataset(tokenizer, text_file, 8)
+    good = dataset.cache_file.read_bytes()
+    at = {"magic": 0, "count": 24, "digest": 50, "token": 200, "start": len(good) - 1}
+    cut = {"empty": b"", "header": good[:60], "short": good[:-1], "long": good + b"\0"}
+    bad = bytearray(cut.get(damage, good))
+    if damage in at:
+        bad[at[damage]] ^= 0x40
+    dataset.cache_file.write_bytes(bad)
+    reason = {"empty": "a header has", "header": "a header has", "short": "instead of", "long": "instead of"}
+    reason |= {"magic": "not one of format", "count": "instead of"}
+    with pytest.warns(UserWarning, match=f"token cache .*{reason.get(damage, 'SHA-256')}.*; making it again"):
+        again = TextDataset(tokenizer, text_file, 8)
+    assert again.cache_file.read_bytes() == good
+    assert np.array_equal(again.tokens, [*tokenizer.encode(text_file.read_bytes()), tokenizer.eos_token_id])
+
+
+def test_processes_that_start_at_once_agree(tmp_path: Path, cache: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "text").write_text(some_text(60_000))
+    tokenizer.save_pretrained(tmp_path)
+    script = """
+import hashlib, sys, time
+from gptcore.data import TextDataset
+from gptcore.tokenizer import Tokenizer
+tokenizer = Tokenizer.from_pretrained(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+dataset = TextDataset(tokenizer, sys.argv[1] + "/text", 8)
+print(hashlib.sha256(dataset.tokens.tobytes()).hexdigest())
+"""
+    command = [sys.executable, "-W", "error", "-c", script, str(tmp_path)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    results = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert len(set(results)) == 1
+    assert [p.suffix for p in (cache / "tokens").iterdir()] == [".tokens"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(
+    text_file: Path, cache: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = data._digest
+
+    def digest_then_change(blocks: Any) -> str:
+        found = digest(blocks)
+        text_file.write_text("changed " * 100)
+        return found
+
+    monkeypatch.setattr(data, "_digest", digest_then_change)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        TextDataset(tokenizer, text_file, 8)
+    assert list((cache / "tokens").iterdir()) == []
+
+
+def test_bad_files_and_arguments(tmp_path: Path, text_file: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    (tmp_path / "short").write_text("of the")
+    (tmp_path / "separators").write_text("<|endoftext|>\n<|endoftext|>")
+    n = len(tokenizer.encode("of the")) + 1
+    for path, error, message in [
+        (tmp_path / "none", FileNotFoundError, "there is no file .*none"),
+        (tmp_path, ValueError, "is a folder"),
+        (tmp_path / "empty", ValueError, r"empty \(0 bytes\)"),
+        ([text_file, tmp_path / "empty"], ValueError, r"empty \(0 bytes\)"),
+        (tmp_path / "binary", ValueError, "not a text file: of its first 256 bytes 1 are NUL and 128"),
+        (tmp_path / "short", ValueError, f"short: {n} tokens are fewer than one window of block_size=64.* at most {n}"),
+        (tmp_path / "separators", ValueError, "0 tokens"),
+        ([], ValueError, "empty list"),
+    ]:
+        with pytest.raises(error, match=message):
+            TextDataset(tokenizer, path, 64)
+    with pytest.raises(ValueError, match=r"at least 2 tokens.* not 1"):
+        TextDataset(tokenizer, text_file, 1)
+
+
+# Batches
+
+
+def test_a_batch_of_equal_windows(text_file: Path, tokenizer: Tokenizer) -> None:
+    dataset = TextDataset(tokenizer, text_file, 16)
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)([dataset[0], dataset[5]])
+    assert set(batch) == {"input_ids", "labels"}
+    assert torch.equal(batch["input_ids"], torch.stack([dataset[0], dataset[5]]))
+    assert torch.equal(batch["labels"], batch["input_ids"])
+    assert batch["labels"].data_ptr() != batch["input_ids"].data_ptr()
+
+
+def test_padding_follows_from_lengths_not_ids(tokenizer: Tokenizer) -> None:
+    eos = tokenizer.eos_token_id
+    assert eos is not None
+    collate = DataCollatorForLanguageModeling(tokenizer)
+    batch = collate([torch.tensor([5, eos, eos]), [6], {"input_ids": [7, eos]}])
+    assert batch["input_ids"].tolist() == [[5, eos, eos], [6, eos, eos], [7, eos, eos]]
+    assert batch["labels"].tolist() == [[5, eos, eos], [6, -100, -100], [7, eos, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_masked_documents_are_segments_and_their_first_tokens_no_labels(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "text").write_text("<|endoftext|>".join(some_text(n, n) for n in (5, 40, 3, 3, 90, 1)))
+    dataset = TextDataset(tokenizer, tmp_path / "text", 32, mask_documents=True)
+    plain = TextDataset(tokenizer, tmp_path / "text", 32)
+    batch = DataCollatorForLanguageModeling(tokenizer)([dataset[i] for i in range(len(dataset))])
+    length = len(dataset) * 32
+    starts = {int(start) for start in dataset.document_starts if start < length}
+    assert len(starts) > 3
+    assert batch["cu_seqlens"].tolist() == sorted(starts | set(range(0, length + 1, 32)))
+    assert torch.equal(batch["input_ids"].flatten(), torch.cat([plain[i] for i in range(len(plain))]))
+    masked = (batch["labels"] == -100).flatten().nonzero().flatten().tolist()
+    assert masked == sorted(starts)
+    assert "attention_mask" not in batch
+    padded = DataCollatorForLanguageModeling(tokenizer)(
+        [
+            {"input_ids": [1, 2, 3, 4], "document_starts": [2]},
+            {"input_ids": [5, 6], "document_starts": torch.empty(0, dtype=torch.int64)},
+        ]
+    )
+    assert padded["cu_seqlens"].tolist() == [0, 2, 4, 6, 8]
+    assert padded["labels"].tolist() == [[1, 2, -100, 4], [5, 6, -100, -100]]
+
+
+def test_bad_batches(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="mlm=False"):
+        DataCollatorForLanguageModeling(tokenizer, mlm=True)
+    collate = DataCollatorForLanguageModeling(tokenizer)
+    bad: list[tuple[list[Any], str]] = [
+        ([], "at least one window"),
+        ([[1, 2], []], r"shape \(0,\)"),
+        ([[[1, 2]]], r"shape \(1, 2\)"),
+        ([[1.5, 2.0]], "float32"),
+        ([{"labels": [1]}], "labels"),
+        ([{"input_ids": [1], "document_starts": []}, [1]], "all or none"),
+        ([{"input_ids": [1, 2], "document_starts": [2]}], r"from 0 to 1, but are \[2\]"),
+        ([{"input_ids": [1, 2], "document_starts": [-1]}], "from 0 to 1"),
+    ]
+    for features, message in bad:
+        with pytest.raises(ValueError, match=message):
+            collate(features)
+
+
+# Order
+
+
+def test_split_gives_two_views_without_a_common_window(text_file: Path, tokenizer: Tokenizer) -> None:
+    dataset = TextDataset(tokenizer, text_file, 16)
+    train, validation = split(dataset, 0.1)
+    assert len(validation) == round(len(dataset) * 0.1) > 1
+    assert torch.equal(torch.stack([*train, *validation]), torch.stack([dataset[i] for i in range(len(dataset))]))
+    assert len(split(dataset, 1e-9)[1]) == 1
+    for fraction in (0, 1, -0.5, 2):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            split(dataset, fraction)
+    with pytest.raises(ValueError, match="of 1 windows, 1 for validation leaves none"):
+        split(TextDataset(tokenizer, text_file, len(dataset.tokens)), 0.5)
+
+
+@given(length=st.integers(0, 300), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
+@settings(max_examples=100, deadline=None)
+def test_an_epoch_is_a_permutation(length: int, seed: int, epoch: int) -> None:
+    order = epoch_order(length, seed, epoch)
+    assert order.dtype == np.int64
+    assert sorted(order) == list(range(length))
+    assert np.array_equal(order, epoch_order(length, seed, epoch))
+
+
+def test_the_order_depends_on_its_arguments_alone() -> None:
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    orders = {tuple(epoch_order(50, seed, epoch)) for seed in range(10) for epoch in range(10)}
+    assert len(orders) == 100
+    assert epoch_order(8, 42, 1).tolist() == [1, 2, 5, 3, 6, 0, 4, 7]  # fixed for ever: checkpoints rely on it
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])  # noqa: NPY002
+    # Every window is as likely at every place: chi-squared over 10,000 draws, 24 degrees of freedom (0.1 %: 51.2).
+    counts = np.zeros((5, 5))
+    for seed in range(10_000):
+        counts[np.arange(5), epoch_order(5, seed, 0)] += 1
+    assert ((counts - 2000) ** 2 / 2000).sum() < 51.2
+    for bad in ((-1, 0, 0), (1, -1, 0), (1, 0, -1)):
+        with pytest.raises(ValueError, match="must not be negative"):
+            epoch_order(*bad)
+
+
+# The corpus
+
+
+def test_the_corpus_is_documents_without_duplicates(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write_standard_library_corpus(tmp_path / "new" / "corpus.txt")
+    text = path.read_text(encoding="utf-8")
+    documents = text.split("\n<|endoftext|>\n")
+    assert len(text.encode()) > 1_000_000
+    assert len(set(documents)) == len(documents) > 300
+    assert text.count("Serialize ``obj`` as a JSON formatted stream to ``fp``") == 1
+    assert any(
+        document.startswith("json\n") and "json.dumps(obj, *, skipkeys=False" in document for document in documents
+    )
+    has_topics = importlib.util.find_spec("pydoc_data.topics") is not None  # some distributions leave them out
+    assert any(document.startswith('The "assert" statement\n') for document in documents) == has_topics
+    assert not any(document.startswith(("test.", "idlelib", "lib2to3")) for document in documents)
+    dataset = TextDataset(tokenizer, path, 128)
+    assert len(dataset.document_starts) == len(documents)

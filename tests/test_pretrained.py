@@ -1,0 +1,236 @@
+"""Model folders: bit for bit there and back, in the layout of transformers, whole at any moment, and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gptcore.config import GPTConfig
+from gptcore.model import GPT
+
+SMALL = GPTConfig(vocab_size=97, n_positions=32, n_embd=48, n_layer=2, n_head=4)
+IDS = torch.arange(20).view(2, 10)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    GPT(SMALL).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"norm_position": "post", "position_embedding": "sinusoidal"},
+        {"attention_window": 5, "n_inner": 30, "pad_token_id": 3},
+    ],
+)
+def test_there_and_back_bit_for_bit(tmp_path: Path, settings: dict, dtype: torch.dtype) -> None:
+    model = GPT(dataclasses.replace(SMALL, **settings)).to(dtype)
+    model.save_pretrained(tmp_path / "deep" / "model")
+    random_state = torch.get_rng_state()
+    back = GPT.from_pretrained(tmp_path / "deep" / "model")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert back.config == model.config
+    assert list(back.state_dict()) == list(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert back.state_dict()[name].dtype == dtype
+        assert torch.equal(back.state_dict()[name], tensor), name
+    assert not back.training
+    assert all(parameter.requires_grad and parameter.is_contiguous() for parameter in back.parameters())
+    if dtype == torch.float32:
+        assert torch.equal(back(IDS).logits, model.eval()(IDS).logits)
+        back(IDS, labels=IDS).loss.backward()
+
+
+def test_the_files_are_those_of_transformers(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert all(name.startswith("transformer.") for name in tensors)  # the tied lm_head.weight is not there
+    assert tensors["transformer.h.1.attn.c_attn.weight"].shape == (48, 144)  # Conv1D: (in, out)
+    assert tensors["transformer.h.1.mlp.c_fc.weight"].shape == (48, 192)
+    assert tensors["transformer.h.1.mlp.c_proj.weight"].shape == (192, 48)
+    assert tensors["transformer.wte.weight"].shape == (97, 48)
+    model = GPT.from_pretrained(folder)
+    assert torch.equal(tensors["transformer.h.0.attn.c_proj.weight"], model.h[0].attn.c_proj.weight.T)
+    header = (folder / "model.safetensors").read_bytes()[8:200]
+    assert b'"format":"pt"' in header
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "gpt2"
+    assert config["architectures"] == ["GPT2LMHeadModel"]
+
+
+def test_untied_output_weights_are_kept_under_their_name(tmp_path: Path) -> None:
+    GPT(dataclasses.replace(SMALL, tie_word_embeddings=False)).save_pretrained(tmp_path)
+    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
+
+
+def test_older_layouts_are_read(folder: Path) -> None:
+    expected = GPT.from_pretrained(folder)(IDS).logits
+
+    def as_openai_published_them(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        for layer in range(2):
+            tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+            tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+
+    rewrite(folder, as_openai_published_them)
+    assert torch.equal(GPT.from_pretrained(folder)(IDS).logits, expected)
+
+
+def test_settings_can_be_replaced(folder: Path) -> None:
+    model = GPT.from_pretrained(folder, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    assert model.config == dataclasses.replace(SMALL, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    with pytest.raises(ValueError, match="unknown key 'dropout'"):
+        GPT.from_pretrained(folder, dropout=0.0)
+    with pytest.raises(ValueError, match=r"missing weights: h\.2"):
+        GPT.from_pretrained(folder, n_layer=3)
+
+
+def damage_names(tensors: dict[str, Tensor]) -> None:
+    tensors["h.0.attn.q_proj.weight"] = torch.zeros(3)
+
+
+def damage_nan(tensors: dict[str, Tensor]) -> None:
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 5] = torch.nan
+
+
+def damage_shape(tensors: dict[str, Tensor]) -> None:
+    tensors["transformer.wpe.weight"] = torch.zeros(64, 48)
+
+
+def damage_rank(tensors: dict[str, Tensor]) -> None:
+    tensors["transformer.h.1.mlp.c_fc.weight"] = torch.zeros(3)
+
+
+def damage_orientation(tensors: dict[str, Tensor]) -> None:
+    name = "transformer.h.0.mlp.c_fc.weight"
+    tensors[name] = tensors[name].T.contiguous()
+
+
+def damage_dtype(tensors: dict[str, Tensor]) -> None:
+    tensors["transformer.ln_f.bias"] = torch.zeros(48, dtype=torch.int64)
+
+
+def damage_tie(tensors: dict[str, Tensor]) -> None:
+    tensors["lm_head.weight"] = torch.zeros(97, 48)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("transformer.ln_f.bias"), "missing weights: ln_f.bias$"),
+        (lambda tensors: tensors.clear(), "missing weights: h.0.attn.c_attn.bias.* and 23 more"),
+        (damage_names, "unexpected weights: h.0.attn.q_proj.weight"),
+        (damage_nan, "weights that are not finite: h.1.mlp.c_fc.weight"),
+        (damage_shape, r"weights of another shape: wpe.weight \(64, 48\) instead of \(32, 48\)"),
+        (damage_rank, r"weights of another shape: h.1.mlp.c_fc.weight \(3,\) instead of \(192, 48\)"),
+        (damage_orientation, r"weights of another shape: h.0.mlp.c_fc.weight \(48, 192\) instead of \(192, 48\)"),
+        (damage_dtype, "not floating-point numbers: ln_f.bias torch.int64"),
+        (damage_tie, "lm_head.weight differs from wte.weight, but tie_word_embeddings is true"),
+    ],
+)
+def test_weights_that_are_not_the_models_are_refused_by_name(
+    folder: Path, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    rewrite(folder, change)
+    with pytest.raises(ValueError, match=message) as error:
+        GPT.from_pretrained(folder)
+    assert str(folder / "model.safetensors") in str(error.value)
+
+
+def test_a_folder_that_is_no_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no folder gpt2; from_pretrained reads folders"):
+        GPT.from_pretrained("gpt2")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "pytorch_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=r"no config.json, but pytorch_model.bin; pickled weights are"):
+        GPT.from_pretrained(tmp_path / "old")
+    whole = (folder / "model.safetensors").read_bytes()
+    for size in (0, 4, 100, len(whole) - 1):
+        (folder / "model.safetensors").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"model.safetensors is not a whole safetensors file"):
+            GPT.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors, but config.json"):
+        GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "should hold a JSON object"),
+        ('{"n_layer": 0}', "config.json: n_layer should be at least 1, not 0"),
+        ('{"n_layers": 2}', "config.json: unknown key 'n_layers'; the nearest known one is 'n_layer'"),
+    ],
+)
+def test_a_damaged_config_is_refused(folder: Path, text: str, message: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(folder)
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder: Path) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+    model = GPT(SMALL)
+    with torch.no_grad():
+        model.h[0].ln_1.weight[3] = torch.inf
+    with pytest.raises(ValueError, match=r"weights that are not finite: h\.0\.ln_1\.weight"):
+        model.save_pretrained(folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_old_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    expected = GPT.from_pretrained(folder)(IDS).logits
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            GPT(dataclasses.replace(SMALL, n_layer=3)).save_pretrained(folder)
+    assert torch.equal(GPT.from_pretrained(folder)(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_save_that_is_cut_short_leaves_whole_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    """A save renames two or three files; whichever is the last that happens, the folder is the old model or the new."""
+    old, new = GPT.from_pretrained(folder), GPT(SMALL).eval()
+    real, done = os.replace, []
+
+    def replace(source: str, target: str) -> None:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            new.save_pretrained(folder)
+    logits = GPT.from_pretrained(folder)(IDS).logits
+    assert any(torch.equal(logits, model(IDS).logits) for model in (old, new))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]

@@ -1,0 +1,335 @@
+"""The tokenizer: all text and bytes round-trip, ids equal plain `tokenizers`, no text forges a special token."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gptcore import tokenizer as module
+from gptcore.tokenizer import END_OF_TEXT, PIECE, Tokenizer, split_documents
+
+TEXT = (
+    """It's a small world, isn't it? We'll see: they've 1234 reasons, I'd say.\n\n  Indented   lines\t\tand tabs\r\n
+Größe, naïveté, 日本語のテキスト、中文。Привет мир! 🙂🙂 e\u0301 \u00a0\u3000 '' "quoted" don't can't 'tis
+def f(x):\n    return x + 1  # comment\n\n\n    pass   \n"""
+    * 8
+)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(TEXT.encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def both(text_file: Path) -> dict[str, Tokenizer]:
+    special = (END_OF_TEXT, "<|user|>")
+    return {
+        "bpe": Tokenizer.train(text_file, vocab_size=400, special_tokens=special),
+        "char": Tokenizer.train(text_file, kind="char", special_tokens=special),
+    }
+
+
+@pytest.fixture(params=["bpe", "char"])
+def tokenizer(request: pytest.FixtureRequest, both: dict[str, Tokenizer]) -> Tokenizer:
+    return both[request.param]
+
+
+def plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids by `tokenizers` alone, the whole text at once."""
+    ids: list[int] = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+HARD_TEXT = [
+    "\ud83d",
+    "\ude00",
+    "\udc80",
+    "\udcff",
+    "🙂",
+    "é",
+    "日",
+    "\0",
+    "\ufeff",
+    " ",
+    "'s",
+    "\n",
+    END_OF_TEXT,
+    "<|",
+    "A",
+]
+ANY_TEXT = st.one_of(st.text(), st.lists(st.sampled_from(HARD_TEXT)).map("".join))
+HARD_BYTES = [b"\xff", b"\xe2\x82", b"\xac", b"\xed\xa0\x80", b"\xf0\x9f\x99\x82", b"\xc0\x80", b"<|endoftext|>", b" a"]
+ANY_BYTES = st.one_of(st.binary(), st.lists(st.sampled_from(HARD_BYTES)).map(b"".join))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+@given(text=ANY_TEXT, allowed=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_every_str_round_trips(both: dict[str, Tokenizer], kind: str, text: str, allowed: bool) -> None:
+    ids = both[kind].encode(text, allowed_special=allowed)
+    assert both[kind].decode(ids) == text
+    assert both[kind].decode_bytes(ids) == text.encode("utf-8", "surrogatepass")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+@given(data=ANY_BYTES, allowed=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_all_bytes_round_trip(both: dict[str, Tokenizer], kind: str, data: bytes, allowed: bool) -> None:
+    assert both[kind].decode_bytes(both[kind].encode(data, allowed_special=allowed)) == data
+
+
+@given(text=st.text(st.sampled_from("aAé日🙂 \n\t\u00a0\u3000'strdlv1٣,.(<|>\u0301\x1c\x85"), max_size=60))
+@settings(max_examples=500, deadline=None)
+def test_ids_are_those_of_plain_tokenizers_wherever_a_text_is_cut(both: dict[str, Tokenizer], text: str) -> None:
+    for name in ("bpe", "char"):
+        assert both[name].encode(text) == plain(both[name], text)
+    words = [word for word, _ in module._GPT2_WORDS.pre_tokenize_str(text)]
+    for at in range(1, len(text)):  # each place where a long text might be cut
+        if (match := module._SAFE_CUT.match(text, 0, at + 1)) and match.end() == at:
+            halves = [module._GPT2_WORDS.pre_tokenize_str(half) for half in (text[:at], text[at:])]
+            assert [word for half in halves for word, _ in half] == words
+
+
+def test_every_non_space_ends_a_pre_token_before_white_space() -> None:
+    # _SAFE_CUT trusts Python's idea of white space; the regular expression in `tokenizers` has its own.
+    # All white space is in the Basic Multilingual Plane.
+    characters = [chr(c) for c in range(0x10000) if not 0xD800 <= c < 0xE000 and not chr(c).isspace()]
+    for space in " \n":
+        text = "".join(f"{c}{space}" for c in characters)
+        # No pre-token goes from a non-space into the space after it: the spaces all start theirs.
+        pieces = module._GPT2_WORDS.pre_tokenize_str(text)
+        starts = {start for _, (start, _) in pieces}
+        assert starts >= set(range(1, len(text), 2))
+
+
+def test_a_text_of_many_pieces_has_the_ids_of_the_whole(tokenizer: Tokenizer) -> None:
+    drawn = random.Random(0)
+    words = [*TEXT.split(" "), "\n\n", "   ", "，", "{'key':", "x=1;", "word" * 50]
+    for separator in ("", " "):
+        text = separator.join(drawn.choices(words, k=40_000))
+        assert len(text) > 2.5 * PIECE
+        assert tokenizer.encode(text) == plain(tokenizer, text)
+
+
+@pytest.mark.parametrize("character", ["a", "é", " ", "\n", "!", "\ud800"])
+def test_a_run_of_one_character_takes_linear_time_and_round_trips(tokenizer: Tokenizer, character: str) -> None:
+    text = character * 1_000_000
+    start = time.perf_counter()
+    ids = tokenizer.encode(text)
+    assert time.perf_counter() - start < 20
+    assert tokenizer.decode(ids) == text
+
+
+@given(data=ANY_BYTES, sizes=st.lists(st.integers(1, 7), min_size=1), piece=st.integers(1, 9))
+@settings(max_examples=300, deadline=None)
+def test_a_stream_has_the_same_ids_however_it_comes(
+    both: dict[str, Tokenizer], data: bytes, sizes: list[int], piece: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE", piece)
+        chunks, at = [], 0
+        while at < len(data):
+            size = sizes[len(chunks) % len(sizes)]
+            chunks.append(data[at : at + size])
+            at += size
+        for tokenizer in both.values():
+            *lists, end = tokenizer.encode_stream([*chunks, None])
+            assert end is None
+            assert [i for ids in lists for i in ids or ()] == tokenizer.encode(data)
+
+
+PARTS = [b"<|endoftext|>", b"<|endoftext|>\n", b"<|endoftext|>\r\n", b"<|end", b"oftext|>", b"<", b"\n", b"\r", b"bc\n"]
+
+
+@given(parts=st.lists(st.sampled_from(PARTS), min_size=1), size=st.integers(1, 40))
+@example(parts=PARTS * 3, size=1)
+@example(parts=PARTS * 3, size=2)
+@example(parts=PARTS * 3, size=13)
+@settings(max_examples=400, deadline=None)
+def test_documents_are_the_same_however_the_stream_is_cut(parts: list[bytes], size: int) -> None:
+    stream = b"".join(parts)
+    documents, current = [], b""
+    for chunk in split_documents(stream[at : at + size] for at in range(0, len(stream), size)):
+        current += chunk or b""
+        if chunk is None:
+            documents.append(current)
+            current = b""
+    assert current == b""
+    assert documents == [document for document in re.split(rb"<\|endoftext\|>(?:\r?\n)?", stream) if document]
+
+
+def test_special_tokens_are_plain_text_unless_allowed(tokenizer: Tokenizer) -> None:
+    text = f"a{END_OF_TEXT}b<|user|>{END_OF_TEXT}"
+    eos, user = tokenizer.eos_token_id, tokenizer.token_to_id("<|user|>")
+    assert eos is not None
+    assert user is not None
+    assert not {eos, user} & set(tokenizer.encode(text))
+    a, b = tokenizer.encode("a"), tokenizer.encode(b"b")
+    assert tokenizer.encode(text, allowed_special=True) == [*a, eos, *b, user, eos]
+    assert tokenizer.decode([eos]) == END_OF_TEXT
+    assert not {eos, user} & set(copy.deepcopy(tokenizer).encode(text))
+
+
+def test_batches_agree_with_single_texts(tokenizer: Tokenizer) -> None:
+    texts = ["", "one", b"\xfftwo", f"x{END_OF_TEXT}", TEXT]
+    for allowed in (False, True):
+        expected = [tokenizer.encode(text, allowed) for text in texts]
+        assert tokenizer.encode_batch(texts, allowed) == expected
+    assert tokenizer.encode_batch([]) == []
+    with pytest.raises(TypeError, match="a list of texts"):
+        tokenizer.encode_batch("text")
+    with pytest.raises(TypeError, match="str or bytes, not int"):
+        tokenizer.encode(3)  # type: ignore[arg-type]
+
+
+def test_decode_shows_half_a_character_and_refuses_strange_ids(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(b"\xf0\x9f\x99")
+    assert tokenizer.decode_bytes(ids) == b"\xf0\x9f\x99"
+    assert tokenizer.decode(ids) == "\ufffd"
+    n = tokenizer.vocab_size
+    assert n == len(tokenizer)
+    for bad in (n, -1):
+        with pytest.raises(ValueError, match=rf"no token {bad} \(at position 1\): the ids are 0 to {n - 1}"):
+            tokenizer.decode([0, bad])
+    with pytest.raises(TypeError):
+        tokenizer.decode([0.5])  # type: ignore[list-item]
+
+
+def test_characters_are_one_token_each_and_the_rest_bytes(both: dict[str, Tokenizer]) -> None:
+    char = both["char"]
+    assert char.kind == "char"
+    assert len(char.encode("日本 🙂é")) == 5
+    assert len(char.encode("龘")) == 3  # not in the text
+    assert char.vocab_size == 256 + 2 + len({c for c in TEXT if ord(c) >= 128})
+
+
+def test_training_is_repeatable_and_learns_no_special_token(tmp_path: Path, text_file: Path) -> None:
+    first = Tokenizer.train([text_file], vocab_size=300)
+    assert first.fingerprint == Tokenizer.train(str(text_file), vocab_size=300).fingerprint
+    assert first.fingerprint != Tokenizer.train(text_file, vocab_size=301).fingerprint
+    assert first.vocab_size == 300
+    (tmp_path / "a.txt").write_bytes(b"word hello word\xff " * 50)
+    with pytest.warns(UserWarning, match="of the 9999 tokens asked for"):
+        learnt = Tokenizer.train(tmp_path / "a.txt", vocab_size=9999, special_tokens=["hello"])
+    assert learnt.token_to_id("word") is not None
+    assert learnt.token_to_id("hel") is None
+    assert learnt.eos_token_id is None
+    assert learnt.token_to_id("hello") not in learnt.encode("hello hello")
+
+
+def test_training_reads_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path) -> None:
+    whole = Tokenizer.train(text_file, vocab_size=300).fingerprint
+    monkeypatch.setattr(module, "PIECE", 200)
+    monkeypatch.setattr(module.read_blocks, "__defaults__", (7,))
+    assert Tokenizer.train(text_file, vocab_size=300).fingerprint == whole
+
+
+def test_save_and_load(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = tokenizer.save_pretrained(tmp_path / "new" / "folder")
+    assert [entry.name for entry in file.parent.iterdir()] == ["tokenizer.json"]
+    for path in (file, file.parent, str(file.parent)):
+        loaded = Tokenizer.from_pretrained(path)
+        assert loaded.fingerprint == tokenizer.fingerprint
+        assert (loaded.kind, loaded.vocab_size, loaded.eos_token_id) == (tokenizer.kind, len(tokenizer), 0)
+        assert loaded.encode(TEXT + END_OF_TEXT) == tokenizer.encode(TEXT + END_OF_TEXT)
+    assert tokenizers.Tokenizer.from_file(str(file)).encode(TEXT).ids == tokenizer.encode(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["model"].update(dropout=0.1), "dropout is 0.1"),
+        (lambda s: s.update(normalizer={"type": "NFC"}), "normalizer"),
+        (lambda s: s.update(pre_tokenizer={"type": "Whitespace"}), "pre-tokenizer"),
+        (lambda s: s["pre_tokenizer"].update(add_prefix_space=True), "prefix space"),
+        (lambda s: s["model"].update(ignore_merges=True), "ignore_merges"),
+        (lambda s: s["model"]["vocab"].update({"日": 400}), "not made of bytes, such as '日'"),
+        (lambda s: s["model"]["vocab"].update({"zzz": 402}), "ids 0 to"),
+        (lambda s: s["model"]["vocab"].update({"zzz": 7}), "each once"),
+        (lambda s: s["added_tokens"][0].update(lstrip=True), "neither strip"),
+        (lambda s: s["added_tokens"][0].update(special=False), "must be special"),
+        (lambda s: s["added_tokens"].append(s["added_tokens"][0] | {"content": "is"}), "plain text can become"),
+    ],
+)
+def test_other_tokenizers_are_refused(
+    tmp_path: Path, both: dict[str, Tokenizer], change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    state = json.loads(both["bpe"].save_pretrained(tmp_path).read_text())
+    change(state)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=message) as caught:
+        Tokenizer.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_file_in_the_form_of_gpt2_is_taken(tmp_path: Path, both: dict[str, Tokenizer]) -> None:
+    # GPT-2's own tokenizer.json knows no use_regex or ignore_merges, has merges as strings, and a post-processor.
+    state = json.loads(both["bpe"].save_pretrained(tmp_path).read_text())
+    state["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    state["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+    state["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    model = state["model"]
+    del model["ignore_merges"], model["byte_fallback"]
+    model.update(continuing_subword_prefix="", end_of_word_suffix="", merges=[" ".join(m) for m in model["merges"]])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    assert Tokenizer.from_pretrained(tmp_path).encode(TEXT) == both["bpe"].encode(TEXT)
+
+
+def test_missing_and_damaged_tokenizers(tmp_path: Path, both: dict[str, Tokenizer]) -> None:
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        Tokenizer.from_pretrained(tmp_path)
+    text = both["bpe"].save_pretrained(tmp_path).read_text()
+    for damaged in ("", text[: len(text) // 2], "[]", "{}"):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        with pytest.raises(ValueError, match="not a whole tokenizer"):
+            Tokenizer.from_pretrained(tmp_path)
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(text) | {"model": words}))
+    with pytest.raises(ValueError, match="model is WordLevel"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_bad_training_input(tmp_path: Path, text_file: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "nul").write_bytes(b"text\0text")
+    (tmp_path / "noise").write_bytes(random.Random(0).randbytes(5000).replace(b"\0", b"\xff"))
+    (tmp_path / "utf16").write_bytes("text".encode("utf-16"))
+    for path, error, message in [
+        (tmp_path / "none", FileNotFoundError, "no file .*none"),
+        (tmp_path, ValueError, "a folder"),
+        (tmp_path / "empty", ValueError, r"empty \(0 bytes\)"),
+        (tmp_path / "nul", ValueError, "not a text file: of its first 9 bytes 1 are NUL"),
+        (tmp_path / "noise", ValueError, "not a text file"),
+        (tmp_path / "utf16", ValueError, "iconv"),
+        ([], ValueError, "empty list"),
+    ]:
+        with pytest.raises(error, match=message):
+            Tokenizer.train(path, vocab_size=300)
+    (tmp_path / "cut").write_bytes("日".encode()[:2])  # a little that is broken is still text
+    Tokenizer.train(tmp_path / "cut", kind="char")
+    for arguments, message in [
+        ({}, "at least 257"),
+        ({"vocab_size": 256}, "at least 257 .* not 256"),
+        ({"vocab_size": 300, "kind": "char"}, "the text decides"),
+        ({"vocab_size": 300, "kind": "word"}, "'bpe' or 'char', not 'word'"),
+        ({"vocab_size": 300, "special_tokens": "<s>"}, "special_tokens must be"),
+        ({"vocab_size": 300, "special_tokens": ["<s>", "<s>"]}, "special_tokens must be"),
+        ({"vocab_size": 300, "special_tokens": ["a"]}, "2 characters or more"),
+        ({"kind": "char", "special_tokens": ["Ã©"]}, "plain text can become"),  # how the vocabulary spells é
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Tokenizer.train(text_file, **arguments)
