@@ -60,9 +60,8 @@ AttentionArgs common_args(const TensorView& query, const TensorView& key, const 
   if (head_dim < 1 || head_dim > 256) refuse("head_dim is ", head_dim, ", expected 1 to 256");
   if (kv_heads < 1 || query_heads % kv_heads)
     refuse("query has ", query_heads, " heads, which is not a multiple of the ", kv_heads, " heads of key and value");
-  if (query_len > INT32_MAX || kv_len > INT32_MAX)
-    refuse("query has ", query_len, " rows and key ", kv_len, ", expected fewer than 2^31");
-  if (!std::isfinite(options.scale)) refuse("scale is ", options.scale, ", expected a finite number");
+  if (!std::isfinite(static_cast<float>(options.scale)))
+    refuse("scale is ", options.scale, ", expected a number that is finite in float32");
   if (!(options.dropout_p >= 0 && options.dropout_p < 1))
     refuse("dropout_p is ", options.dropout_p, ", expected 0 <= dropout_p < 1");
 
@@ -73,7 +72,9 @@ AttentionArgs common_args(const TensorView& query, const TensorView& key, const 
   args.query_heads = query_heads, args.kv_heads = kv_heads, args.query_len = query_len, args.head_dim = head_dim;
   args.scale = static_cast<float>(options.scale);
   args.causal = options.causal;
-  args.window_left = options.window_left, args.window_right = options.window_right;
+  // More keys than there can be are no limit; the kernels add them to positions.
+  args.window_left = std::min<int64_t>(options.window_left, INT32_MAX);
+  args.window_right = std::min<int64_t>(options.window_right, INT32_MAX);
   args.dropout_p = options.dropout_p;
   args.seed = options.seed;
   args.num_threads = check_threads(options.num_threads);
@@ -84,8 +85,12 @@ AttentionArgs common_args(const TensorView& query, const TensorView& key, const 
 
 std::vector<Segment> make_segments(const OptionalView& cu_seqlens_q, const OptionalView& cu_seqlens_k, int64_t batch,
                                    int64_t query_len, int64_t kv_len) {
+  for (int64_t size : {batch, query_len, kv_len})
+    if (size < 0 || size > INT32_MAX)
+      refuse("batch is ", batch, ", query_len ", query_len, " and kv_len ", kv_len, ", expected 0 to 2^31 - 1");
   std::vector<Segment> segments;
   if (!cu_seqlens_q && !cu_seqlens_k) {
+    if (query_len == 0 && kv_len == 0) return segments;
     for (int64_t b = 0; b < batch; ++b) segments.push_back({b, 0, query_len, 0, kv_len});
     return segments;
   }
@@ -112,6 +117,7 @@ std::vector<Segment> make_segments(const OptionalView& cu_seqlens_q, const Optio
 void attention_forward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
                        const TensorView& lse, const AttentionOptions& options) {
   AttentionArgs args = common_args(query, key, value, out, lse, options);
+  check_distinct(out, "out");
   for (const auto* in : {&query, &key, &value}) check_apart(out, "out", *in, "an input");
   auto segments =
       make_segments(options.cu_seqlens_q, options.cu_seqlens_k, query.shape[0], query.shape[2], key.shape[2]);
@@ -138,6 +144,7 @@ void attention_backward(const TensorView& grad_out, const OptionalView& grad_lse
   for (int i = 0; i < 3; ++i) {
     const auto& [grad, like] = pairs[i];
     check_heads(*grad, names[i], query.dtype, query.dtype_name);
+    check_distinct(*grad, names[i]);
     check_shape(*grad, names[i], {like->shape[0], like->shape[1], like->shape[2], like->shape[3]});
     for (const auto* in : {&grad_out, &query, &key, &value, &out}) check_apart(*grad, names[i], *in, "an input");
   }

@@ -86,6 +86,20 @@ inline float* float_array(const std::optional<TensorView>& t, const char* name, 
   return t ? float_array(*t, name, shape) : nullptr;
 }
 
+// An output whose elements share memory with each other, as an expanded tensor's do, would be written twice.
+inline void check_distinct(const TensorView& t, const char* name) {
+  if (t.size() == 0) return;
+  std::pair<int64_t, int64_t> dims[kMaxDims];  // (stride, shape), by stride
+  for (int i = 0; i < t.ndim; ++i) dims[i] = {t.strides[i], t.shape[i]};
+  std::sort(dims, dims + t.ndim);
+  int64_t last = 0;  // the furthest element of the dimensions so far
+  for (int i = 0; i < t.ndim; ++i) {
+    if (dims[i].second == 1) continue;
+    if (dims[i].first <= last) refuse(name, " shares memory with itself; expected a tensor that is not expanded");
+    last += (dims[i].second - 1) * dims[i].first;
+  }
+}
+
 // First and last byte that a view can touch. Strides of a torch.Tensor are never negative.
 inline void byte_range(const TensorView& t, uintptr_t* begin, uintptr_t* end) {
   int64_t last = 0;

@@ -137,6 +137,8 @@ def train(args: argparse.Namespace) -> int:
         tokenizer, args.files, block_size, cache_dir=args.cache_dir, mask_documents=args.mask_documents
     )
     train_set, validation_set = split(dataset, args.validation_fraction)
+    if args.resume and not resume:
+        args.overwrite_output_dir = True  # a run that was killed before its first checkpoint begins again
     trainer = Trainer(
         model,
         TrainingArguments(**_pick(args, TrainingArguments)),

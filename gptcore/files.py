@@ -35,12 +35,13 @@ def _aside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: PathLike) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it takes the place of `path` when the block ends without an error.
+    """Yield an empty file beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
     A kill at any moment leaves the old file or the new one, never a part of either.
     """
     path = Path(path)
     aside = _aside(path)
+    aside.touch()
     try:
         yield aside
         sync(aside)

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gptcore import checkpoint, ops
+from gptcore import _C, checkpoint, ops
 from gptcore.callbacks import LogFile, ProgressLine, TrainerCallback
 from gptcore.checkpoint import CheckpointError
 from gptcore.data import DataCollatorForLanguageModeling, epoch_order
-from gptcore.model import GPT, IGNORED, segments_of
+from gptcore.model import GPT, IGNORED, targets_of
 
 Batch = dict[str, Tensor]
 _epoch_order = functools.lru_cache(maxsize=1)(epoch_order)  # asked for at each step, new with each epoch
@@ -365,7 +365,7 @@ class Trainer:
             f"{args.warmup_steps} steps of warmup, {clipped}",
             f"dtype       {dtype}",
             f"device      {self.device}, {torch.get_num_threads()} threads",
-            f"kernels     {': '.join(backend_of(self.model))}",
+            f"kernels     {': '.join(ops.chosen('attention', next(self.model.parameters())))}",
         ])  # fmt: skip
 
     # ---- parts of the above, in the order of their use
@@ -434,8 +434,9 @@ class Trainer:
             "model": self.model.config.to_dict(),
             "environment": {
                 "python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__,
-                "device": str(self.device), "cpu": torch.backends.cpu.get_cpu_capability(),
-                "threads": torch.get_num_threads(), "kernels": backend_of(self.model)[0],
+                "device": str(self.device), "threads": torch.get_num_threads(),
+                "cpu": f"{torch.backends.cpu.get_cpu_capability()}, kernels {_C.cpu_isa()}",
+                "backend": ops.chosen("attention", next(self.model.parameters()))[0],
             },
         }  # fmt: skip
 
@@ -521,14 +522,8 @@ def make_optimizer(model: nn.Module, args: TrainingArguments) -> torch.optim.Ada
 
 def count_labels(batch: Mapping[str, Tensor]) -> int:
     """How many labels GPT's loss of a batch is a mean over: not ignored, not padding, not the first in a document."""
-    labels = batch["labels"].clone()  # (B, T)
-    boundaries = batch.get("cu_seqlens")
-    if (mask := batch.get("attention_mask")) is not None:
-        labels[mask == 0] = IGNORED
-        boundaries = segments_of(mask)
-    if boundaries is not None:
-        labels.view(-1)[boundaries[boundaries < labels.numel()].long()] = IGNORED
-    return int((labels[:, 1:] != IGNORED).sum())
+    targets = targets_of(batch["labels"], batch.get("attention_mask"), batch.get("cu_seqlens"))
+    return int((targets != IGNORED).sum())
 
 
 def flops_per_token(model: GPT, length: int) -> int:
@@ -542,19 +537,6 @@ def flops_per_token(model: GPT, length: int) -> int:
     config = model.config
     weights += config.vocab_size * config.n_embd if config.tie_word_embeddings else 0
     return 6 * weights + 12 * config.n_layer * config.n_embd * length
-
-
-def backend_of(model: nn.Module) -> tuple[str, str]:
-    """The backend that runs the model's kernels, and why that one."""
-    if (name := ops.in_use()) is not None:
-        return name, "set by ops.use"
-    weight = next(model.parameters())
-    passed: list[str] = []
-    for backend in ops.registry.BACKENDS.values():
-        if (reason := backend.refusal("attention", weight)) is None:
-            return backend.name, "; ".join(passed) or "the first choice for this device and dtype"
-        passed.append(f"not {backend.name}: {reason}")
-    return "none", "; ".join(passed)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -149,39 +149,53 @@ def test_same_run_twice_is_the_same(tmp_path: Path, uninterrupted: Path) -> None
     check_end(tmp_path, uninterrupted)
 
 
+def newest_step(folder: Path) -> int:
+    return max([0, *map(checkpoint.checkpoint_step, list_checkpoints(folder))])
+
+
+def saving(folder: Path) -> bool:
+    return any(name.startswith(".checkpoint") for name in os.listdir(folder))
+
+
+def wait_for(condition: Callable[[], bool], process: BaseProcess) -> None:
+    while process.is_alive() and not condition():
+        time.sleep(0.0002)
+
+
 def test_kill_at_random_moments(tmp_path: Path, uninterrupted: Path) -> None:
-    rng, kills = random.Random(0), 0
-    while kills < 12:
+    rng, kills, resumed = random.Random(0), 0, 0
+    while kills < 14 or resumed < 10:
+        begin = newest_step(tmp_path)
+        goal = begin + 2 * rng.randint(0, 3)  # not by the clock alone, so that slow machines get somewhere, too
         started = processes.Event()
         process = start(tmp_path, started=started, save_total_limit=2)
         assert started.wait(60)
-        time.sleep(rng.uniform(0, 0.12))
+        wait_for(lambda goal=goal: newest_step(tmp_path) >= goal, process)  # type: ignore[misc]
+        time.sleep(rng.uniform(0, 0.04))
         process.kill()
         if finish(process) == -signal.SIGKILL:
-            kills += 1
+            kills, resumed = kills + 1, resumed + (begin > 0)
         else:  # it was done: once more from the beginning
             assert losses(tmp_path) == losses(uninterrupted)
             shutil.rmtree(tmp_path)
+            tmp_path.mkdir()
         check_whole(tmp_path, uninterrupted)
     check_end(tmp_path, uninterrupted)
 
 
 def test_kill_during_saves(tmp_path: Path, uninterrupted: Path) -> None:
-    rng, kills_with_rest = random.Random(1), 0
-    for _ in range(8):
+    rng, hits = random.Random(1), 0
+    for _ in range(10):
+        goal = newest_step(tmp_path) + 2 * rng.randint(0, 2)
         process = start(tmp_path, save_total_limit=2)
-        before = set(os.listdir(tmp_path))
-        while (
-            not any(name.startswith(".checkpoint") for name in set(os.listdir(tmp_path)) - before)
-            and process.is_alive()
-        ):
-            pass
+        wait_for(lambda goal=goal: newest_step(tmp_path) >= goal and saving(tmp_path), process)  # type: ignore[misc]
         time.sleep(rng.uniform(0, 0.006))
         process.kill()
         finish(process)
-        kills_with_rest += any(name.startswith(".checkpoint") for name in os.listdir(tmp_path))
+        hits += saving(tmp_path)
         check_whole(tmp_path, uninterrupted)
-    assert kills_with_rest > 0, "no kill hit a save"
+    assert hits > 0, "no kill hit a save"
+    assert newest_step(tmp_path) > 2, "no run went on from a checkpoint"
     check_end(tmp_path, uninterrupted)
 
 

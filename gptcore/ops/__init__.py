@@ -7,6 +7,6 @@
 from gptcore.ops.attention import attention
 from gptcore.ops.gelu import gelu
 from gptcore.ops.layer_norm import layer_norm
-from gptcore.ops.registry import backends, in_use, use
+from gptcore.ops.registry import backends, chosen, in_use, use
 
-__all__ = ["attention", "backends", "gelu", "in_use", "layer_norm", "use"]
+__all__ = ["attention", "backends", "chosen", "gelu", "in_use", "layer_norm", "use"]

@@ -16,6 +16,8 @@ from gptcore.ops import native, registry
 
 Boundaries = Tensor | tuple[Tensor, Tensor]
 
+NO_LIMIT = 2**31 - 1  # keys on one side of a query: more than there can be, and far from overflowing int64
+
 
 @overload
 def attention(
@@ -88,14 +90,16 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes, strides or arguments that do not fit, with what was expected.
+        TypeError: an argument that must be a tensor is none.
         RuntimeError: the backend that was asked for cannot serve the call.
     """
+    native.check_tensors(q=q, k=k, v=v)
     q, k, v = native.cast_for_autocast(q, k, v)
     _check(q, k, v)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}, expected a finite number")
+    elif not abs(scale) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"scale is {scale}, expected a finite number, in float32 too")
     left, right = _check_window(window)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, expected 0 <= dropout_p < 1")
@@ -141,7 +145,7 @@ def _check_window(window: tuple[int, int] | None) -> tuple[int, int]:
     left, right = window
     if left < -1 or right < -1:
         raise ValueError(f"window is {window!r}, expected numbers of keys, or -1 for no limit")
-    return left, right
+    return min(left, NO_LIMIT), min(right, NO_LIMIT)
 
 
 def _check_boundaries(cu_seqlens: Boundaries | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:

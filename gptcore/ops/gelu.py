@@ -29,8 +29,11 @@ def gelu(x: Tensor, *, bias: Tensor | None = None, approximate: str = "tanh", ba
 
     Raises:
         ValueError: shapes, dtypes or arguments that do not fit, with what was expected.
+        TypeError: an argument that must be a tensor is none.
         RuntimeError: the backend that was asked for cannot serve the call.
     """
+    native.check_tensors(x=x)
+    native.check_tensors(optional=True, bias=bias)
     if approximate not in ("tanh", "none"):
         raise ValueError(f"approximate is {approximate!r}, expected 'tanh' or 'none'")
     if not x.dtype.is_floating_point:
@@ -95,8 +98,8 @@ _backward = native.define(
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1] if x.dim() else 1).contiguous()
-        wide = None if bias is None else bias.float()
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1).contiguous()
+        wide = None if bias is None else bias.float().contiguous()
         ctx.save_for_backward(rows, wide)
         ctx.tanh_form, ctx.shape, ctx.bias_dtype = tanh_form, x.shape, None if bias is None else bias.dtype
         return _forward(rows, wide, tanh_form).view(x.shape)

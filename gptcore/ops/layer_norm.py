@@ -56,8 +56,11 @@ def layer_norm(
 
     Raises:
         ValueError: shapes, dtypes or arguments that do not fit, with what was expected.
+        TypeError: an argument that must be a tensor is none.
         RuntimeError: the backend that was asked for cannot serve the call.
     """
+    native.check_tensors(x=x, weight=weight)
+    native.check_tensors(optional=True, bias=bias, residual=residual)
     _check(x, weight, bias, residual)
     if not eps >= 0.0:
         raise ValueError(f"eps is {eps}, expected a number that is not negative")
@@ -90,6 +93,7 @@ def _layer_norm_torch(
     total = x if residual is None else x + residual
     wide = total.to(torch.promote_types(total.dtype, torch.float32))
     centred = wide - wide.mean(dim=-1, keepdim=True)
+    centred = centred - centred.mean(dim=-1, keepdim=True)  # again: the mean was rounded
     out = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps) * weight
     if bias is not None:
         out = out + bias
@@ -161,11 +165,11 @@ class _LayerNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor | None]:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        wide = weight.float()
+        wide = weight.float().contiguous()
         out, total, mean, rstd = _forward(
             rows,
             wide,
-            None if bias is None else bias.float(),
+            None if bias is None else bias.float().contiguous(),
             None if residual is None else residual.reshape(rows.shape).contiguous(),
             eps,
         )

@@ -23,6 +23,13 @@ def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> C
     return getattr(torch.ops.gptcore, name).default
 
 
+def check_tensors(*, optional: bool = False, **tensors: object) -> None:
+    """Raises TypeError for the first argument that is no tensor (nor None, if optional)."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) and not (optional and tensor is None):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+
+
 def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Inside torch.autocast, float32 tensors in its dtype, as for PyTorch's own attention; else the tensors as they are."""
     device = tensors[0].device.type

@@ -64,11 +64,22 @@ def select(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., 
         if reason:
             raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}")
         return BACKENDS[name].implementations[op]
-    for candidate in BACKENDS.values():
-        if candidate.refusal(op, tensor) is None:
-            return candidate.implementations[op]
-    reasons = "; ".join(f"{candidate.name}: {candidate.refusal(op, tensor)}" for candidate in BACKENDS.values())
-    raise RuntimeError(f"no backend can run {op}: {reasons}")
+    return BACKENDS[chosen(op, tensor)[0]].implementations[op]
+
+
+def chosen(op: str, tensor: torch.Tensor) -> tuple[str, str]:
+    """The backend that runs `op` on such a tensor when the call asks for none, and why that one.
+
+    Raises RuntimeError, with every reason, where none can.
+    """
+    if _in_use is not None:
+        return _in_use, "set by ops.use"
+    passed: list[str] = []
+    for backend in BACKENDS.values():
+        if (reason := backend.refusal(op, tensor)) is None:
+            return backend.name, "; ".join(passed) or "the first choice for this device and dtype"
+        passed.append(f"not {backend.name}: {reason}")
+    raise RuntimeError(f"no backend can run {op}: {'; '.join(passed)}")
 
 
 class use:  # noqa: N801 (reads as a verb: `with ops.use("torch"):`)

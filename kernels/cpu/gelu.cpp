@@ -75,7 +75,6 @@ struct Lines {
 template <class T, bool kTanh>
 void forward(const GeluArgs& args) {
   const Lines lines(args);
-  bool streaming = pays_to_stream(lines.size * sizeof(T));
   parallel_for(lines.count, lines.threads(args.num_threads), [&](int64_t line) {
     int64_t begin = lines.begin(line), n = lines.end(line) - begin;
     const T* x = (const T*)args.x + begin;
@@ -83,38 +82,62 @@ void forward(const GeluArgs& args) {
     for (int64_t i = 0; i < n; i += kLanes) {
       Vec v = load_up_to(x + i, n - i);
       if (args.bias) v += load_up_to(args.bias + i, n - i);
-      stream_up_to(out + i, v * normal<T, kTanh>(v).cdf, n - i, streaming);
+      store_up_to(out + i, v * normal<T, kTanh>(v).cdf, n - i);
     }
   });
 }
 
+// n elements from `begin` on; with a bias, their gradients are added to sum[0..n) as well.
 template <class T, bool kTanh>
-GPTCORE_INLINE void backward_line(const T* x, const float* bias, const T* grad_out, T* grad_x, float* grad_bias, int64_t n, bool streaming) {
+GPTCORE_INLINE void backward_line(const GeluArgs& args, int64_t begin, int64_t n, const float* bias, float* sum) {
+  const T *x = (const T*)args.x + begin, *grad_out = (const T*)args.grad_out + begin;
+  T* grad_x = (T*)args.grad_x + begin;
   for (int64_t i = 0; i < n; i += kLanes) {
-    Vec v = load_up_to(x + i, n - i);
-    if (bias) v += load_up_to(bias + i, n - i);
+    const int64_t left = n - i;
+    Vec v = load_up_to(x + i, left);
+    if (bias) v += load_up_to(bias + i, left);
     Normal at = normal<T, kTanh>(v);
-    Vec grad = load_up_to(grad_out + i, n - i) * (at.cdf + at.x_pdf);
-    stream_up_to(grad_x + i, grad, n - i, streaming);
-    if (bias) store_up_to(grad_bias + i, load_up_to(grad_bias + i, n - i) + grad, n - i);
+    Vec grad = load_up_to(grad_out + i, left) * (at.cdf + at.x_pdf);
+    store_up_to(grad_x + i, grad, left);
+    if (bias) store_up_to(sum + i, load_up_to(sum + i, left) + grad, left);
+  }
+}
+
+// A chunk of rows and its part of grad_bias, which is summed in blocks of rows: the fewer float32 additions follow one
+// another, the more exact is the sum.
+template <class T, bool kTanh>
+GPTCORE_INLINE void backward_chunk(const GeluArgs& args, int64_t row_begin, int64_t row_end, float* partial) {
+  constexpr int64_t kColumns = 4096, kRows = 16;
+  float block[kColumns];
+  memset(partial, 0, args.width * sizeof(float));
+  for (int64_t column = 0; column < args.width; column += kColumns) {
+    const int64_t n = args.width - column < kColumns ? args.width - column : kColumns;
+    for (int64_t row = row_begin; row < row_end;) {
+      memset(block, 0, n * sizeof(float));
+      for (int64_t end = row + kRows < row_end ? row + kRows : row_end; row < end; ++row)
+        backward_line<T, kTanh>(args, row * args.width + column, n, args.bias + column, block);
+      for (int64_t i = 0; i < n; ++i) partial[column + i] += block[i];
+    }
   }
 }
 
 template <class T, bool kTanh>
 void backward(const GeluArgs& args) {
   const Lines lines(args);
-  bool streaming = pays_to_stream(lines.size * sizeof(T));
-  int64_t chunks = args.bias ? row_chunks(args.rows) : lines.count;
-  parallel_for(chunks, lines.threads(args.num_threads), [&](int64_t chunk) {
-    float* partial = args.workspace + chunk * args.width;
-    if (args.bias) memset(partial, 0, args.width * sizeof(float));
-    for (int64_t line = lines.count * chunk / chunks; line < lines.count * (chunk + 1) / chunks; ++line) {
-      int64_t begin = lines.begin(line), n = lines.end(line) - begin;
-      backward_line<T, kTanh>((const T*)args.x + begin, args.bias, (const T*)args.grad_out + begin,
-                              (T*)args.grad_x + begin, partial, n, streaming);
-    }
+  const int threads = lines.threads(args.num_threads);
+  if (!args.bias) {
+    parallel_for(lines.count, threads, [&](int64_t line) {
+      const int64_t begin = lines.begin(line), n = lines.end(line) - begin;
+      backward_line<T, kTanh>(args, begin, n, nullptr, nullptr);
+    });
+    return;
+  }
+  const int64_t chunks = row_chunks(args.rows);
+  parallel_for(chunks, threads, [&](int64_t chunk) {
+    backward_chunk<T, kTanh>(args, args.rows * chunk / chunks, args.rows * (chunk + 1) / chunks,
+                             args.workspace + chunk * args.width);
   });
-  if (args.bias) sum_chunks(args.workspace, chunks, args.width, args.width, args.grad_bias);
+  sum_chunks(args.workspace, chunks, args.width, args.width, args.grad_bias);
 }
 
 }  // namespace

@@ -7,8 +7,8 @@ namespace gptcore {
 namespace GPTCORE_ISA {
 namespace {
 
-// body(begin, length) for stretches of a row. A float32 sum of more terms than this, one after the other, would lose digits:
-// stretches are summed in float32 and added in double.
+// body(begin, length) for stretches of a row. A float32 sum of many more terms, one after the other, would lose digits:
+// stretches are summed in float32 and added up in double.
 template <class Body>
 GPTCORE_INLINE void for_stretches(int64_t n, Body body) {
   constexpr int64_t kStretch = 4096;

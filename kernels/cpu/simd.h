@@ -69,9 +69,15 @@ GPTCORE_INLINE Vec load(const float* p) {
 GPTCORE_INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
 
 GPTCORE_INLINE Vec load(const bfloat16* p) {
+#if defined(__AVX512F__)  // GCC 12 makes four instructions of the general form
+  return bit_cast<Vec>((UintVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+  return bit_cast<Vec>((UintVec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
   HalfBits bits;
   memcpy(&bits, p, sizeof bits);
   return bit_cast<Vec>(__builtin_convertvector(bits, UintVec) << 16);
+#endif
 }
 GPTCORE_INLINE HalfBits to_bfloat16(Vec v) {  // round to nearest even; NaN stays NaN
 #if defined(__AVX512BF16__)
@@ -144,8 +150,13 @@ GPTCORE_INLINE void store_up_to(T* p, Vec v, int64_t n) {
 
 // ---- arithmetic -------------------------------------------------------------------------------------------------------
 
+#if defined(__AVX512F__)  // GCC 12 makes a comparison and a masked move of the general form
+GPTCORE_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }  // b where either is NaN
+GPTCORE_INLINE Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 GPTCORE_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
 GPTCORE_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+#endif
 
 GPTCORE_INLINE float sum_lanes(Vec v) {  // a fixed tree, so that the order of addition never varies
   for (int half = kLanes / 2; half > 0; half /= 2)
@@ -153,8 +164,8 @@ GPTCORE_INLINE float sum_lanes(Vec v) {  // a fixed tree, so that the order of a
   return v[0];
 }
 
-// 2^x: 0 below -150, infinity above 128, NaN for NaN; 1.5 ulp or better with kDegree 6. kDegree 4 is for results that are
-// rounded to 16 bits: relative error 3e-6.
+// 2^x: 0 below -150, infinity above 128, NaN for NaN; 1.5 ulp or better with kDegree 6. kDegree 4 is for results that
+// are rounded to 16 bits: relative error 3e-6.
 template <int kDegree = 6>
 GPTCORE_INLINE Vec exp2(Vec x) {
   static_assert(kDegree == 4 || kDegree == 6, "the degrees that there are coefficients for");

@@ -1,0 +1,110 @@
+"""The native kernels of gptcore. Use gptcore.ops, which checks, differentiates and chooses among backends.
+
+Outputs are allocated by the caller, filled in place, and must not share memory with inputs. Every function raises
+ValueError for tensors and numbers that do not fit, saying what it expected, and TypeError for arguments of another kind.
+"""
+
+from torch import Tensor
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    dropout_p: float,
+    seed: int,
+    num_threads: int,
+) -> None:
+    """Fills out, like query, and lse, float32 (batch, query_heads, query_len)."""
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    dropout_p: float,
+    seed: int,
+    num_threads: int,
+) -> None:
+    """Fills grad_query, grad_key and grad_value, except for keys of a document that has no queries."""
+
+def segments(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, batch: int, query_len: int, kv_len: int
+) -> list[tuple[int, int, int, int, int]]:
+    """The segments (batch, query_begin, query_len, key_begin, key_len) that the boundaries mean."""
+
+def layer_norm_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    sum: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    num_threads: int,
+) -> None:
+    """Fills out, sum = x + residual, and float32 mean and rstd of each row; x is (rows, width)."""
+
+def layer_norm_backward(
+    grad_out: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_x: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    num_threads: int,
+) -> None:
+    """Fills the gradients; x is what was normalised, the sum where there was a residual."""
+
+def gelu_forward(x: Tensor, bias: Tensor | None, out: Tensor, tanh_form: bool, num_threads: int) -> None:
+    """Fills out with GELU(x + bias); x is (rows, width)."""
+
+def gelu_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    grad_x: Tensor,
+    grad_bias: Tensor | None,
+    tanh_form: bool,
+    num_threads: int,
+) -> None:
+    """Fills grad_x and, with a bias, grad_bias."""
+
+def compiled_isas() -> list[str]:
+    """CPU instruction sets that the kernels are compiled for, lowest first."""
+
+def supported_isas() -> list[str]:
+    """Those of them that this CPU has, lowest first."""
+
+def cpu_isa() -> str:
+    """The instruction set in use."""
+
+def use_cpu_isa(name: str) -> None:
+    """Use this instruction set from now on. Raises ValueError."""
+
+def build_info() -> dict[str, str | int]:
+    """version, compiler, and openmp, the date of the OpenMP standard."""

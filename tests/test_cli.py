@@ -1,0 +1,172 @@
+"""The command line, from text to model to text, and what it says when it cannot."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptcore import GPT, Tokenizer, cli
+from gptcore.callbacks import read_log
+from gptcore.checkpoint import list_checkpoints
+from gptcore.corpus import write_standard_library_corpus
+
+TINY = ["--vocab-size", "400", "--n-layer", "1", "--n-embd", "32", "--n-head", "2", "--n-positions", "32"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A quarter of a megabyte of the standard library's documentation."""
+    folder = tmp_path_factory.mktemp("corpus")
+    whole = write_standard_library_corpus(folder / "whole.txt").read_text(encoding="utf-8")
+    path = folder / "text.txt"
+    path.write_text(whole[:250_000], encoding="utf-8")
+    return path
+
+
+def run(capsys, *argv):
+    status = cli.main([str(word) for word in argv])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_train_learns_and_the_rest_uses_what_it_leaves(text, tmp_path, capsys):
+    """The demo at small size: the validation loss falls below 60 % of where it began."""
+    out = tmp_path / "out"
+    train = [
+        "train", text, "--output-dir", out, "--cache-dir", tmp_path, "--tokenizer-kind", "char", "--n-layer", 2,
+        "--n-embd", 64, "--n-head", 2, "--n-positions", 64, "--max-steps", 200, "--learning-rate", 4e-3,
+        "--eval-steps", 100, "--save-steps", 100, "--threads", 1,
+    ]  # fmt: skip
+    status, printed, _ = run(capsys, *train)
+    assert status == 0
+    before, after = map(float, re.search(r"validation loss +([\d.]+) -> ([\d.]+)", printed).groups())
+    assert after < 0.6 * before
+    assert re.search(r"training loss +[\d.]+\n", printed)
+    assert re.search(r"speed +[\d,]+ tokens/s\n", printed)
+    assert printed.count("---- sample") == 3
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    evaluations = [entry for entry in read_log(out / "log.jsonl") if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [100, 200]
+    assert evaluations[-1]["eval_loss"] == pytest.approx(after, abs=1e-4)
+    model, tokenizer = GPT.from_pretrained(out), Tokenizer.from_pretrained(out)
+    assert model.config.vocab_size == tokenizer.vocab_size
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+
+    status, printed, _ = run(capsys, "evaluate", out, text, "--cache-dir", tmp_path, "--threads", 1)
+    assert status == 0
+    assert float(re.search(r"loss ([\d.]+)", printed)[1]) == pytest.approx(after, rel=0.15)
+
+    status, printed, _ = run(capsys, "generate", out, "--prompt", "Return the", "A", "--max-new-tokens", 10, "--greedy")
+    ids = tokenizer.encode("Return the")
+    alone = model.generate(torch.tensor([ids]), 10)[0, len(ids) :].tolist()
+    assert status == 0
+    assert printed.startswith("Return the" + cli._text(tokenizer, alone))
+
+    # Run again with --resume there is nothing left to do, and the same result
+    status, printed, _ = run(capsys, *train, "--resume", "--samples", 0)
+    assert status == 0
+    assert float(re.search(r"-> ([\d.]+)", printed)[1]) == after
+
+
+def test_interrupted_it_prints_the_command_that_goes_on(text, tmp_path):
+    out = tmp_path / "out"
+    command = ["train", text, "--output-dir", out, "--cache-dir", tmp_path, *TINY, "--max-steps", "1000000",
+               "--logging-steps", "1", "--save-steps", "0", "--eval-steps", "none", "--threads", "1", "--warmup-steps", "0"]  # fmt: skip
+    command = [str(word) for word in command]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptcore", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "log.jsonl").exists() or len(read_log(out / "log.jsonl")) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it never began"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    (checkpoint,) = list_checkpoints(out)
+    step = int(checkpoint.name.split("-")[1])
+    goes_on = re.search(r"To go on:\s+gptcore (.*)\n", printed)[1].split()
+    assert goes_on == [*command, "--resume"]
+
+    goes_on[goes_on.index("1000000")] = str(step + 2)
+    goes_on += ["--samples", "0"]
+    with pytest.warns(UserWarning, match="total_steps"):
+        assert cli.main(goes_on) == 0
+    assert [entry["step"] for entry in read_log(out / "log.jsonl")] == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "x.txt", "--n-layr", "3"], "did you mean --n-layer?"),
+        (["train", "x.txt", "--lerning_rate=1"], "did you mean --learning-rate?"),
+        (["generate", "out", "--top-q", "3"], "did you mean --top-"),
+        (["generat"], "invalid choice: 'generat'"),
+        (["train"], "required: FILE"),
+        (["train", "x.txt", "--max-steps", "many"], "invalid int value: 'many'"),
+        (["train", "x.txt", "--lr-scheduler-type", "cosin"], "invalid choice: 'cosin'"),
+    ],
+)
+def test_wrong_usage(argv, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(argv)
+    assert exit.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_errors_are_one_line(text, tmp_path, capsys):
+    def error(*argv):
+        status, _, errors = run(capsys, *argv)
+        assert status == 1
+        assert "Traceback" not in errors
+        return errors
+
+    assert "no-such.txt" in error("train", "no-such.txt", "--output-dir", tmp_path / "out")
+    assert "no-such-folder" in error("generate", "no-such-folder")
+    assert "n_embd" in error("train", text, "--output-dir", tmp_path / "out", "--n-embd", 30, "--n-head", 4)
+    assert "unknown backend 'gpu'" in error("train", text, "--output-dir", tmp_path / "out", "--backend", "gpu")
+    assert "--threads is 0" in error("train", text, "--output-dir", tmp_path / "out", "--threads", 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_info(capsys):
+    status, printed, _ = run(capsys, "info")
+    assert status == 0
+    for word in ("gptcore", "torch", "instruction sets", "in use", "threads", "openmp", "cuda", "backend cpu"):
+        assert re.search(rf"^{word} ", printed, re.MULTILINE), word
+
+
+def test_every_option_has_help_and_a_default_that_works(capsys):
+    parser = cli.make_parser()
+    for name, command in parser._commands.items():
+        for action in command._actions:
+            assert action.help, f"{name} {action.dest}"
+    args = parser.parse(["train", "file"])
+    cli.TrainingArguments(**cli._pick(args, cli.TrainingArguments))
+    cli.GPTConfig(**cli._pick(args, cli.GPTConfig))
+
+
+def test_the_demo_is_a_command_of_ours(monkeypatch, tmp_path):
+    """What `make demo` runs is parsed by the same parser, and its corpus is made once."""
+    path = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(str(path))
+    import demo
+
+    monkeypatch.setattr(demo, "OUT", tmp_path)
+    (tmp_path / "corpus.txt").write_text("there already", encoding="utf-8")
+    seen = []
+    monkeypatch.setattr(cli, "main", lambda argv, **overrides: seen.append((argv, overrides)) or 0)
+    assert demo.main() == 0
+    ((argv, overrides),) = seen
+    args = cli.make_parser().parse(argv)
+    assert args.command == "train"
+    assert args.resume
+    assert overrides == {"resume_command": "make demo"}
+    assert (tmp_path / "corpus.txt").read_text(encoding="utf-8") == "there already"

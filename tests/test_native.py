@@ -1,0 +1,361 @@
+"""gptcore._C as a binary: its stubs, its symbols and libraries, threads, the GIL, fork, and arguments that are wrong."""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gptcore import _C, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def shell(*command: str | Path) -> str:
+    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True).stdout
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+# ---- type stubs --------------------------------------------------------------------------------------------------------
+
+# How pybind11 names the types of arguments and results
+PYBIND_TYPES = {
+    "torch.Tensor": "Tensor",
+    "typing.SupportsFloat | typing.SupportsIndex": "float",
+    "typing.SupportsInt | typing.SupportsIndex": "int",
+}
+
+
+def test_the_stubs_say_what_the_module_has() -> None:
+    stubs = {
+        node.name: node
+        for node in ast.parse((ROOT / "gptcore" / "_C.pyi").read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert sorted(stubs) == sorted(name for name in dir(_C) if not name.startswith("__"))
+    for name, stub in stubs.items():
+        signature = getattr(_C, name).__doc__.splitlines()[0]
+        for pybind, plain in PYBIND_TYPES.items():
+            signature = signature.replace(pybind, plain)
+        real = ast.parse(f"def {signature}: ...").body[0]
+        assert isinstance(real, ast.FunctionDef)
+        assert ast.unparse(stub.args) == ast.unparse(real.args), name
+        assert stub.returns is not None
+        assert real.returns is not None
+        assert ast.unparse(stub.returns).startswith(ast.unparse(real.returns)), name  # ours says what a list holds
+        assert ast.get_docstring(stub), f"{name} has no docstring"
+
+
+# ---- symbols and libraries ---------------------------------------------------------------------------------------------
+
+
+def objects(target: str) -> list[Path]:
+    """The object files of a CMake target, in the folder that was built last."""
+    folders = [p for p in ROOT.glob(f"build/*/CMakeFiles/{target}.dir") if p.parts[-3] != "sanitize"]
+    assert folders, "no build folder: `pip install -e .` makes one"
+    found = sorted(max(folders, key=lambda p: p.stat().st_mtime).rglob("*.o"))
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("isa", _C.compiled_isas())
+def test_kernels_share_no_symbol_that_the_linker_could_merge(isa: str) -> None:
+    for path in objects(f"kernels_{isa}"):
+        for line in shell("nm", "--demangle", path).splitlines():
+            kind, symbol = line[17], line[19:]
+            assert kind not in "WVuC", f"{path.name}: weak symbol {symbol}"
+            if kind == "T":
+                assert symbol.startswith(f"gptcore::{isa}::"), f"{path.name}: {symbol} is outside of its namespace"
+            if kind == "U":
+                assert "::" not in symbol, f"{path.name} needs {symbol}, code that is compiled elsewhere"
+
+
+@pytest.mark.skipif("avx2" not in _C.compiled_isas(), reason="other processors have no such registers")
+def test_code_that_runs_everywhere_has_no_wide_instructions() -> None:
+    wide = re.compile(r"%[yz]mm|\tv[a-z0-9]+ .*%xmm")
+    for path in [*objects("kernels_baseline"), *objects("_C")]:
+        found = wide.search(shell("objdump", "-d", "--no-show-raw-insn", path))
+        assert not found, f"{path.name}: {found.group()}"
+    for isa, register in (("avx2", "%ymm"), ("avx512", "%zmm"), ("avx512_bf16", "vdpbf16ps")):
+        assert any(register in shell("objdump", "-d", path) for path in objects(f"kernels_{isa}")), isa
+
+
+def test_the_module_links_openmp_once_and_no_torch() -> None:
+    needed = re.findall(r"NEEDED.*\[(.*)\]", shell("readelf", "-d", _C.__file__))
+    assert [name for name in needed if re.search("omp", name)] == ["libgomp.so.1"]
+    assert not [name for name in needed if re.search("torch|c10|cuda|python", name)], needed
+    exported = [line.split()[-1] for line in shell("nm", "-D", "--defined-only", _C.__file__).splitlines()]
+    assert "PyInit__C" in exported
+    assert not [symbol for symbol in exported if "gptcore" in symbol]
+
+
+# ---- the process -------------------------------------------------------------------------------------------------------
+
+
+def test_importing_prints_nothing() -> None:
+    done = python("from gptcore import ops")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_one_openmp_runtime_and_only_the_threads_that_torch_allows() -> None:
+    done = python("""
+import os, re, torch
+from gptcore import ops
+x = torch.randn(4, 8, 256, 32).requires_grad_()
+def run(threads):
+    torch.set_num_threads(threads)
+    ops.attention(x, x, x).sum().backward()
+    ops.gelu(ops.layer_norm(x.flatten(0, 2), torch.ones(32))).sum().backward()
+    return len(os.listdir("/proc/self/task"))
+torch.set_num_threads(1)
+before = len(os.listdir("/proc/self/task"))
+# The thread of autograd's engine may come with the first backward pass
+x.sum().backward()
+engine = len(os.listdir("/proc/self/task"))
+print(run(1) - engine, run(3) - engine)
+print(*{os.path.realpath(p) for p in re.findall(r"\\S*/lib[a-z]*omp\\d?[-.]\\S*", open("/proc/self/maps").read())}, sep="\\n")
+""")
+    assert done.returncode == 0, done.stderr
+    threads, *runtimes = done.stdout.splitlines()
+    assert threads == "0 2"
+    assert len(runtimes) == 1, runtimes
+
+
+def test_other_python_threads_run_during_a_kernel() -> None:
+    x = torch.randn(1, 4, 3000, 64)
+    times: list[float] = []
+
+    def work() -> None:
+        out, lse = torch.empty_like(x), torch.empty(x.shape[:3])
+        times.append(time.monotonic())
+        _C.attention_forward(x, x, x, out, lse, None, None, 0.1, False, -1, -1, 0.0, 0, 1)
+        times.append(time.monotonic())
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    ticks = []
+    while worker.is_alive():
+        ticks.append(time.monotonic())
+        time.sleep(1e-4)
+    begin, end = times
+    # Without the GIL a tick comes every 0.1 ms or so; with it held none at all between begin and end.
+    assert sum(begin + 0.1 * (end - begin) < tick < end - 0.1 * (end - begin) for tick in ticks) >= 3
+
+
+def test_the_instruction_set_can_be_forced() -> None:
+    for isa in (_C.supported_isas()[0], _C.supported_isas()[-1]):
+        done = python("from gptcore import _C; print(_C.cpu_isa())", GPTCORE_CPU_ISA=isa)
+        assert done.stdout.strip() == isa
+    done = python("from gptcore import _C", GPTCORE_CPU_ISA="sse9")
+    assert done.returncode == 1
+    known = ", ".join(_C.compiled_isas())
+    assert f"ImportError: GPTCORE_CPU_ISA: unknown CPU instruction set 'sse9', expected one of: {known}" in done.stderr
+    with pytest.raises(ValueError, match="unknown CPU instruction set 'avx9', expected one of: baseline"):
+        _C.use_cpu_isa("avx9")
+
+
+def test_kernels_run_in_a_forked_data_loader() -> None:
+    # GNU OpenMP does not survive a fork once it has started threads: the workers, which have one each, must not need it
+    done = python("""
+import torch
+from gptcore import ops
+torch.set_num_threads(2)
+x = torch.randn(2, 4, 128, 32)
+def run(_):
+    y = ops.gelu(ops.layer_norm(ops.attention(x, x, x), torch.ones(32)))
+    return y.sum()
+here = run(0)
+loader = torch.utils.data.DataLoader(range(4), batch_size=None, num_workers=2, collate_fn=run, multiprocessing_context="fork", timeout=60)
+assert all(torch.equal(there, here) for there in loader)
+print("done")
+""")
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_what_was_built() -> None:
+    info = _C.build_info()
+    assert set(info) == {"version", "compiler", "openmp"}
+    assert info["version"] == __import__("importlib.metadata").metadata.version("gptcore")
+
+
+# ---- wrong arguments ---------------------------------------------------------------------------------------------------
+
+GOOD_REFUSALS = (ValueError, TypeError, RuntimeError)
+
+
+def valid_arguments() -> dict[str, dict[str, Any]]:
+    """One right call of each function."""
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8)
+    lse, cu_q, cu_k = torch.zeros(2, 4, 5), torch.tensor([0, 2, 5, 10]), torch.tensor([0, 3, 6, 12])
+    x, row, rows = torch.randn(6, 10), torch.ones(10), torch.ones(6)
+    kind = {
+        "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "scale": 0.5, "causal": True, "window_left": 3, "window_right": -1,
+        "dropout_p": 0.1, "seed": 7, "num_threads": 2,
+    }  # fmt: skip
+    return {
+        "attention_forward": {"query": q, "key": k, "value": k.clone(), "out": q.clone(), "lse": lse, **kind},
+        "attention_backward": {
+            "grad_out": q.clone(), "grad_lse": lse.clone(), "query": q, "key": k, "value": k.clone(), "out": q.clone(),
+            "lse": lse, "grad_query": q.clone(), "grad_key": k.clone(), "grad_value": k.clone(), **kind,
+        },
+        "segments": {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "batch": 2, "query_len": 5, "kv_len": 6},
+        "layer_norm_forward": {
+            "x": x, "residual": x.clone(), "weight": row, "bias": row.clone(), "out": x.clone(), "sum": x.clone(),
+            "mean": rows, "rstd": rows.clone(), "eps": 1e-5, "num_threads": 2,
+        },
+        "layer_norm_backward": {
+            "grad_out": x.clone(), "grad_sum": x.clone(), "x": x, "weight": row, "mean": rows, "rstd": rows.clone(),
+            "grad_x": x.clone(), "grad_weight": row.clone(), "grad_bias": row.clone(), "num_threads": 2,
+        },
+        "gelu_forward": {"x": x, "bias": row, "out": x.clone(), "tanh_form": True, "num_threads": 2},
+        "gelu_backward": {
+            "grad_out": x.clone(), "x": x, "bias": row, "grad_x": x.clone(), "grad_bias": row.clone(), "tanh_form": True,
+            "num_threads": 2,
+        },
+        "use_cpu_isa": {"name": _C.cpu_isa()},
+    }  # fmt: skip
+
+
+def fake_tensor() -> torch.Tensor:
+    with torch._subclasses.FakeTensorMode() as mode:
+        return mode.from_tensor(torch.zeros(6, 10))
+
+
+# Ways to spoil a tensor; `others` are the tensors of the same call
+SPOILED: list[Callable[[torch.Tensor, list[torch.Tensor]], Any]] = [
+    *(lambda t, _, dtype=dtype: t.to(dtype) for dtype in (
+        torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64
+    )),
+    lambda t, _: t.to("meta"),
+    lambda t, _: t.to_sparse(),
+    lambda t, _: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.quint8),
+    lambda t, _: fake_tensor(),
+    lambda t, _: t.float().requires_grad_(),
+    lambda t, _: torch.nn.Parameter(t.float()),
+    lambda t, _: t[:0],
+    lambda t, _: t[:-1],
+    lambda t, _: t[..., :-1],
+    lambda t, _: t[..., None],
+    lambda t, _: t[0],
+    lambda t, _: t.sum(),
+    lambda t, _: t.flatten(),
+    lambda t, _: t.T if t.dim() == 2 else t.transpose(0, -1),
+    lambda t, _: t.transpose(0, -1).contiguous().transpose(0, -1),
+    lambda t, _: t[..., ::2].repeat_interleave(2, -1)[..., ::2],
+    lambda t, _: t[:1].expand(t.shape),
+    lambda t, _: t.flatten()[0].expand(t.shape),
+    lambda t, _: t.as_strided(t.shape, (1,) * t.dim()),
+    lambda t, _: t.new_zeros(1).expand(2**40) if t.dim() == 1 else t.new_zeros(1).expand(*t.shape[:-1], 2**40),
+    lambda t, _: t.new_zeros((2**40, *t.shape[1:-1], 0)),
+    lambda t, _: t.new_zeros((1,) * 9),
+    lambda t, others: others[0],
+    lambda t, others: others[-1],
+    lambda t, others: others[len(others) // 2],
+    lambda t, _: t * math.nan if t.is_floating_point() else -t,
+    lambda t, _: t * math.inf if t.is_floating_point() else t + 2**40,
+    lambda t, _: t.numpy(),
+    lambda t, _: t.tolist(),
+]  # fmt: skip
+ANYTHING = st.sampled_from(
+    [None, 0, -1, 1, 3, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63), 0.5, 1.0, -2.5, 1e39, 1e300, math.nan, math.inf, -math.inf,
+     True, "", "text", b"\xff", [], [1.0], (), {}, object(), np.float32(2), np.zeros(3), torch.float32, torch.zeros(())]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", valid_arguments())
+def test_right_arguments_are_taken(name: str) -> None:
+    getattr(_C, name)(**valid_arguments()[name])
+
+
+@pytest.mark.parametrize("name", valid_arguments())
+@given(data=st.data())
+@QUICK
+def test_wrong_arguments_of_native_functions_raise(name: str, data: st.DataObject) -> None:
+    arguments = valid_arguments()[name]
+    tensors = [t for t in arguments.values() if isinstance(t, torch.Tensor)]
+    for argument in data.draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2, unique=True)):
+        value = arguments[argument]
+        if isinstance(value, torch.Tensor) and data.draw(st.integers(0, 3)):
+            arguments[argument] = data.draw(st.sampled_from(SPOILED))(value, tensors)
+        else:
+            arguments[argument] = data.draw(ANYTHING)
+    isa = _C.cpu_isa()
+    try:
+        getattr(_C, name)(**arguments)
+    except GOOD_REFUSALS as error:
+        assert len(str(error)) > 10, "a refusal without a reason"
+    finally:
+        _C.use_cpu_isa(isa)
+
+
+@given(data=st.data())
+@settings(QUICK, max_examples=400)
+def test_wrong_arguments_of_operations_raise_alike_on_every_backend(data: st.DataObject) -> None:
+    """Each backend gives the same result as the others, or refuses with the same type of exception."""
+    q, k, x, row = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(6, 10), torch.ones(10)
+    boundaries = st.lists(st.integers(-1, 11), max_size=4).map(lambda inner: torch.tensor([0, *sorted(inner), 10]))
+    calls: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
+        "attention": (
+            ops.attention,
+            {"q": q, "k": k, "v": k.clone()},
+            {
+                "scale": ANYTHING,
+                "window": st.tuples(ANYTHING, ANYTHING) | st.tuples(st.integers(-2, 7), st.integers(-2, 7)) | ANYTHING,
+                "cu_seqlens": boundaries | st.tuples(boundaries, boundaries) | ANYTHING,
+                "dropout_p": ANYTHING | st.floats(),
+            },
+        ),
+        "layer_norm": (
+            ops.layer_norm,
+            {"x": x, "weight": row, "bias": row + 1, "residual": x + 1},
+            {"eps": ANYTHING | st.floats()},
+        ),
+        "gelu": (ops.gelu, {"x": x, "bias": row}, {"approximate": ANYTHING | st.just("none")}),
+    }
+    run, tensors, others = calls[data.draw(st.sampled_from(sorted(calls)))]
+    arguments = dict(tensors)
+    for name in data.draw(st.lists(st.sampled_from([*tensors, *others]), max_size=2, unique=True)):
+        if name in others:
+            arguments[name] = data.draw(others[name])
+        elif data.draw(st.booleans()):
+            arguments[name] = data.draw(st.sampled_from(SPOILED[:-2]))(tensors[name], list(tensors.values()))
+        else:
+            arguments[name] = data.draw(ANYTHING)
+    results: dict[str, Any] = {}
+    for backend in ("cpu", "torch"):
+        torch.manual_seed(0)
+        try:
+            results[backend] = run(**arguments, backend=backend)
+        except GOOD_REFUSALS as error:
+            assert len(str(error)) > 10, "a refusal without a reason"
+            results[backend] = type(error)
+    cpu, reference = results["cpu"], results["torch"]
+    if cpu is RuntimeError:  # what it cannot do, such as float64 or sparse tensors, others may
+        return
+    if isinstance(cpu, type) or isinstance(reference, type):
+        assert cpu is reference
+        return
+    for ours, theirs in zip(*(r if isinstance(r, tuple) else (r,) for r in (cpu, reference)), strict=True):
+        assert ours.dtype == theirs.dtype
+        if ours.isfinite().all() and theirs.isfinite().all():
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
