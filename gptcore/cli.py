@@ -1,4 +1,4 @@
-"""The command line: gptcore train | generate | evaluate | info.
+"""The command line: gptcore train | generate | evaluate | export | info.
 
 Options are made from the fields of GPTConfig and TrainingArguments, so each is described in one place.
 """
@@ -22,6 +22,7 @@ from gptcore.callbacks import read_log
 from gptcore.checkpoint import CheckpointError, list_checkpoints
 from gptcore.config import GPTConfig
 from gptcore.data import DataCollatorForLanguageModeling, TextDataset, split
+from gptcore.export import DTYPES, export_gguf, export_hf
 from gptcore.model import GPT
 from gptcore.plot import plot_loss
 from gptcore.tokenizer import Tokenizer
@@ -79,7 +80,9 @@ def _dashes(word: str) -> str:
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-def add_fields(parser: argparse.ArgumentParser, cls: type, defaults: Mapping[str, Any], skip: Sequence[str] = ()) -> None:
+def add_fields(
+    parser: argparse.ArgumentParser, cls: type, defaults: Mapping[str, Any], skip: Sequence[str] = ()
+) -> None:
     """An option for each field of a dataclass: its name, its type, its help."""
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -130,7 +133,11 @@ def train(args: argparse.Namespace) -> int:
             )
     else:
         eos = tokenizer.eos_token_id
-        settings = _pick(args, GPTConfig) | {"vocab_size": tokenizer.vocab_size, "bos_token_id": eos, "eos_token_id": eos}
+        settings = _pick(args, GPTConfig) | {
+            "vocab_size": tokenizer.vocab_size,
+            "bos_token_id": eos,
+            "eos_token_id": eos,
+        }
         model = GPT(GPTConfig(**settings))
     block_size = args.block_size or model.config.n_positions
     dataset = TextDataset(
@@ -200,7 +207,15 @@ def _samples(model: GPT, tokenizer: Tokenizer, count: int, new_tokens: int, seed
     new_tokens = min(new_tokens, model.config.n_positions - 1)
     if count < 1 or new_tokens < 1:
         return []
-    ids = model.generate([[start]] * count, new_tokens, do_sample=True, temperature=0.8, top_k=50, seed=seed)
+    ids = model.generate(
+        [[start]] * count,
+        new_tokens,
+        do_sample=True,
+        temperature=0.8,
+        top_k=50,
+        seed=seed,
+        vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
+    )
     return [_text(tokenizer, row[1:].tolist()) for row in ids]
 
 
@@ -211,16 +226,17 @@ def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
     return text.encode("utf-8", errors="replace").decode()
 
 
-# ---- generate, evaluate, info ----------------------------------------------------------------------------------------
+# ---- generate, evaluate, export, info --------------------------------------------------------------------------------
 
 
 def generate(args: argparse.Namespace) -> int:
     """Continue each prompt."""
     model, tokenizer = GPT.from_pretrained(args.model), Tokenizer.from_pretrained(args.model)
     start = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else tokenizer.encode("\n")
+    real = min(tokenizer.vocab_size, model.config.vocab_size)  # the rest of a padded vocabulary has no text
     prompts = [tokenizer.encode(prompt) or start for prompt in args.prompt]
     if args.greedy:
-        rows = model.generate(prompts, args.max_new_tokens)
+        rows = model.generate(prompts, args.max_new_tokens, vocab_size=real)
     else:
         rows = model.generate(
             prompts,
@@ -230,6 +246,7 @@ def generate(args: argparse.Namespace) -> int:
             top_k=args.top_k,
             top_p=args.top_p,
             seed=args.seed,
+            vocab_size=real,
         )
     longest = max(map(len, prompts))
     for text, row in zip(args.prompt, rows.tolist(), strict=True):
@@ -246,6 +263,20 @@ def evaluate(args: argparse.Namespace) -> int:
     )
     metrics = Trainer(model, options, eval_dataset=dataset, tokenizer=tokenizer).evaluate()
     print(f"loss {metrics['eval_loss']:.4f} nats a token, perplexity {metrics['perplexity']:.2f}")
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write a model for llama.cpp (gguf) or for transformers (hf)."""
+    output = Path(args.output)
+    if output.exists() and not args.overwrite:
+        raise FileExistsError(f"{output} exists; replace it with --overwrite, or choose another --output")
+    model, tokenizer = GPT.from_pretrained(args.model), Tokenizer.from_pretrained(args.model)
+    if args.to == "hf":
+        export_hf(model, tokenizer, output, args.dtype)
+    else:
+        export_gguf(model, tokenizer, output, args.dtype, name=Path(args.model).resolve().name)
+    print(f"{output}    {sum(path.stat().st_size for path in [output, *output.rglob('*')] if path.is_file()):,} bytes")
     return 0
 
 
@@ -269,16 +300,22 @@ def make_parser() -> Parser:
 
     def command(name: str, run: Any) -> argparse.ArgumentParser:
         text = run.__doc__
-        made = commands.add_parser(name, help=text[0].lower() + text[1:].rstrip("."), description=text, allow_abbrev=False)
+        made = commands.add_parser(
+            name, help=text[0].lower() + text[1:].rstrip("."), description=text, allow_abbrev=False
+        )
         made.set_defaults(run=run)
         return made
 
     def shared(to: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
         to.add_argument("--threads", type=int, help="threads to compute with (default: as many as cores)")
-        to.add_argument("--backend", help=f"kernels to compute with: {', '.join(ops.backends())} (default: the fastest)")
+        to.add_argument(
+            "--backend", help=f"kernels to compute with: {', '.join(ops.backends())} (default: the fastest)"
+        )
 
     def data(to: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
-        to.add_argument("files", nargs="+", metavar="FILE", help="text files, each a document or, cut by <|endoftext|>, many")
+        to.add_argument(
+            "files", nargs="+", metavar="FILE", help="text files, each a document or, cut by <|endoftext|>, many"
+        )
         to.add_argument("--block-size", type=int, help="tokens in an example (default: the model's n_positions)")
         to.add_argument("--cache-dir", help="where tokens are kept (default: $XDG_CACHE_HOME/gptcore)")
 
@@ -293,7 +330,9 @@ def make_parser() -> Parser:
     group.add_argument("--tokenizer-kind", choices=("bpe", "char"), default="bpe", help="what to train (default: bpe)")
     group.add_argument("--vocab-size", type=int, default=4096, help="tokens of a new bpe tokenizer (default: 4096)")
     group = made.add_argument_group("model")
-    group.add_argument("--init-from", help="folder of a model to go on from; the options of this group are then its own")
+    group.add_argument(
+        "--init-from", help="folder of a model to go on from; the options of this group are then its own"
+    )
     add_fields(group, GPTConfig, SMALL_MODEL, skip=FROM_TOKENIZER)  # type: ignore[arg-type]
     group = made.add_argument_group("training")
     group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir, if any")
@@ -309,9 +348,15 @@ def make_parser() -> Parser:
     made.add_argument("--prompt", nargs="+", default=[""], help="texts to continue (default: the start of a document)")
     made.add_argument("--max-new-tokens", type=int, default=100, help="tokens to add (default: 100)")
     made.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    made.add_argument("--temperature", type=float, default=0.8, help="below 1 sharpens, above 1 flattens (default: 0.8)")
-    made.add_argument("--top-k", type=_optional(int), default=50, help="draw from so many likeliest tokens (default: 50)")
-    made.add_argument("--top-p", type=_optional(float), help="draw from the fewest tokens of this probability (default: none)")
+    made.add_argument(
+        "--temperature", type=float, default=0.8, help="below 1 sharpens, above 1 flattens (default: 0.8)"
+    )
+    made.add_argument(
+        "--top-k", type=_optional(int), default=50, help="draw from so many likeliest tokens (default: 50)"
+    )
+    made.add_argument(
+        "--top-p", type=_optional(float), help="draw from the fewest tokens of this probability (default: none)"
+    )
     made.add_argument("--seed", type=int, help="for the same draws again (default: new ones each time)")
     shared(made)
 
@@ -321,6 +366,15 @@ def make_parser() -> Parser:
     made.add_argument("--batch-size", type=int, default=16, help="examples in a forward pass (default: 16)")
     made.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="compute in bfloat16")
     shared(made)
+
+    made = command("export", export)
+    made.add_argument("model", nargs="?", default="out", metavar="MODEL", help="folder of a model (default: out)")
+    made.add_argument("--to", choices=("gguf", "hf"), default="gguf", help="for llama.cpp or for transformers (gguf)")
+    made.add_argument(
+        "--dtype", choices=(*DTYPES, "q8_0"), help="of the weights (default: the model's); hf has no q8_0"
+    )
+    made.add_argument("-o", "--output", required=True, help="the file or folder to write")
+    made.add_argument("--overwrite", action="store_true", help="replace what is there")
 
     command("info", show_info)
     parser._commands = commands.choices
@@ -341,7 +395,7 @@ def main(argv: Sequence[str] | None = None, **overrides: Any) -> int:
         with ops.use(getattr(args, "backend", None) or ops.in_use()):
             status: int = args.run(args)
         return status
-    except (OSError, ValueError, TypeError, CheckpointError, NonFiniteError) as error:
+    except (OSError, ValueError, TypeError, ImportError, CheckpointError, NonFiniteError) as error:
         print(f"gptcore {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

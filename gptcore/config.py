@@ -15,13 +15,57 @@ GELU_FORMS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 MAX_HEAD_DIM = 256  # of the attention kernels
 
 # What else config.json may hold where transformers wrote it. The first have no bearing on the model; the second change
-# what it computes, so that only the value that means GPT-2 is accepted.
+# what it computes, so that only the value that means GPT-1 or GPT-2 is accepted.
 _BOOKKEEPING = """
-    _name_or_path _num_labels architectures chunk_size_feed_forward dtype gradient_checkpointing id2label label2id
-    output_attentions output_hidden_states output_past problem_type return_dict summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype transformers_version use_cache
+    _name_or_path _num_labels architectures chunk_size_feed_forward do_sample dtype finetuning_task
+    gradient_checkpointing id2label is_decoder label2id length_penalty max_length min_length n_special
+    no_repeat_ngram_size num_beams num_labels num_return_sequences output_attentions output_hidden_states output_past
+    predict_special_tokens prefix problem_type repetition_penalty return_dict summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj task_specific_params temperature tokenizer_class top_k top_p
+    torch_dtype torchscript transformers_version use_bfloat16 use_cache
 """
-_FIXED = {"add_cross_attention": False, "is_encoder_decoder": False, "reorder_and_upcast_attn": False}
+_FIXED = {
+    "add_cross_attention": False,
+    "afn": "gelu",  # GPT-1's name of activation_function, in which "gelu" is the tanh form
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+    "reorder_and_upcast_attn": False,
+}
+
+# What a config.json leaves out, where that is not what GPT-2 has
+_OPENAI_GPT = {
+    "vocab_size": 40478,
+    "n_positions": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "norm_position": "post",
+}
+_GPT1 = {key: _OPENAI_GPT[key] for key in ("vocab_size", "n_positions", "norm_position")}
+# Table 2.1 of Brown et al. 2020 has two misprints: 24 heads of 128 in the 1.3B, whose width is 2048, and a width of
+# 5140 in the 13B, which has 40 heads of 128. 16 heads and a width of 5120 are meant. Every second layer sees a band of
+# tokens, as in the Sparse Transformer (section 2.1), but how wide it is the paper does not say: 256 is GPT-Neo's.
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_GPT3 = {"n_positions": 2048, "attention_window": 256, **_NO_DROPOUT}
+_LAPTOP = {"n_positions": 256, **_NO_DROPOUT}
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt": _GPT1,  # Radford et al. 2018
+    "gpt2": {},  # Radford et al. 2019, and its three larger siblings
+    "gpt2-medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16},
+    "gpt2-large": {"n_layer": 36, "n_embd": 1280, "n_head": 20},
+    "gpt2-xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25},
+    "gpt3-125m": _GPT3,
+    "gpt3-350m": {"n_layer": 24, "n_embd": 1024, "n_head": 16, **_GPT3},
+    "gpt3-760m": {"n_layer": 24, "n_embd": 1536, "n_head": 16, **_GPT3},
+    "gpt3-1.3b": {"n_layer": 24, "n_embd": 2048, "n_head": 16, **_GPT3},
+    "gpt3-2.7b": {"n_layer": 32, "n_embd": 2560, "n_head": 32, **_GPT3},
+    "gpt3-6.7b": {"n_layer": 32, "n_embd": 4096, "n_head": 32, **_GPT3},
+    "gpt3-13b": {"n_layer": 40, "n_embd": 5120, "n_head": 40, **_GPT3},
+    "gpt3-175b": {"n_layer": 96, "n_embd": 12288, "n_head": 96, **_GPT3},
+    "gpt-nano": {"n_layer": 3, "n_embd": 48, "n_head": 3, **_LAPTOP},  # these three are minGPT's
+    "gpt-micro": {"n_layer": 4, "n_embd": 128, "n_head": 4, **_LAPTOP},
+    "gpt-mini": {"n_layer": 6, "n_embd": 192, "n_head": 6, **_LAPTOP},
+    "gpt-baby": {"n_layer": 6, "n_embd": 384, "n_head": 6, **_LAPTOP},  # nanoGPT's, for Shakespeare by characters
+}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -32,6 +76,8 @@ def _option(default: Any, text: str) -> Any:
 @dataclass(frozen=True)
 class GPTConfig:
     """Names and defaults are those of transformers' GPT2Config; the last three fields make a GPT-1 or a GPT-3.
+
+    `GPTConfig.preset("gpt2-medium")` is a published model by its name.
 
     Raises TypeError or ValueError, with the number in question, for a model that could not be built.
     """
@@ -94,35 +140,70 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     @property
+    def n_ctx(self) -> int:
+        """n_positions, under the name that it had in old config files and has in old programs."""
+        return self.n_positions
+
+    @property
+    def is_gpt1(self) -> bool:
+        """Whether transformers' OpenAIGPTLMHeadModel computes the same function from the same weights."""
+        return (
+            (self.norm_position, self.position_embedding, self.attention_window) == ("post", "learned", None)
+            and GELU_FORMS[self.activation_function] == "tanh"
+            and self.n_inner in (None, 4 * self.n_embd)
+            and (self.scale_attn_weights, self.scale_attn_by_inverse_layer_idx) == (True, False)
+        )
+
+    @property
     def is_gpt2(self) -> bool:
         """Whether transformers' GPT2LMHeadModel computes the same function from the same weights."""
         return (self.norm_position, self.position_embedding, self.attention_window) == ("pre", "learned", None)
 
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> GPTConfig:
+        """A published model by its name, such as "gpt2-medium" or "gpt3-1.3b", with some settings replaced.
+
+        gpt; gpt2, gpt2-medium, gpt2-large, gpt2-xl; gpt3-125m, -350m, -760m, -1.3b, -2.7b, -6.7b, -13b, -175b; and for
+        a laptop gpt-nano, gpt-micro, gpt-mini, gpt-baby. GPT-3's dropout is not published: it is 0 here.
+        Raises ValueError for an unknown name, with the nearest known one.
+        """
+        if name not in PRESETS:
+            near = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0)[0]
+            raise ValueError(f"there is no preset {name!r}; the nearest of the {len(PRESETS)} is {near!r}")
+        return cls(**{**PRESETS[name], **overrides})
+
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds. transformers opens it as a GPT-2 where the model is one, and refuses it where not."""
-        gpt2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-        return {**(gpt2 if self.is_gpt2 else {"model_type": "gptcore"}), **dataclasses.asdict(self)}
+        """What config.json holds. transformers opens it as GPT-1 or GPT-2 where the model is one, else refuses it."""
+        kind: dict[str, Any] = {"model_type": "gptcore"}
+        if self.is_gpt1:
+            kind = {"model_type": "openai-gpt", "architectures": ["OpenAIGPTLMHeadModel"], "afn": "gelu"}
+        elif self.is_gpt2:
+            kind = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+        return {**kind, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
-        """The config of a config.json, ours or one that transformers wrote for a GPT-2.
+        """The config of a config.json, ours or one that transformers wrote for a GPT-1 or a GPT-2.
 
         Raises ValueError for an unknown key, naming the nearest known one, and for a setting that GPT does not have.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        kwargs = {}
+        kind = values.get("model_type", "gptcore")
+        if kind not in ("gpt2", "openai-gpt", "gptcore"):
+            raise ValueError(f"model_type {kind!r} is not a GPT; it should be 'gpt2', 'openai-gpt' or 'gptcore'")
+        kwargs: dict[str, Any] = dict(_OPENAI_GPT) if kind == "openai-gpt" else {}
+        if "n_ctx" in values:  # old files give the length twice, or under this name only
+            kwargs["n_positions"] = values["n_ctx"]
         for key, value in values.items():
             if key in known:
                 kwargs[key] = value
             elif key in _FIXED and value != _FIXED[key]:
                 raise ValueError(f"{key} {value!r} is not supported; it should be {_FIXED[key]!r}")
-            elif key == "model_type" and value not in ("gpt2", "gptcore"):
-                raise ValueError(f"model_type {value!r} is not a GPT; it should be 'gpt2' or 'gptcore'")
             elif key not in (*_BOOKKEEPING.split(), *_FIXED, "model_type", "n_ctx"):
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
                 raise ValueError(f"unknown key {key!r}; the nearest known one is {near!r}")
         config = cls(**kwargs)
-        if values.get("n_ctx", config.n_positions) != config.n_positions:  # old files give the length twice
+        if values.get("n_ctx", config.n_positions) != config.n_positions:
             raise ValueError(f"n_ctx {values['n_ctx']} and n_positions {config.n_positions} should be equal")
         return config
 

@@ -5,21 +5,18 @@ after it is part of the separator. The tokenizer's end-of-text id, if it has one
 documents in the order given make one row of tokens, which is cut into windows of `block_size`; the tail that fills no
 window is dropped.
 
-The cache is one file, named by the SHA-256 of the text, the tokenizer and the format, so that it can never be stale,
-and checked by a SHA-256 of its own when it is opened. All numbers are little endian:
-
-    magic "GPTCTOK\\0", u32 format, u32 bytes a token, u64 vocab_size, u64 tokens, u64 documents, 32 bytes SHA-256
-    tokens: u16 or u32 each, zeros up to a multiple of 8 bytes
-    document starts: u64 each, as positions among the tokens
+The cache is one file of `gptcore.shards`, named by the SHA-256 of the text, the tokenizer and the format, so that it
+can never be stale, and checked by a SHA-256 of its own when it is opened. TokenDataset reads such files, and others',
+directly.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import os
-import struct
 import warnings
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -28,14 +25,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
-from gptcore.files import PathLike, atomic_file
+from gptcore.files import PathLike
+from gptcore.shards import Shard, read_shard, write_shard
 from gptcore.tokenizer import Tokenizer, check_text_file, read_blocks, split_documents
 
 Feature = torch.Tensor | Sequence[int] | Mapping[str, Any]
 
-_MAGIC, _FORMAT = b"GPTCTOK\0", 1
-_FIELDS = struct.Struct("<8sIIQQQ")  # magic, format, bytes a token, vocab_size, tokens, documents
-_HEADER = _FIELDS.size + 32  # and the SHA-256 of the fields and of all that follows
+_FORMAT = 2  # of the ids in the cache: how a text is cut into documents and ended
 _IGNORED = -100  # the label that the loss leaves out
 
 
@@ -46,15 +42,81 @@ def cache_folder(cache_dir: PathLike | None = None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptcore"
 
 
-class TextDataset(Dataset[Any]):
-    """Windows of `block_size` tokens over text files: `ds[i]` holds tokens i * block_size to (i + 1) * block_size.
+class TokenDataset(Dataset[Any]):
+    """Windows of `block_size` tokens over files of tokens (see `gptcore.shards`), mapped into memory.
 
     An item is an int64 tensor (block_size,). With `mask_documents` it is a dict of that tensor as "input_ids" and of
     "document_starts", int64: the positions in the window at which a document starts. From these the collator keeps
     attention and loss inside each document.
 
+    Windows follow each other without overlap; the tail of a file that fills no window is dropped.
+    """
+
+    def __init__(
+        self,
+        file_path: PathLike | Sequence[PathLike],
+        block_size: int,
+        *,
+        vocab_size: int,
+        format: str | None = None,
+        tokenizer: Tokenizer | None = None,
+        mask_documents: bool = False,
+    ) -> None:
+        """Open and check files of tokens.
+
+        Args:
+            file_path: one path or several, in this order.
+            block_size: tokens in a window, at least 2: the first of a window is not predicted.
+            vocab_size: the model's; an id from here on would be a wild read, and is an error.
+            format: "nanogpt" for files without a header; None for ours and llm.c's.
+            tokenizer: that the files must have been made with; only ours tell.
+            mask_documents: items tell where documents start; only our files do.
+
+        Raises FileNotFoundError, or ValueError for a damaged file, an id outside the vocabulary, a file of another
+        tokenizer, or one with fewer tokens than a window.
+        """
+        paths = _paths(file_path)
+        fingerprint = None if tokenizer is None else tokenizer.fingerprint
+        shards = [read_shard(path, vocab_size=vocab_size, format=format, fingerprint=fingerprint) for path in paths]
+        self._open(paths, shards, block_size, mask_documents)
+
+    def _open(self, names: Sequence[Path], shards: list[Shard], block_size: int, mask_documents: bool) -> None:
+        _check_block_size(block_size)
+        for name, shard in zip(names, shards, strict=True):
+            if len(shard.tokens) < block_size:
+                raise ValueError(
+                    f"{name}: {len(shard.tokens)} tokens are fewer than one window of block_size={block_size}; "
+                    f"give more text, or a block_size of at most {len(shard.tokens)}"
+                )
+            if mask_documents and shard.document_starts is None:
+                raise ValueError(f"{name} does not say where documents start: mask_documents=True needs a file of ours")
+        self.shards, self.block_size, self.mask_documents = shards, block_size, mask_documents
+        self._ends = list(itertools.accumulate(len(shard.tokens) // block_size for shard in shards))  # in windows
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, i: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"there is no window {i}: this dataset has {len(self)}")
+        i %= len(self)
+        s = bisect.bisect_right(self._ends, i)
+        shard = self.shards[s]
+        start = (i - (self._ends[s - 1] if s else 0)) * self.block_size
+        end = start + self.block_size
+        window = torch.from_numpy(shard.tokens[start:end].astype(np.int64))
+        if not self.mask_documents:
+            return window
+        assert shard.document_starts is not None
+        first, last = np.searchsorted(shard.document_starts, [start, end])
+        return {"input_ids": window, "document_starts": torch.from_numpy(shard.document_starts[first:last] - start)}
+
+
+class TextDataset(TokenDataset):
+    """Windows over text files: `ds[i]` holds tokens i * block_size to (i + 1) * block_size.
+
     The ids are those of the tokenizer's `encode` of each document. They are made once, in bounded memory, and kept in
-    `cache_file`; nothing ever deletes it but you.
+    `cache_file`, which TokenDataset reads too; nothing ever deletes it but you.
 
     Attributes: tokens (the memory-mapped ids), document_starts (int64, positions in tokens), cache_file, block_size.
     """
@@ -82,50 +144,30 @@ class TextDataset(Dataset[Any]):
         Raises FileNotFoundError for a missing file; ValueError for a folder, an empty or a binary file, fewer tokens
         than one window, or a file that changes while it is read; OSError for a cache folder that cannot be written.
         """
-        if block_size < 2:
-            raise ValueError(f"block_size must be at least 2 tokens, one to read and one to predict, not {block_size}")
-        paths = [check_text_file(p) for p in ([file_path] if isinstance(file_path, str | os.PathLike) else file_path)]
-        if not paths:
-            raise ValueError("no file to read: file_path is an empty list")
-        self.block_size = block_size
-        self.mask_documents = mask_documents
+        _check_block_size(block_size)
+        paths = [check_text_file(path) for path in _paths(file_path)]
         digests = [_digest(read_blocks(path)) for path in paths]
-        key = hashlib.sha256(f"{_FORMAT} {tokenizer.fingerprint} {' '.join(digests)}".encode()).hexdigest()
+        parts = f"{_FORMAT} {tokenizer.fingerprint} {tokenizer.eos_token_id} {' '.join(digests)}"
+        key = hashlib.sha256(parts.encode()).hexdigest()
         self.cache_file = cache_folder(cache_dir) / "tokens" / f"{key}.tokens"
-        ready = None
+        vocab_size, fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
+        shard = None
         if self.cache_file.exists() and not overwrite_cache:
             try:
-                ready = _open_cache(self.cache_file, tokenizer.vocab_size)
+                shard = read_shard(self.cache_file, vocab_size=vocab_size, format="gptcore", fingerprint=fingerprint)
             except ValueError as error:
-                warnings.warn(f"{error}; making it again", stacklevel=2)
-        if ready is None:
+                warnings.warn(f"the token cache {error}; making it again", stacklevel=2)
+        if shard is None:
             try:
-                _write_cache(self.cache_file, tokenizer, paths, digests)
+                ids = _encode(tokenizer, paths, digests)
+                write_shard(self.cache_file, ids, vocab_size=vocab_size, fingerprint=fingerprint)
             except OSError as error:
                 help = "give cache_dir, or set GPTCORE_CACHE, to a folder with room that you may write to"
                 raise OSError(f"cannot write the token cache {self.cache_file}: {error}; {help}") from error
-            ready = _open_cache(self.cache_file, tokenizer.vocab_size)
-        self.tokens, self.document_starts = ready
-        if len(self) == 0:
-            names = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
-            raise ValueError(
-                f"{names}: {len(self.tokens)} tokens are fewer than one window of block_size={block_size}; "
-                f"give more text, or a block_size of at most {len(self.tokens)}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.tokens) // self.block_size
-
-    def __getitem__(self, i: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"there is no window {i}: this dataset has {len(self)}")
-        start = i % len(self) * self.block_size
-        end = start + self.block_size
-        window = torch.from_numpy(self.tokens[start:end].astype(np.int64))
-        if not self.mask_documents:
-            return window
-        first, last = np.searchsorted(self.document_starts, [start, end])
-        return {"input_ids": window, "document_starts": torch.from_numpy(self.document_starts[first:last] - start)}
+            shard = read_shard(self.cache_file, vocab_size=vocab_size, format="gptcore", fingerprint=fingerprint)
+        self.tokens, self.document_starts = shard.tokens, shard.document_starts
+        names_of = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
+        self._open([Path(names_of)], [shard], block_size, mask_documents)
 
 
 class DataCollatorForLanguageModeling:
@@ -144,10 +186,11 @@ class DataCollatorForLanguageModeling:
     """
 
     def __init__(self, tokenizer: Tokenizer, mlm: bool = False) -> None:
-        """`tokenizer` gives the padding id (its end-of-text id, else 0). Raises ValueError for mlm=True."""
+        """`tokenizer` gives the padding id (if it has none, 0). Raises ValueError for mlm=True."""
         if mlm:
             raise ValueError("mlm=True is for models like BERT; a GPT predicts the next token: give mlm=False")
-        self.pad_token_id = tokenizer.eos_token_id or 0
+        self.tokenizer = tokenizer
+        self.pad_token_id = tokenizer.pad_token_id or 0
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
         if len(features) == 0:
@@ -225,67 +268,32 @@ def _digest(blocks: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _token_type(vocab_size: int) -> np.dtype[Any]:
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
 def _hashed(blocks: Iterable[bytes], digest: Any) -> Iterator[bytes]:
     for block in blocks:
         digest.update(block)
         yield block
 
 
-def _write_cache(file: Path, tokenizer: Tokenizer, paths: Sequence[Path], digests: Sequence[str]) -> None:
-    """Write the ids of all documents aside, then rename: of two processes at once, both write the same and one wins."""
-    dtype, eos = _token_type(tokenizer.vocab_size), tokenizer.eos_token_id
-    count, starts, start = 0, array("Q"), 0
-    with atomic_file(file) as aside, open(aside, "r+b") as out:
-        out.seek(_HEADER)
-        for path, expected in zip(paths, digests, strict=True):
-            read = hashlib.sha256()
-            for ids in tokenizer.encode_stream(split_documents(_hashed(read_blocks(path), read))):
-                if ids is None:  # the document ends
-                    starts.append(start)
-                    ids = [] if eos is None else [eos]
-                    start = count + len(ids)
-                out.write(np.asarray(ids, dtype).tobytes())
-                count += len(ids)
-            if read.hexdigest() != expected:
-                raise ValueError(f"{path} changed while it was read; try again when nothing writes to it")
-        out.write(bytes(-count * dtype.itemsize % 8))
-        out.write(np.asarray(starts, "<u8").tobytes())
-        fields = _FIELDS.pack(_MAGIC, _FORMAT, dtype.itemsize, tokenizer.vocab_size, count, len(starts))
-        out.flush()
-        digest = hashlib.sha256(fields)
-        out.seek(_HEADER)
-        while block := out.read(1 << 20):
-            digest.update(block)
-        out.seek(0)
-        out.write(fields + digest.digest())
+def _encode(tokenizer: Tokenizer, paths: Sequence[Path], digests: Sequence[str]) -> Iterator[list[int] | None]:
+    """The ids of all documents, each with its end-of-text id and then None."""
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for path, expected in zip(paths, digests, strict=True):
+        read = hashlib.sha256()
+        for ids in tokenizer.encode_stream(split_documents(_hashed(read_blocks(path), read))):
+            if ids is None:
+                yield eos
+            yield ids
+        if read.hexdigest() != expected:
+            raise ValueError(f"{path} changed while it was read; try again when nothing writes to it")
 
 
-def _open_cache(file: Path, vocab_size: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, np.dtype[np.int64]]]:
-    """Map the tokens and read the document starts. Raises ValueError unless every byte is what was written."""
-    dtype = _token_type(vocab_size)
-    with open(file, "rb") as f:  # one handle: the file may be replaced under its name meanwhile
-        header = f.read(_HEADER)
-        if len(header) < _HEADER:
-            raise ValueError(f"the token cache {file} is damaged: {len(header)} bytes, a header has {_HEADER}")
-        fields, expected = header[: _FIELDS.size], header[_FIELDS.size :]
-        *kind, count, documents = _FIELDS.unpack(fields)
-        if kind != [_MAGIC, _FORMAT, dtype.itemsize, vocab_size]:
-            raise ValueError(f"the token cache {file} is not one of format {_FORMAT} for {vocab_size} tokens: {kind}")
-        padded = -(-count * dtype.itemsize // 8) * 8
-        size, found = _HEADER + padded + 8 * documents, os.fstat(f.fileno()).st_size
-        if size != found:
-            raise ValueError(f"the token cache {file} is damaged: {found} bytes instead of {size}")
-        digest = hashlib.sha256(fields)
-        while block := f.read(1 << 20):
-            digest.update(block)
-        if digest.digest() != expected:
-            raise ValueError(f"the token cache {file} is damaged: its SHA-256 is not the one that it was written with")
-        if count == 0:
-            return np.empty(0, dtype), np.empty(0, np.int64)
-        tokens = np.memmap(f, dtype, "r", _HEADER, (count,))
-        f.seek(_HEADER + padded)
-        return tokens, np.frombuffer(f.read(), "<u8").astype(np.int64)
+def _paths(file_path: PathLike | Sequence[PathLike]) -> list[Path]:
+    paths = [Path(path) for path in ([file_path] if isinstance(file_path, str | os.PathLike) else file_path)]
+    if not paths:
+        raise ValueError("no file to read: file_path is an empty list")
+    return paths
+
+
+def _check_block_size(block_size: int) -> None:
+    if block_size < 2:
+        raise ValueError(f"block_size must be at least 2 tokens, one to read and one to predict, not {block_size}")

@@ -54,6 +54,7 @@ def generate(
     eos_token_id: int | None = None,
     seed: int | None = None,
     attention_mask: Tensor | None = None,
+    vocab_size: int | None = None,
     use_cache: bool = True,
 ) -> Tensor:
     """Continue each prompt by `max_new_tokens` tokens: (B, T) -> (B, T + max_new_tokens) int64, prompts included.
@@ -65,6 +66,7 @@ def generate(
     eos_token_id: a row is filled with padding (config.pad_token_id, or the end token) after it. None means
         config.eos_token_id; -1 means that nothing ends a row.
     seed: of the draws, which never touch PyTorch's global generators; None means a new one each time.
+    vocab_size: of the tokenizer, if the model's was padded to a round number: no token from there on is ever taken.
     use_cache: False computes the whole sequence again for every token, slowly, as a check.
 
     The model is in eval mode for the time of the call. Raises ValueError or TypeError before any work for arguments
@@ -77,6 +79,8 @@ def generate(
     elif not -1 <= eos_token_id < config.vocab_size:
         raise ValueError(f"eos_token_id {eos_token_id} is outside the vocabulary of {config.vocab_size} tokens")
     fill = config.pad_token_id if config.pad_token_id is not None else max(eos_token_id, 0)
+    if vocab_size is not None and not 1 <= vocab_size <= config.vocab_size:
+        raise ValueError(f"vocab_size {vocab_size} should be between 1 and the model's {config.vocab_size} tokens")
     device = next(model.parameters()).device
     prompts, pads = _left_padded(input_ids, attention_mask, fill, device)
     B, T = prompts.shape
@@ -102,6 +106,7 @@ def generate(
                     logits = prefill(model, ids[:, :t], pads, cache)
                 else:
                     logits = decode(model, ids[:, t - 1 : t], pads, cache)
+                logits = logits[:, :vocab_size]
                 if not logits.isfinite().all():
                     raise FloatingPointError(f"logits for token {t} are not finite: the model's weights are damaged")
                 token = sample(logits, generator, temperature, top_k, top_p) if do_sample else logits.argmax(-1)

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, C = n_embd, H heads of D dimensions, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -159,9 +160,51 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=std / math.sqrt(summed) if "c_proj" in name else std)
 
     def num_parameters(self, non_embedding: bool = False) -> int:
-        """How many numbers the model learns; non_embedding leaves out wte and wpe, as the scaling laws count."""
-        skipped = ("wte.", "wpe.") if non_embedding else ()
-        return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(skipped))
+        """How many numbers the model learns; non_embedding leaves out wte and wpe, as the scaling laws count.
+
+        A tied wte counts once, or not at all; an untied lm_head always counts.
+        """
+        looked_up = {id(module.weight) for module in self.modules() if isinstance(module, nn.Embedding)}
+        return sum(p.numel() for p in self.parameters() if not (non_embedding and id(p) in looked_up))
+
+    def estimate_flops(
+        self,
+        length: int | None = None,
+        batch_size: int = 1,
+        *,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        backward: bool = False,
+    ) -> int:
+        """FLOPs of a forward pass over batch_size rows of `length` tokens (None: n_positions), counted from modules.
+
+        2 for each weight that a token is multiplied with, and 4 * C for each pair of query and key (Chowdhery et al.
+        2022, appendix B): L * L of them in a document of L tokens, L * window in a banded layer, although a causal
+        kernel may spare up to half. Norms, GELU, softmax and lookups are left out. With the boundaries cu_seqlens of
+        packed documents, instead of length and batch_size, their real lengths count. backward adds 2 times as much.
+        Raises ValueError where there is no token, or boundaries fall.
+        """
+        if cu_seqlens is None:
+            ends = [self.config.n_positions if length is None else length] * batch_size
+            lengths = torch.tensor(ends, dtype=torch.int64, device="cpu")
+        elif length is not None or batch_size != 1:
+            raise ValueError("cu_seqlens says how long each document is; leave length and batch_size out")
+        else:
+            lengths = torch.as_tensor(cu_seqlens, dtype=torch.int64, device="cpu").diff()
+        if len(lengths) == 0 or int(lengths.min()) < 0 or int(lengths.sum()) == 0:
+            raise ValueError(
+                f"a pass has a document or more, of a token or more, but their lengths are {lengths.tolist()}"
+            )
+        weights, pairs = 0, 0
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                weights += module.weight.numel()
+            elif isinstance(module, Attention):
+                keys = lengths if module.window is None else lengths.clamp(max=module.window[0] + 1)
+                pairs += int((lengths * keys).sum())
+        if self.lm_head is None:
+            weights += self.wte.weight.numel()
+        forward = 2 * weights * int(lengths.sum()) + 4 * self.config.n_embd * pairs
+        return 3 * forward if backward else forward
 
     def forward(
         self,

@@ -3,14 +3,15 @@
 Both kinds are one model over bytes (Radford et al. 2019, section 2.2). The text is cut into pre-tokens: by GPT-2's
 regular expression (kind "bpe"), or at every character (kind "char"). A pre-token starts as its UTF-8 bytes, which
 merges join into longer tokens; a character that was seen in training is a token at once. All 256 bytes are tokens, so
-nothing is unknown.
+nothing is unknown. GPT-1's tokenizer (kind "gpt1") is read too, and is the one exception to all promises of a way back:
+it folds case, accents and white space, and what is not in its vocabulary becomes <unk>.
 
 What `tokenizers` does not take is handled here. Bytes that are not UTF-8 become their byte tokens directly, and the
 valid text on either side is encoded by itself; a lone surrogate in a str is its three bytes of "surrogatepass". Text
 longer than `PIECE` characters is encoded a piece at a time, cut where a pre-token of GPT-2 ends whatever stands before
-and after (`_SAFE_CUT`), so that the ids are those of the whole. Only where `PIECE` characters hold no such place, say a
-run of 65,536 letters, is the run itself cut. This bounds time and memory, and it depends on the text alone: `encode`,
-`encode_batch` and `encode_stream`, in chunks of any size, always agree.
+and after (`_SAFE_CUT`), so that the ids are those of the whole. Only where `LONGEST` characters hold no such place, say
+a run of 262,144 letters, is the run itself cut. This bounds time and memory, and it depends on the text alone:
+`encode`, `encode_batch` and `encode_stream`, in chunks of any size, always agree.
 """
 
 from __future__ import annotations
@@ -25,15 +26,22 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from gptcore.files import PathLike, atomic_file
+from gptcore.files import PathLike, atomic_file, read_json, write_json
+from gptcore.hub import find_folder
 
+Made = TypeVar("Made", bound="Tokenizer")
 END_OF_TEXT = "<|endoftext|>"  # stands after each document, and between the documents of a text file
-PIECE = 1 << 16  # characters at most that `tokenizers` sees as one text
+UNKNOWN = "<unk>"  # what GPT-1's vocabulary does not have
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+         "tokenizer_config.json")  # fmt: skip
+PIECE = 1 << 16  # characters that `tokenizers` sees as one text, where the text lets itself be cut
+LONGEST = 1 << 18  # and at most
 _BATCH = 1 << 20  # characters encoded by one call, on as many threads as `tokenizers` takes
 _SAMPLE = 1 << 16  # bytes looked at to tell text from anything else
 
@@ -45,6 +53,9 @@ _SAFE_CUT = re.compile(
 _BROKEN = re.compile("([\udc80-\udcff]+)")  # bytes that are not UTF-8, as "surrogateescape" decodes them
 
 _GPT2_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_GPT1_WORDS = pre_tokenizers.BertPreTokenizer()
+_GPT1_TEXT = normalizers.BertNormalizer(lowercase=True)
+_END_OF_WORD = "</w>"  # at the end of GPT-1's tokens
 _CHARACTERS = pre_tokenizers.Sequence(
     [
         pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated"),
@@ -139,15 +150,18 @@ def split_documents(blocks: Iterable[bytes], separators: Iterable[str] = (END_OF
 
 
 def _pieces(chunks: Iterable[bytes | None]) -> Iterator[str | None]:
-    """The same stream as text of at most PIECE characters a piece, bad bytes as "surrogateescape"; None as it comes."""
+    """The same stream as text in pieces, bad bytes as "surrogateescape"; None as it comes.
+
+    Where it is cut depends on the next LONGEST + 1 characters, which are all there: so not on the chunks.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     text = ""
     for chunk in chunks:
         text += decoder.decode(chunk or b"", final=chunk is None)
         start = 0
-        while len(text) - start > PIECE:
-            match = _SAFE_CUT.match(text, start, start + PIECE + 1)
-            end = match.end() if match else start + PIECE
+        while len(text) - start > (PIECE if chunk is None else LONGEST):
+            match = _SAFE_CUT.match(text, start, start + PIECE + 1) or _SAFE_CUT.match(text, start, start + LONGEST + 1)
+            end = match.end() if match else start + LONGEST
             yield text[start:end]
             start = end
         text = text[start:]
@@ -172,22 +186,33 @@ class Tokenizer:
     Special tokens in a text are plain text unless the caller of `encode` allows them, so that no prompt can forge one.
     """
 
+    special_in_text = False  # whether `encode` allows them where its caller does not say
+
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         """Wrap a `tokenizers.Tokenizer`. Raises ValueError for one that cannot keep the promises above."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         state = json.loads(tokenizer.to_str())
         vocab = tokenizer.get_vocab()
-        _check_byte_level(state, vocab)
+        self.kind = _kind_of(state, vocab)
         self._tokenizer = tokenizer
         self._tokenizer.encode_special_tokens = True  # as plain text: `encode` finds those allowed by itself
-        self.fingerprint = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-        self.kind = "bpe" if state["pre_tokenizer"]["type"] == "ByteLevel" else "char"
         self.special_tokens: dict[str, int] = {token["content"]: token["id"] for token in state["added_tokens"]}
+        # All that ids depend on, however a file spells it
+        whole = [self.kind, vocab, [list(merge) for merge in state["model"]["merges"]], self.special_tokens]
+        self.fingerprint = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+        self._eos_token = END_OF_TEXT if END_OF_TEXT in self.special_tokens else None
+        self._pad_token: str | None = None
+        self.padding_side = "right"  # of what `__call__` gives; a model that is to go on writing needs "left"
         self._bytes = [b""] * len(vocab)  # of each id
         for token, i in vocab.items():
-            self._bytes[i] = token.encode() if token in self.special_tokens else bytes(map(_BYTE_OF.__getitem__, token))
-        self._byte_ids = [vocab[_STAND_IN[byte]] for byte in range(256)]
+            if token in self.special_tokens:
+                self._bytes[i] = token.encode()
+            elif self.kind == "gpt1":
+                self._bytes[i] = token.replace(_END_OF_WORD, " ").encode()
+            else:
+                self._bytes[i] = bytes(map(_BYTE_OF.__getitem__, token))
+        self._byte_ids = [vocab[UNKNOWN if self.kind == "gpt1" else _STAND_IN[byte]] for byte in range(256)]
         # The longest special token wins, as in `tokenizers`.
         names = sorted(map(re.escape, self.special_tokens), key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(names) or '(?!)'})".encode())
@@ -257,36 +282,70 @@ class Tokenizer:
         return cls(tokenizer)
 
     @classmethod
-    def from_pretrained(cls, path: PathLike) -> Tokenizer:
-        """Load a tokenizer.json, or the one in a folder: ours, or GPT-2's own.
+    def from_pretrained(cls: type[Made], path: PathLike) -> Made:
+        """Load a tokenizer: ours, GPT-2's or GPT-1's.
 
-        Raises FileNotFoundError, or ValueError for a file that is damaged or not a byte-level tokenizer of these kinds.
+        Args:
+            path: a folder with tokenizer.json, or with vocab.json and merges.txt, as transformers writes them; or a
+                tokenizer.json; or, as a str, a name on the Hugging Face Hub (see `gptcore.hub`).
+
+        Raises FileNotFoundError, or ValueError for a file that is damaged or not a tokenizer of these kinds.
         """
-        path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no file {file}; give a tokenizer.json or the folder that holds it")
+        if Path(path).is_file():
+            return cls._load(Path(path), Path(path))
+        folder = find_folder(path, FILES)
+        if (folder / "tokenizer.json").is_file():
+            return cls._load(folder / "tokenizer.json", folder)
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return cls._load(folder / "vocab.json", folder)
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        raise FileNotFoundError(f"{folder} has no tokenizer.json, nor vocab.json and merges.txt, but {found}")
+
+    @classmethod
+    def _load(cls: type[Made], file: Path, folder: Path) -> Made:
         try:
-            return cls._from_json(file.read_text(encoding="utf-8"))
+            made = cls._from_json(file.read_text("utf-8")) if file.name != "vocab.json" else cls(_from_vocab(folder))
+            made._configure(_settings(folder) if folder.is_dir() else {})
+            return made
         except ValueError as error:
             raise ValueError(f"{file} cannot be used: {error}") from error
 
     @classmethod
-    def _from_json(cls, text: str) -> Tokenizer:
+    def _from_json(cls: type[Made], text: str, settings: dict[str, Any] | None = None) -> Made:
         try:
             tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # `tokenizers` raises nothing more precise
             raise ValueError(f"not a whole tokenizer.json: {error}") from error
-        return cls(tokenizer)
+        made = cls(tokenizer)
+        made._configure(settings or {})
+        return made
 
-    def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
-        return self._from_json, (self._tokenizer.to_str(),)  # `tokenizers` would forget encode_special_tokens
+    def _configure(self, settings: dict[str, Any]) -> None:
+        """Take what tokenizer_config.json says beside the vocabulary."""
+        self.padding_side = _side(settings.get("padding_side") or "right")
+        self.pad_token = settings.get("pad_token")
+        if settings.get("eos_token") is not None:
+            self._eos_token = self._known_special("eos_token", settings["eos_token"])
+
+    def _settings(self) -> dict[str, Any]:
+        return {"eos_token": self.eos_token, "pad_token": self.pad_token, "padding_side": self.padding_side}
+
+    def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[str, dict[str, Any]]]:
+        return self._from_json, (self._tokenizer.to_str(), self._settings())  # `tokenizers` would forget one setting
 
     def save_pretrained(self, path: PathLike) -> Path:
-        """Write tokenizer.json into the folder `path`, whole or not at all; returns the file."""
+        """Write tokenizer.json and tokenizer_config.json, as transformers reads them, into the folder `path`.
+
+        Each is written whole or not at all. Returns tokenizer.json.
+        """
         file = Path(path) / "tokenizer.json"
+        unknown = {"unk_token": UNKNOWN} if self.kind == "gpt1" else {}
+        # The class that takes tokenizer.json as it is; transformers' GPT2Tokenizer opens it as well
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **unknown, **self._settings()}
+        config |= {"bos_token": self.eos_token, "clean_up_tokenization_spaces": False}
         with atomic_file(file) as aside:
             aside.write_text(self._tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+            write_json(file.with_name("tokenizer_config.json"), config)
         return file
 
     @property
@@ -298,23 +357,151 @@ class Tokenizer:
         return self.vocab_size
 
     @property
+    def eos_token(self) -> str | None:
+        """The special token that ends a text: what the files say, else "<|endoftext|>" if that is one here."""
+        return self._eos_token
+
+    @property
     def eos_token_id(self) -> int | None:
-        """The id of "<|endoftext|>", or None if that is not a special token here."""
-        return self.special_tokens.get(END_OF_TEXT)
+        return None if self._eos_token is None else self.special_tokens[self._eos_token]
+
+    @property
+    def pad_token(self) -> str | None:
+        """The special token that fills up a batch; None means the end-of-text token. Raises ValueError for others."""
+        return self._pad_token
+
+    @pad_token.setter
+    def pad_token(self, token: str | None) -> None:
+        self._pad_token = None if token is None else self._known_special("pad_token", token)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self.eos_token_id if self._pad_token is None else self.special_tokens[self._pad_token]
+
+    def _known_special(self, name: str, token: str) -> str:
+        if token not in self.special_tokens:
+            raise ValueError(f"{name} {token!r} is not one of the special tokens, {list(self.special_tokens)}")
+        return token
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token as tokenizer.json spells it (a space is "Ġ"), or None."""
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
-    def encode(self, text: str | bytes, allowed_special: bool = False) -> list[int]:
-        """The ids of a text. Special tokens in it become their id if `allowed_special`; else they are plain text."""
-        return self.encode_batch([text], allowed_special)[0]
+    @overload
+    def encode(
+        self, text: str | bytes, allowed_special: bool | None = ..., *, return_tensors: None = ...
+    ) -> list[int]: ...
+    @overload
+    def encode(
+        self, text: str | bytes, allowed_special: bool | None = ..., *, return_tensors: Literal["pt"]
+    ) -> torch.Tensor: ...
+    def encode(
+        self, text: str | bytes, allowed_special: bool | None = None, *, return_tensors: Literal["pt"] | None = None
+    ) -> list[int] | torch.Tensor:
+        """The ids of a text; with return_tensors="pt" as an int64 tensor (1, length).
 
-    def encode_batch(self, texts: Iterable[str | bytes], allowed_special: bool = False) -> list[list[int]]:
+        Special tokens in it become their id if `allowed_special`; else they are plain text. None means what the class
+        says, `special_in_text`.
+        """
+        ids = self.encode_batch([text], allowed_special)[0]
+        if _tensors(return_tensors):
+            return torch.tensor([ids], dtype=torch.int64)
+        return ids
+
+    def __call__(
+        self,
+        text: str | bytes | Sequence[str | bytes],
+        *,
+        padding: bool | Literal["longest", "max_length", "do_not_pad"] = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+        return_tensors: Literal["pt"] | None = None,
+        return_offsets_mapping: bool = False,
+        allowed_special: bool | None = None,
+    ) -> dict[str, Any]:
+        """What a model takes, of one text or of several: ids, and a mask with 1 on tokens and 0 on padding.
+
+        Args:
+            text: one text gives plain rows, several a list of rows; in tensors, both have a first dimension for them.
+            padding: fill rows with `pad_token_id` up to the longest (True or "longest") or to "max_length".
+            truncation: leave out all tokens after the first max_length.
+            padding_side: None means the attribute of this name.
+            return_tensors: "pt" for int64 tensors instead of lists.
+            return_offsets_mapping: where each token is in the text: [start, end) in characters. Tokens that share a
+                character all have it; padding has (0, 0).
+            allowed_special: as in `encode`.
+
+        Returns {"input_ids", "attention_mask"} and with offsets "offset_mapping". Raises ValueError for arguments that
+        cannot be served together, and for rows of different lengths that should make a tensor.
+        """
+        if padding not in (False, True, "longest", "max_length", "do_not_pad"):
+            raise ValueError(f"padding {padding!r} should be False, True, 'longest', 'max_length' or 'do_not_pad'")
+        if not isinstance(truncation, bool):
+            raise ValueError(f"truncation {truncation!r} should be True or False: there is one way to cut a text off")
+        if (truncation or padding == "max_length") != (max_length is not None):
+            raise ValueError(
+                f"max_length={max_length} with truncation={truncation} and padding={padding!r}: a length is for "
+                "truncation=True or padding='max_length', and they need one"
+            )
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length should be at least 1, not {max_length}")
+        left = _side(padding_side or self.padding_side) == "left"
+        single = isinstance(text, str | bytes | bytearray | memoryview)
+        texts: Sequence[Any] = [text] if single else text
+        rows = [ids[:max_length] if truncation else ids for ids in self.encode_batch(texts, allowed_special)]
+        length = 0  # no row is shorter
+        if padding in (True, "longest"):
+            length = max(map(len, rows), default=0)
+        elif padding == "max_length":
+            length = max_length or 0
+        fill = [max(0, length - len(row)) for row in rows]
+        if any(fill) and self.pad_token_id is None:
+            raise ValueError(f"there is no token to pad with: set pad_token to one of {list(self.special_tokens)}")
+
+        def padded(rows: list[list[Any]], value: Any) -> list[list[Any]]:
+            return [[value] * n + r if left else r + [value] * n for n, r in zip(fill, rows, strict=True)]
+
+        result = {
+            "input_ids": padded(rows, self.pad_token_id),
+            "attention_mask": padded([[1] * len(row) for row in rows], 0),
+        }
+        if return_offsets_mapping:
+            result["offset_mapping"] = padded(
+                [self._offsets(text, row) for text, row in zip(texts, rows, strict=True)], (0, 0)
+            )
+        if _tensors(return_tensors):
+            if len(lengths := {len(row) for row in result["input_ids"]}) > 1:
+                raise ValueError(f"rows of {min(lengths)} to {max(lengths)} tokens make no tensor: give padding=True")
+            shape = (len(rows), *lengths)
+            return {
+                name: torch.tensor(value, dtype=torch.int64).reshape(shape + (2,) * (name == "offset_mapping"))
+                for name, value in result.items()
+            }
+        return {name: value[0] for name, value in result.items()} if single else dict(result)
+
+    def _offsets(self, text: Any, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Of each token the characters [start, end) that its bytes are part of."""
+        if self.kind == "gpt1" or not isinstance(text, str):
+            reason = "GPT-1's folds the text" if isinstance(text, str) else "they count characters"
+            raise ValueError(f"offsets are for str and byte-level tokenizers: {reason}")
+        data = _to_bytes(text)
+        character = list(itertools.accumulate(int(byte & 0xC0 != 0x80) for byte in data))  # of each byte, from 1
+        offsets: list[tuple[int, int]] = []
+        start = 0
+        for i in ids:
+            end = start + len(self._bytes[i])
+            offsets.append((character[start] - 1, character[end - 1]))
+            start = end
+        return offsets
+
+    def encode_batch(self, texts: Iterable[str | bytes], allowed_special: bool | None = None) -> list[list[int]]:
         """`encode` of each text, on several threads."""
         if isinstance(texts, str | bytes):
             raise TypeError("encode_batch takes a list of texts; encode takes one")
+        if allowed_special is None:
+            allowed_special = self.special_in_text
         split = [self._special.split(_to_bytes(t)) if allowed_special else [_to_bytes(t)] for t in texts]
         stream = self.encode_stream(chunk for parts in split for part in parts[::2] for chunk in (part, None))
         results = []
@@ -367,11 +554,21 @@ class Tokenizer:
         if numbers and not 0 <= min(numbers) <= max(numbers) < self.vocab_size:
             at, bad = next((at, i) for at, i in enumerate(numbers) if not 0 <= i < self.vocab_size)
             raise ValueError(f"there is no token {bad} (at position {at}): the ids are 0 to {self.vocab_size - 1}")
-        return b"".join([self._bytes[i] for i in numbers])
+        data = b"".join([self._bytes[i] for i in numbers])
+        if self.kind == "gpt1" and numbers and numbers[-1] not in self.special_tokens.values():
+            return data.removesuffix(b" ")  # between words there is one, but not after the last
+        return data
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of some ids. Bytes that are no text, such as half a character, are shown as U+FFFD."""
+        if skip_special_tokens:
+            special = set(self.special_tokens.values())
+            ids = [i for i in map(index, ids) if i not in special]
         return self.decode_bytes(ids).decode("utf-8", "gptcore.surrogates_or_replace")
+
+    def batch_decode(self, rows: Iterable[Iterable[int]], skip_special_tokens: bool = False) -> list[str]:
+        """`decode` of each row."""
+        return [self.decode(row, skip_special_tokens) for row in rows]
 
     def __repr__(self) -> str:
         special = list(self.special_tokens)
@@ -386,11 +583,102 @@ def _to_bytes(text: str | bytes) -> bytes:
     raise TypeError(f"a text is str or bytes, not {type(text).__name__}")
 
 
-def _check_byte_level(state: dict[str, Any], vocab: dict[str, int]) -> None:
-    """Raise ValueError unless a tokenizer.json round-trips every text, and no plain text can become a special token."""
+def _tensors(return_tensors: str | None) -> bool:
+    if return_tensors not in (None, "pt"):
+        raise ValueError(f"return_tensors {return_tensors!r} should be None for lists, or 'pt' for PyTorch")
+    return return_tensors is not None
+
+
+def _side(side: str) -> str:
+    if side not in ("left", "right"):
+        raise ValueError(f"padding_side {side!r} should be 'left' or 'right'")
+    return side
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What transformers wrote about special tokens: by now in tokenizer_config.json, formerly in a file of its own."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            found |= read_json(folder / name)
+    return {key: value["content"] if isinstance(value, dict) and "content" in value else value
+            for key, value in found.items()}  # fmt: skip
+
+
+def _from_vocab(folder: Path) -> tokenizers.Tokenizer:
+    """A tokenizer of vocab.json and merges.txt: GPT-2's if the vocabulary has all bytes, else GPT-1's."""
+    vocab = read_json(folder / "vocab.json")
+    special = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
+    gpt2 = _BYTE_OF.keys() <= vocab.keys()
+    settings: dict[str, Any] = {} if gpt2 else {"unk_token": UNKNOWN, "end_of_word_suffix": _END_OF_WORD}
+    try:
+        merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))[1]
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, **settings))
+    except Exception as error:  # `tokenizers` raises nothing more precise
+        raise ValueError(f"with merges.txt it is not a whole vocabulary: {error}") from error
+    if gpt2:
+        tokenizer.pre_tokenizer, tokenizer.decoder = _GPT2_WORDS, decoders.ByteLevel()
+    else:
+        tokenizer.normalizer, tokenizer.pre_tokenizer = _GPT1_TEXT, _GPT1_WORDS
+        tokenizer.decoder = decoders.BPEDecoder(suffix=_END_OF_WORD)
+    in_vocabulary = [token for token in (END_OF_TEXT, UNKNOWN) if token in vocab and (token == END_OF_TEXT) == gpt2]
+    for token in [*in_vocabulary, *sorted(special, key=special.__getitem__)]:
+        tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+        if token in special and tokenizer.token_to_id(token) != special[token]:
+            raise ValueError(
+                f"added_tokens.json gives {token!r} the id {special[token]}, but it is the "
+                f"{tokenizer.token_to_id(token)}th of the vocabulary"
+            )
+    return tokenizer
+
+
+def _kind_of(state: dict[str, Any], vocab: dict[str, int]) -> str:
+    """ "bpe", "char" or "gpt1". Raises ValueError unless a tokenizer.json is one of these, to the last setting."""
     model = state["model"]
     if model["type"] != "BPE":
         raise ValueError(f"its model is {model['type']}, not a byte-level BPE")
+    if model.get("end_of_word_suffix") == _END_OF_WORD:
+        kind = _check_gpt1(state)
+    else:
+        kind = _check_byte_level(state, vocab)
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise ValueError(f"its {len(vocab)} tokens must have the ids 0 to {len(vocab) - 1}, each once, but do not")
+    return kind
+
+
+def _check_gpt1(state: dict[str, Any]) -> str:
+    """Raise ValueError unless a tokenizer.json with GPT-1's end of words is GPT-1's in all else. Returns the kind."""
+    expected = {
+        "normalizer": json.loads(_GPT1_TEXT.__getstate__()),
+        "pre_tokenizer": json.loads(_GPT1_WORDS.__getstate__()),
+        "unk_token": UNKNOWN,
+    }
+    found = state | state["model"]
+    for name, value in expected.items():
+        if found[name] != value:
+            raise ValueError(f"its {name} is {found[name]!r}, but GPT-1's is {value!r}")
+    for name in ("dropout", "continuing_subword_prefix", "fuse_unk", "byte_fallback", "ignore_merges"):
+        if found.get(name):
+            raise ValueError(f"its {name} is {found[name]!r}, but GPT-1's is unset")
+    _check_special(state)
+    if UNKNOWN not in [token["content"] for token in state["added_tokens"]]:
+        raise ValueError(f"its special tokens must have {UNKNOWN!r} among them, for what is not in the vocabulary")
+    return "gpt1"
+
+
+def _check_special(state: dict[str, Any]) -> None:
+    for token in state["added_tokens"]:
+        normalized = token["normalized"] and state["normalizer"] is not None
+        if not token["special"] or token["lstrip"] or token["rstrip"] or token["single_word"] or normalized:
+            raise ValueError(f"its added token must be special, and neither strip nor normalise: {token}")
+
+
+def _check_byte_level(state: dict[str, Any], vocab: dict[str, int]) -> str:
+    """Raise ValueError unless a tokenizer.json round-trips every text, and no plain text can become a special token.
+
+    Returns the kind, "bpe" or "char".
+    """
+    model = state["model"]
     kinds = {repr(_plain(words.__getstate__())): words is _CHARACTERS for words in (_GPT2_WORDS, _CHARACTERS)}
     by_character = kinds.get(repr(_plain(json.dumps(state["pre_tokenizer"]))))
     if by_character is None:
@@ -405,9 +693,7 @@ def _check_byte_level(state: dict[str, Any], vocab: dict[str, int]) -> None:
     if by_character and not model["ignore_merges"]:
         raise ValueError("its ignore_merges must be true for kind 'char': a character is a token at once")
     special = [token["content"] for token in state["added_tokens"]]
-    for token in state["added_tokens"]:
-        if not token["special"] or token["lstrip"] or token["rstrip"] or token["single_word"] or token["normalized"]:
-            raise ValueError(f"its added token must be special, and neither strip nor normalise: {token}")
+    _check_special(state)
     if missing := [byte for byte in range(256) if _STAND_IN[byte] not in vocab]:
         raise ValueError(f"{len(missing)} of the 256 bytes are not in its vocabulary (the first is {missing[0]:#04x})")
     if strange := [token for token in vocab if token not in special and not (token and _BYTE_OF.keys() >= set(token))]:
@@ -417,8 +703,7 @@ def _check_byte_level(state: dict[str, Any], vocab: dict[str, int]) -> None:
         spelt = bytes(map(_BYTE_OF.__getitem__, name)) if _BYTE_OF.keys() >= set(name) else b""
         if name in reachable or (by_character and len(spelt.decode("utf-8", "ignore")) == 1):
             raise ValueError(f"plain text can become its special token {name!r}; choose another")
-    if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError(f"its {len(vocab)} tokens must have the ids 0 to {len(vocab) - 1}, each once, but do not")
+    return "char" if by_character else "bpe"
 
 
 def _plain(pre_tokenizer: str | bytes) -> Any:

@@ -527,16 +527,8 @@ def count_labels(batch: Mapping[str, Tensor]) -> int:
 
 
 def flops_per_token(model: GPT, length: int) -> int:
-    """FLOPs of forward and backward for one token in a sequence of `length` (PaLM, Chowdhery et al. 2022, appendix B).
-
-    6 per weight that is multiplied with, plus attention's 12 x layers x width x length, of which a causal kernel may
-    spare up to half. Looking up an embedding is free; as an output projection it counts.
-    """
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights = sum(p.numel() for p in model.parameters() if p.dim() >= 2 and id(p) not in looked_up)
-    config = model.config
-    weights += config.vocab_size * config.n_embd if config.tie_word_embeddings else 0
-    return 6 * weights + 12 * config.n_layer * config.n_embd * length
+    """FLOPs of forward and backward for one token in a sequence of `length`, as GPT.estimate_flops counts them."""
+    return model.estimate_flops(length, backward=True) // length
 
 
 @contextlib.contextmanager

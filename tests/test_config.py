@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptcore.config import GPTConfig
+from gptcore.config import PRESETS, GPTConfig
 
 # config.json of the published GPT-2, as transformers' oldest versions wrote it
 PUBLISHED_GPT2 = {
@@ -96,13 +96,61 @@ def test_a_config_file_of_something_else_is_refused(extra: dict, message: str) -
         GPTConfig.from_dict({**PUBLISHED_GPT2, **extra})
 
 
-def test_only_a_gpt2_calls_itself_one() -> None:
-    assert GPTConfig().to_dict()["model_type"] == "gpt2"
-    assert GPTConfig().to_dict()["architectures"] == ["GPT2LMHeadModel"]
-    for setting in ({"norm_position": "post"}, {"position_embedding": "sinusoidal"}, {"attention_window": 8}):
+def test_a_config_calls_itself_what_transformers_would_compute() -> None:
+    for setting, kind, architecture in [
+        ({}, "gpt2", ["GPT2LMHeadModel"]),
+        ({"activation_function": "gelu", "scale_attn_weights": False, "n_inner": 5}, "gpt2", ["GPT2LMHeadModel"]),
+        ({"norm_position": "post"}, "openai-gpt", ["OpenAIGPTLMHeadModel"]),
+        ({"norm_position": "post", "n_inner": 3072}, "openai-gpt", ["OpenAIGPTLMHeadModel"]),
+        ({"norm_position": "post", "n_inner": 3000}, "gptcore", None),
+        ({"norm_position": "post", "activation_function": "gelu"}, "gptcore", None),
+        ({"norm_position": "post", "scale_attn_weights": False}, "gptcore", None),
+        ({"norm_position": "post", "scale_attn_by_inverse_layer_idx": True}, "gptcore", None),
+        ({"norm_position": "post", "position_embedding": "sinusoidal"}, "gptcore", None),
+        ({"position_embedding": "sinusoidal"}, "gptcore", None),
+        ({"attention_window": 8}, "gptcore", None),
+    ]:
         values = GPTConfig(**setting).to_dict()
-        assert values["model_type"] == "gptcore"
-        assert "architectures" not in values
+        assert (values["model_type"], values.get("architectures")) == (kind, architecture), setting
+
+
+def test_gpt1_config_files_say_gelu_and_mean_its_tanh_form() -> None:
+    published = {
+        "afn": "gelu", "architectures": ["OpenAIGPTLMHeadModel"], "attn_pdrop": 0.1, "embd_pdrop": 0.1,
+        "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "openai-gpt", "n_ctx": 512, "n_embd": 768,
+        "n_head": 12, "n_layer": 12, "n_positions": 512, "n_special": 0, "predict_special_tokens": True,
+        "resid_pdrop": 0.1, "vocab_size": 40478,
+    }  # fmt: skip
+    assert GPTConfig.from_dict(published) == GPTConfig.preset("gpt")
+    assert GPTConfig.from_dict({"model_type": "openai-gpt"}) == GPTConfig.preset("gpt")
+    assert GPTConfig.preset("gpt").activation_function == "gelu_new"
+    with pytest.raises(ValueError, match="afn 'relu' is not supported; it should be 'gelu'"):
+        GPTConfig.from_dict({**published, "afn": "relu"})
+
+
+def test_n_ctx_is_the_old_name_of_n_positions() -> None:
+    assert GPTConfig(n_positions=77).n_ctx == 77
+    assert GPTConfig.from_dict({"model_type": "gpt2", "n_ctx": 77}).n_positions == 77
+    assert GPTConfig.from_dict({"n_positions": 77, "n_ctx": 77}).n_ctx == 77
+    with pytest.raises(ValueError, match="n_ctx 77 and n_positions 78 should be equal"):
+        GPTConfig.from_dict({"n_positions": 78, "n_ctx": 77})
+
+
+def test_presets() -> None:
+    assert GPTConfig.preset("gpt2") == GPTConfig()
+    assert GPTConfig.preset("gpt2-xl").head_dim == 64
+    assert GPTConfig.preset("gpt3-13b").head_dim == 128
+    assert GPTConfig.preset("gpt3-1.3b").head_dim == 128
+    assert GPTConfig.preset("gpt3-125m").attention_window == 256
+    assert GPTConfig.preset("gpt2", n_positions=64, attn_pdrop=0.0) == GPTConfig(n_positions=64, attn_pdrop=0.0)
+    for name in PRESETS:
+        assert GPTConfig.preset(name).head_dim in (16, 32, 64, 80, 96, 128)
+
+
+@pytest.mark.parametrize(("name", "near"), [("gpt2-meduim", "gpt2-medium"), ("gpt3", "gpt"), ("GPT3-13B", "gpt3-13b")])
+def test_an_unknown_preset_is_refused_with_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"there is no preset '{name}'; the nearest of the .* is '{near}"):
+        GPTConfig.preset(name)
 
 
 @given(

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from gptcore import ops
-from gptcore.config import GPTConfig
+from gptcore.config import PRESETS, GPTConfig
 from gptcore.generation import KVCache
 from gptcore.model import GPT
 
@@ -178,31 +179,91 @@ def test_short_sequences(tokens: int) -> None:
 # ---- parameters and their initial values
 
 
+PUBLISHED_SIZES = {
+    "gpt": 116_534_784,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "gpt3-125m": 125_226_240,
+    "gpt3-350m": 355_871_744,
+    "gpt3-760m": 760_300_032,
+    "gpt3-1.3b": 1_315_723_264,
+    "gpt3-2.7b": 2_651_553_280,
+    "gpt3-6.7b": 6_658_404_352,
+    "gpt3-13b": 12_853_386_240,
+    "gpt3-175b": 174_604_259_328,
+    "gpt-nano": 2_509_536,
+    "gpt-micro": 7_259_008,
+    "gpt-mini": 12_368_064,
+    "gpt-baby": 30_044_544,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameter_counts_of_the_presets(name: str) -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(name))
+    assert model.num_parameters() == PUBLISHED_SIZES[name]
+    c = model.config
+    assert model.num_parameters(non_embedding=True) == PUBLISHED_SIZES[name] - (c.vocab_size + c.n_positions) * c.n_embd
+    norms = (2 * c.n_layer + (c.norm_position == "pre")) * 2 * c.n_embd
+    assert model.num_parameters(non_embedding=True) == c.n_layer * (12 * c.n_embd**2 + 9 * c.n_embd) + norms
+
+
+def test_an_untied_head_counts() -> None:
+    model = small(tie_word_embeddings=False)
+    assert model.num_parameters() - small().num_parameters() == 97 * 48
+    assert model.num_parameters(non_embedding=True) - small().num_parameters(non_embedding=True) == 97 * 48
+
+
+def test_flops_of_gpt2() -> None:
+    """As in nanoGPT's transformer_sizing.ipynb: matrix products only, attention as if it were not causal."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset("gpt2"))
+        untied = GPT(GPTConfig.preset("gpt2", tie_word_embeddings=False))
+    assert model.estimate_flops() == model.estimate_flops(1024) == untied.estimate_flops(1024) == 291_648_307_200
+    assert model.estimate_flops(backward=True) == 874_944_921_600
+    assert model.estimate_flops(100, 7) == 7 * model.estimate_flops(100)
+    palm = 6 * model.num_parameters() * 1024 + 12 * 12 * 768 * 1024 * 1024  # its appendix B, 6N + 12LHQT
+    assert abs(model.estimate_flops(backward=True) / palm - 1) < 0.01
+
+
+def test_flops_of_packed_documents_count_their_real_lengths() -> None:
+    model = small()
+    documents = [5, 1, 7, 0, 3]
+    cu_seqlens = torch.tensor([0, *documents]).cumsum(0)
+    each = sum(model.estimate_flops(n) for n in documents if n > 0)
+    assert model.estimate_flops(cu_seqlens=cu_seqlens) == model.estimate_flops(cu_seqlens=cu_seqlens.tolist()) == each
+    assert each < model.estimate_flops(sum(documents))
+
+
+def test_flops_of_banded_layers_count_the_band() -> None:
+    dense, banded = small(), small(attention_window=3)  # one of three layers is
+    assert dense.estimate_flops(10) - banded.estimate_flops(10) == 4 * 48 * 10 * (10 - 3)
+    assert dense.estimate_flops(3) == banded.estimate_flops(3)
+
+
+def test_flops_are_those_that_pytorch_counts() -> None:
+    """FlopCounterMode sees each matrix product of plain PyTorch, in which attention is one over whole rows."""
+    model, x = small(tie_word_embeddings=False), ids(2, 16)
+    with FlopCounterMode(display=False) as counter, ops.use("torch"):
+        model(x)
+    assert counter.get_total_flops() == model.estimate_flops(16, 2)
+
+
 @pytest.mark.parametrize(
-    ("expected", "settings"),
+    ("call", "message"),
     [
-        (124_439_808, {}),
-        (354_823_168, {"n_layer": 24, "n_embd": 1024, "n_head": 16}),
-        (774_030_080, {"n_layer": 36, "n_embd": 1280, "n_head": 20}),
-        (1_557_611_200, {"n_layer": 48, "n_embd": 1600, "n_head": 25}),
-        (116_534_784, {"vocab_size": 40478, "n_positions": 512, "norm_position": "post"}),  # GPT-1
-        # GPT-3, table 2.1, with its two misprints mended: 16 heads in the 1.3B, width 5120 in the 13B
-        (125_226_240, {"n_positions": 2048, "attention_window": 256}),
-        (355_871_744, {"n_positions": 2048, "n_layer": 24, "n_embd": 1024, "n_head": 16}),
-        (760_300_032, {"n_positions": 2048, "n_layer": 24, "n_embd": 1536, "n_head": 16}),
-        (1_315_723_264, {"n_positions": 2048, "n_layer": 24, "n_embd": 2048, "n_head": 16}),
-        (2_651_553_280, {"n_positions": 2048, "n_layer": 32, "n_embd": 2560, "n_head": 32}),
-        (6_658_404_352, {"n_positions": 2048, "n_layer": 32, "n_embd": 4096, "n_head": 32}),
-        (12_853_386_240, {"n_positions": 2048, "n_layer": 40, "n_embd": 5120, "n_head": 40}),
-        (174_604_259_328, {"n_positions": 2048, "n_layer": 96, "n_embd": 12288, "n_head": 96}),
+        ({"length": 0}, r"a document or more, of a token or more, but their lengths are \[0\]"),
+        ({"batch_size": 0}, r"their lengths are \[\]"),
+        ({"cu_seqlens": [0, 4, 2]}, r"their lengths are \[4, -2\]"),
+        ({"cu_seqlens": [0, 4], "length": 4}, "leave length and batch_size out"),
     ],
 )
-def test_parameter_counts_of_the_published_models(expected: int, settings: dict) -> None:
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**settings))
-    assert model.num_parameters() == expected
-    embeddings = (model.config.vocab_size + model.config.n_positions) * model.config.n_embd
-    assert model.num_parameters(non_embedding=True) == expected - embeddings
+def test_flops_of_nothing_are_refused(call: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small().estimate_flops(**call)
 
 
 def test_names_are_those_of_the_published_weights() -> None:

@@ -1,0 +1,127 @@
+"""For programs written for Hugging Face's transformers: `from gptcore.compat.transformers import ...`, and no more.
+
+Names over gptcore's own, for the program that introductions to GPT-2 show: load, train on a text file, save, load
+again, generate. What these do not have raises an error; nothing is accepted and ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptcore import data, pretrained, trainer
+from gptcore.checkpoint import seed_everything
+from gptcore.config import GPTConfig
+from gptcore.data import DataCollatorForLanguageModeling, TextDataset
+from gptcore.files import PathLike
+from gptcore.model import GPT
+from gptcore.tokenizer import Tokenizer
+from gptcore.trainer import TrainingArguments
+
+__all__ = [
+    "AutoConfig",
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "DataCollatorForLanguageModeling",
+    "GPT2Config",
+    "GPT2LMHeadModel",
+    "GPT2Tokenizer",
+    "GPT2TokenizerFast",
+    "TextDataset",
+    "Trainer",
+    "TrainingArguments",
+    "set_seed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"gptcore.compat.transformers has no {name}; it has {', '.join(__all__)}")
+
+
+class GPT2Config(GPTConfig):
+    """GPTConfig, with from_pretrained."""
+
+    @staticmethod
+    def from_pretrained(name_or_path: PathLike, **overrides: Any) -> GPTConfig:
+        """The config in a model folder or on the Hub. Overrides replace its settings."""
+        return pretrained.load_config(name_or_path, **overrides)
+
+
+class GPT2Tokenizer(Tokenizer):
+    """Tokenizer, with special tokens in a text read as such."""
+
+    special_in_text = True
+
+
+class GPT2LMHeadModel(GPT):
+    """GPT, whose generate has transformers' arguments."""
+
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        max_length: int | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        num_return_sequences: int = 1,
+        pad_token_id: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Continue prompts (B, T) int64: (B * num_return_sequences, up to max_length), prompts included.
+
+        max_length: tokens in all, or max_new_tokens: tokens to add.
+        num_return_sequences: texts drawn for each prompt; more than one needs do_sample=True.
+        pad_token_id: what stands after a text that has ended; None means as in GPT.generate.
+        options: attention_mask, do_sample, temperature, top_k, top_p, eos_token_id and use_cache as in GPT.generate.
+            As in transformers, top_k is 50 unless given (0 means no limit), and draws follow set_seed.
+
+        Raises TypeError for an argument of transformers that gptcore does not have.
+        """
+        known = {"attention_mask", "do_sample", "temperature", "top_k", "top_p", "eos_token_id", "use_cache", "seed"}
+        if unknown := sorted(options.keys() - known):
+            raise TypeError(f"generate does not have {', '.join(unknown)}; its options are {', '.join(sorted(known))}")
+        if (max_length is None) == (max_new_tokens is None):
+            raise ValueError(f"give max_length or max_new_tokens, one of them, not {max_length} and {max_new_tokens}")
+        T = input_ids.shape[-1]
+        new = max_new_tokens if max_new_tokens is not None else max_length - T  # type: ignore[operator]
+        if new < 1:
+            raise ValueError(f"max_length {max_length} leaves nothing to generate: the prompts have {T} tokens already")
+        if options.get("do_sample"):
+            options["top_k"] = options.get("top_k", 50) or None
+            options.setdefault("seed", int(torch.randint(2**63 - 1, ())))
+        elif num_return_sequences > 1:
+            raise ValueError(f"num_return_sequences={num_return_sequences} would be one text as often: do_sample=True")
+        repeated = {"input_ids": input_ids, "attention_mask": options.pop("attention_mask", None)}
+        repeated = {
+            name: None if rows is None else rows.repeat_interleave(num_return_sequences, 0)
+            for name, rows in repeated.items()
+        }
+        ids = super().generate(**repeated, max_new_tokens=new, **options)
+        eos = options["eos_token_id"] if options.get("eos_token_id") is not None else self.config.eos_token_id
+        ends = ids[:, T:].eq(-1 if eos is None else eos).int()
+        ended = ends.cumsum(1) > ends  # after the first end of each text
+        if pad_token_id is not None:
+            ids[:, T:] = ids[:, T:].masked_fill(ended, pad_token_id)
+        return ids[:, : T + int((~ended).sum(1).max())]  # no further than the longest
+
+
+class Trainer(trainer.Trainer):
+    """gptcore's Trainer, that leaves model and tokenizer in output_dir for from_pretrained when training is done."""
+
+    def __init__(self, model: GPT, args: TrainingArguments, *further: Any, **options: Any) -> None:
+        super().__init__(model, args, *further, **options)
+        if self.tokenizer is None and isinstance(self.data_collator, data.DataCollatorForLanguageModeling):
+            self.tokenizer = self.data_collator.tokenizer  # as in transformers
+
+    def train(self, resume_from_checkpoint: bool | str | os.PathLike[str] | None = None) -> trainer.TrainOutput:
+        result = super().train(resume_from_checkpoint)
+        self.save_model()
+        return result
+
+
+set_seed = seed_everything
+AutoConfig = GPT2Config
+AutoModelForCausalLM = GPT2LMHeadModel
+AutoTokenizer = GPT2TokenizerFast = GPT2Tokenizer

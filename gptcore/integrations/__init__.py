@@ -1,0 +1,1 @@
+"""gptcore's kernels in other people's models."""

@@ -1,0 +1,55 @@
+"""llama.cpp itself runs what `export_gguf` writes: pytest tests/sweep/llama_cpp.py
+
+Needs the package xllamacpp, llama.cpp in a wheel; so the name of this file is none that pytest collects by itself.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import xllamacpp
+
+from gptcore import GPT, GPTConfig, Tokenizer
+from gptcore.export import export_gguf
+
+PROMPT = "the kernels of a GPT, 12 files; naïve über"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("dtype", "bound"), [("f32", 0.01), ("f16", 0.01), ("bf16", 0.05), ("q8_0", 0.1)])
+def test_llama_cpp_computes_the_same(tmp_path: Path, dtype: str, bound: float, tied: bool) -> None:
+    torch.manual_seed(0)
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "".join(path.read_text(encoding="utf-8") for path in Path("gptcore").glob("*.py")), encoding="utf-8"
+    )
+    tokenizer = Tokenizer.train(text, vocab_size=500)
+    end = tokenizer.eos_token_id
+    config = GPTConfig(
+        vocab_size=512, n_positions=128, n_embd=64, n_layer=3, n_head=4, initializer_range=0.15, eos_token_id=end,
+        bos_token_id=end, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = GPT(config).eval()
+    export_gguf(model, tokenizer, tmp_path / "m.gguf", dtype)
+
+    options = xllamacpp.CommonParams()
+    options.model.path = str(tmp_path / "m.gguf")
+    options.n_ctx, options.n_parallel, options.warmup = 128, 1, False
+    answer = xllamacpp.Server(options).handle_completions(
+        {"prompt": PROMPT, "n_predict": 20, "temperature": 0, "logprobs": 5, "ignore_eos": True}
+    )
+    answer = answer if isinstance(answer, dict) else json.loads(answer)
+    ids = tokenizer.encode(PROMPT)
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    assert len(likeliest) == 5
+    for token in likeliest:
+        assert token["logprob"] == pytest.approx(float(logits.log_softmax(-1)[token["id"]]), abs=bound)
+    if dtype == "f32":
+        new = model.generate([ids], 20, eos_token_id=-1)[0, len(ids) :].tolist()
+        assert answer["choices"][0]["text"] == tokenizer.decode(new)
