@@ -79,7 +79,9 @@ def _dashes(word: str) -> str:
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-def add_fields(parser: argparse.ArgumentParser, cls: type, defaults: Mapping[str, Any], skip: Sequence[str] = ()) -> None:
+def add_fields(
+    parser: argparse.ArgumentParser, cls: type, defaults: Mapping[str, Any], skip: Sequence[str] = ()
+) -> None:
     """An option for each field of a dataclass: its name, its type, its help."""
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -126,11 +128,16 @@ def train(args: argparse.Namespace) -> int:
         model = GPT.from_pretrained(args.init_from)
         if model.config.vocab_size < tokenizer.vocab_size:
             raise ValueError(
-                f"the model in {args.init_from} has {model.config.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}"
+                f"the model in {args.init_from} has {model.config.vocab_size} tokens, "
+                f"the tokenizer {tokenizer.vocab_size}"
             )
     else:
         eos = tokenizer.eos_token_id
-        settings = _pick(args, GPTConfig) | {"vocab_size": tokenizer.vocab_size, "bos_token_id": eos, "eos_token_id": eos}
+        settings = _pick(args, GPTConfig) | {
+            "vocab_size": tokenizer.vocab_size,
+            "bos_token_id": eos,
+            "eos_token_id": eos,
+        }
         model = GPT(GPTConfig(**settings))
     block_size = args.block_size or model.config.n_positions
     dataset = TextDataset(
@@ -179,8 +186,8 @@ def _tokenizer(args: argparse.Namespace, out: Path, resume: bool) -> Tokenizer:
     """The one that was asked for; that of the run or of the model which is gone on from; or a newly trained one."""
     if not resume and not args.overwrite_output_dir and list_checkpoints(out):
         raise FileExistsError(
-            f"{out} holds an earlier run: go on from it with --resume, delete it with --overwrite-output-dir, or choose "
-            "another --output-dir"
+            f"{out} holds an earlier run: go on from it with --resume, delete it with --overwrite-output-dir, "
+            "or choose another --output-dir"
         )
     source = args.tokenizer or (out if resume else args.init_from)
     if source:
@@ -269,16 +276,22 @@ def make_parser() -> Parser:
 
     def command(name: str, run: Any) -> argparse.ArgumentParser:
         text = run.__doc__
-        made = commands.add_parser(name, help=text[0].lower() + text[1:].rstrip("."), description=text, allow_abbrev=False)
+        made = commands.add_parser(
+            name, help=text[0].lower() + text[1:].rstrip("."), description=text, allow_abbrev=False
+        )
         made.set_defaults(run=run)
         return made
 
     def shared(to: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
         to.add_argument("--threads", type=int, help="threads to compute with (default: as many as cores)")
-        to.add_argument("--backend", help=f"kernels to compute with: {', '.join(ops.backends())} (default: the fastest)")
+        to.add_argument(
+            "--backend", help=f"kernels to compute with: {', '.join(ops.backends())} (default: the fastest)"
+        )
 
     def data(to: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
-        to.add_argument("files", nargs="+", metavar="FILE", help="text files, each a document or, cut by <|endoftext|>, many")
+        to.add_argument(
+            "files", nargs="+", metavar="FILE", help="text files, each a document or, cut by <|endoftext|>, many"
+        )
         to.add_argument("--block-size", type=int, help="tokens in an example (default: the model's n_positions)")
         to.add_argument("--cache-dir", help="where tokens are kept (default: $XDG_CACHE_HOME/gptcore)")
 
@@ -293,7 +306,9 @@ def make_parser() -> Parser:
     group.add_argument("--tokenizer-kind", choices=("bpe", "char"), default="bpe", help="what to train (default: bpe)")
     group.add_argument("--vocab-size", type=int, default=4096, help="tokens of a new bpe tokenizer (default: 4096)")
     group = made.add_argument_group("model")
-    group.add_argument("--init-from", help="folder of a model to go on from; the options of this group are then its own")
+    group.add_argument(
+        "--init-from", help="folder of a model to go on from; the options of this group are then its own"
+    )
     add_fields(group, GPTConfig, SMALL_MODEL, skip=FROM_TOKENIZER)  # type: ignore[arg-type]
     group = made.add_argument_group("training")
     group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir, if any")
@@ -309,9 +324,15 @@ def make_parser() -> Parser:
     made.add_argument("--prompt", nargs="+", default=[""], help="texts to continue (default: the start of a document)")
     made.add_argument("--max-new-tokens", type=int, default=100, help="tokens to add (default: 100)")
     made.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    made.add_argument("--temperature", type=float, default=0.8, help="below 1 sharpens, above 1 flattens (default: 0.8)")
-    made.add_argument("--top-k", type=_optional(int), default=50, help="draw from so many likeliest tokens (default: 50)")
-    made.add_argument("--top-p", type=_optional(float), help="draw from the fewest tokens of this probability (default: none)")
+    made.add_argument(
+        "--temperature", type=float, default=0.8, help="below 1 sharpens, above 1 flattens (default: 0.8)"
+    )
+    made.add_argument(
+        "--top-k", type=_optional(int), default=50, help="draw from so many likeliest tokens (default: 50)"
+    )
+    made.add_argument(
+        "--top-p", type=_optional(float), help="draw from the fewest tokens of this probability (default: none)"
+    )
     made.add_argument("--seed", type=int, help="for the same draws again (default: new ones each time)")
     shared(made)
 
@@ -328,7 +349,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None, **overrides: Any) -> int:
-    """Run one command and return its exit status: 0, 1 for an error that it explains, 2 for wrong usage, 130 after ^C."""
+    """Run one command. Returns 0, 1 after an error that it explains, 2 for wrong usage, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = make_parser().parse(argv)
     args.argv = argv
