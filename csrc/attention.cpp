@@ -11,7 +11,8 @@ namespace {
 // The boundaries as 64-bit numbers, checked: they rise from 0 to batch x length.
 std::vector<int64_t> read_boundaries(const TensorView& cu, const char* name, int64_t batch, int64_t length) {
   check_cpu(cu, name);
-  if (cu.ndim != 1 || cu.shape[0] < 1) refuse(name, " has shape ", shape_text(cu.shape, cu.ndim), ", expected 1-D");
+  if (cu.ndim != 1 || cu.shape[0] < 1 || cu.shape[0] > INT32_MAX)
+    refuse(name, " has shape ", shape_text(cu.shape, cu.ndim), ", expected 1-D, of 1 to 2^31 - 1 boundaries");
   if (cu.dtype != DType::int32 && cu.dtype != DType::int64)
     refuse(name, " is ", cu.dtype_name, ", expected torch.int32 or torch.int64");
   std::vector<int64_t> bounds(cu.shape[0]);

@@ -1,7 +1,7 @@
 """The native kernels of gptcore. Use gptcore.ops, which checks, differentiates and chooses among backends.
 
 Outputs are allocated by the caller, filled in place, and must not share memory with inputs. Every function raises
-ValueError for tensors and numbers that do not fit, saying what it expected, and TypeError for arguments of another kind.
+ValueError for tensors and numbers that do not fit, saying what it expected, TypeError for arguments of another kind.
 """
 
 from torch import Tensor

@@ -129,7 +129,8 @@ def train(args: argparse.Namespace) -> int:
         model = GPT.from_pretrained(args.init_from)
         if model.config.vocab_size < tokenizer.vocab_size:
             raise ValueError(
-                f"the model in {args.init_from} has {model.config.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}"
+                f"the model in {args.init_from} has {model.config.vocab_size} tokens, "
+                f"the tokenizer {tokenizer.vocab_size}"
             )
     else:
         eos = tokenizer.eos_token_id
@@ -186,8 +187,8 @@ def _tokenizer(args: argparse.Namespace, out: Path, resume: bool) -> Tokenizer:
     """The one that was asked for; that of the run or of the model which is gone on from; or a newly trained one."""
     if not resume and not args.overwrite_output_dir and list_checkpoints(out):
         raise FileExistsError(
-            f"{out} holds an earlier run: go on from it with --resume, delete it with --overwrite-output-dir, or choose "
-            "another --output-dir"
+            f"{out} holds an earlier run: go on from it with --resume, delete it with --overwrite-output-dir, "
+            "or choose another --output-dir"
         )
     source = args.tokenizer or (out if resume else args.init_from)
     if source:
@@ -382,7 +383,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None, **overrides: Any) -> int:
-    """Run one command and return its exit status: 0, 1 for an error that it explains, 2 for wrong usage, 130 after ^C."""
+    """Run one command. Returns 0, 1 after an error that it explains, 2 for wrong usage, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = make_parser().parse(argv)
     args.argv = argv

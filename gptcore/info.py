@@ -41,7 +41,7 @@ def describe() -> dict[str, str]:
         "gptcore": f"{build['version']} in {Path(__file__).parent}",
         "python": f"{sys.version.split()[0]} in {sys.executable}",
         "torch": torch.__version__,
-        "compiler": build["compiler"],
+        "compiler": str(build["compiler"]),
         "cpu": _cpu_name(),
         "instruction sets": isas,
         "in use": chosen,

@@ -76,7 +76,8 @@ def test_train_learns_and_the_rest_uses_what_it_leaves(text, tmp_path, capsys):
 def test_interrupted_it_prints_the_command_that_goes_on(text, tmp_path):
     out = tmp_path / "out"
     command = ["train", text, "--output-dir", out, "--cache-dir", tmp_path, *TINY, "--max-steps", "1000000",
-               "--logging-steps", "1", "--save-steps", "0", "--eval-steps", "none", "--threads", "1", "--warmup-steps", "0"]  # fmt: skip
+               "--logging-steps", "1", "--save-steps", "0", "--eval-steps", "none", "--threads", "1",
+               "--warmup-steps", "0"]  # fmt: skip
     command = [str(word) for word in command]
     process = subprocess.Popen(
         [sys.executable, "-m", "gptcore", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

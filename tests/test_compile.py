@@ -1,4 +1,4 @@
-"""The operations under torch.compile(fullgraph=True), and the registration of the native kernels as PyTorch operators."""
+"""The operations under torch.compile(fullgraph=True), and the native kernels as registered PyTorch operators."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
         ((2, 4, 9, 8), (2, 2, 7, 8), (2, 2, 7, 8)),
     ),
     "fused projection": (
-        lambda b, x: ops.attention(*x.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4), backend=b).transpose(1, 2).flatten(2),
+        lambda b, x: ops.attention(*x.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4), backend=b)
+        .transpose(1, 2).flatten(2),
         ((2, 9, 48),),
     ),
     "layer norm": (lambda b, x, w, c: ops.layer_norm(x, w, c, eps=1e-3, backend=b), ((3, 5, 12), (12,), (12,))),
@@ -91,8 +92,15 @@ def test_compiled_for_any_size(name: str) -> None:
     function, shapes = CASES[name]
     compiled = torch.compile(lambda *t: function("cpu", *t), fullgraph=True, backend="aot_eager", dynamic=True)
     for extra in (0, 3):
-        tensors = inputs(*((shape[0], *(n + extra for n in shape[1:-1]), shape[-1]) if len(shape) == 3 else shape for shape in shapes))
-        for ours, eager in zip(results(compiled, tensors), results(lambda *t: function("cpu", *t), tensors), strict=True):
+        tensors = inputs(
+            *(
+                (shape[0], *(n + extra for n in shape[1:-1]), shape[-1]) if len(shape) == 3 else shape
+                for shape in shapes
+            )
+        )
+        for ours, eager in zip(
+            results(compiled, tensors), results(lambda *t: function("cpu", *t), tensors), strict=True
+        ):
             torch.testing.assert_close(ours, eager)
 
 
@@ -121,7 +129,7 @@ def test_a_block_through_inductor(bf16: bool) -> None:
 
 
 def test_the_operators_keep_what_they_promise() -> None:
-    """torch.library.opcheck: the schema tells what is changed, and the fake has the real one's shapes, types, strides."""
+    """torch.library.opcheck: the schema tells what changes, and the fake has the real one's shapes, types, strides."""
     native = torch.ops.gptcore
     q, k, v = (torch.randn(shape) for shape in QKV)
     x, weight, bias = torch.randn(5, 12), torch.randn(12), torch.randn(12)

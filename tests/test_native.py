@@ -1,4 +1,4 @@
-"""gptcore._C as a binary: its stubs, its symbols and libraries, threads, the GIL, fork, and arguments that are wrong."""
+"""gptcore._C as a binary: its stubs, symbols and libraries, threads, the GIL, fork, and arguments that are wrong."""
 
 from __future__ import annotations
 
@@ -32,11 +32,16 @@ def shell(*command: str | Path) -> str:
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
-# ---- type stubs --------------------------------------------------------------------------------------------------------
+# ---- type stubs ------------------------------------------------------------------------------------------------------
 
 # How pybind11 names the types of arguments and results
 PYBIND_TYPES = {
@@ -66,7 +71,7 @@ def test_the_stubs_say_what_the_module_has() -> None:
         assert ast.get_docstring(stub), f"{name} has no docstring"
 
 
-# ---- symbols and libraries ---------------------------------------------------------------------------------------------
+# ---- symbols and libraries -------------------------------------------------------------------------------------------
 
 
 def objects(target: str) -> list[Path]:
@@ -109,7 +114,7 @@ def test_the_module_links_openmp_once_and_no_torch() -> None:
     assert not [symbol for symbol in exported if "gptcore" in symbol]
 
 
-# ---- the process -------------------------------------------------------------------------------------------------------
+# ---- the process -----------------------------------------------------------------------------------------------------
 
 
 def test_importing_prints_nothing() -> None:
@@ -133,7 +138,8 @@ before = len(os.listdir("/proc/self/task"))
 x.sum().backward()
 engine = len(os.listdir("/proc/self/task"))
 print(run(1) - engine, run(3) - engine)
-print(*{os.path.realpath(p) for p in re.findall(r"\\S*/lib[a-z]*omp\\d?[-.]\\S*", open("/proc/self/maps").read())}, sep="\\n")
+maps = open("/proc/self/maps").read()
+print(*{os.path.realpath(path) for path in re.findall(r"\\S*/lib[a-z]*omp\\d?[-.]\\S*", maps)}, sep="\\n")
 """)
     assert done.returncode == 0, done.stderr
     threads, *runtimes = done.stdout.splitlines()
@@ -185,7 +191,9 @@ def run(_):
     y = ops.gelu(ops.layer_norm(ops.attention(x, x, x), torch.ones(32)))
     return y.sum()
 here = run(0)
-loader = torch.utils.data.DataLoader(range(4), batch_size=None, num_workers=2, collate_fn=run, multiprocessing_context="fork", timeout=60)
+loader = torch.utils.data.DataLoader(
+    range(4), batch_size=None, num_workers=2, collate_fn=run, multiprocessing_context="fork", timeout=60
+)
 assert all(torch.equal(there, here) for there in loader)
 print("done")
 """)
@@ -193,14 +201,18 @@ print("done")
 
 
 def test_what_was_built() -> None:
-    info = _C.build_info()
-    assert set(info) == {"version", "compiler", "openmp"}
-    assert info["version"] == __import__("importlib.metadata").metadata.version("gptcore")
+    assert {name: type(value) for name, value in _C.build_info().items()} == {
+        "version": str, "compiler": str, "openmp": int
+    }  # fmt: skip
 
 
-# ---- wrong arguments ---------------------------------------------------------------------------------------------------
+# ---- wrong arguments -------------------------------------------------------------------------------------------------
 
 GOOD_REFUSALS = (ValueError, TypeError, RuntimeError)
+
+
+def check_reason(error: BaseException) -> None:
+    assert len(str(error)) > 10, f"a {type(error).__name__} that gives no reason"
 
 
 def valid_arguments() -> dict[str, dict[str, Any]]:
@@ -229,16 +241,11 @@ def valid_arguments() -> dict[str, dict[str, Any]]:
         },
         "gelu_forward": {"x": x, "bias": row, "out": x.clone(), "tanh_form": True, "num_threads": 2},
         "gelu_backward": {
-            "grad_out": x.clone(), "x": x, "bias": row, "grad_x": x.clone(), "grad_bias": row.clone(), "tanh_form": True,
-            "num_threads": 2,
+            "grad_out": x.clone(), "x": x, "bias": row, "grad_x": x.clone(), "grad_bias": row.clone(),
+            "tanh_form": True, "num_threads": 2,
         },
         "use_cpu_isa": {"name": _C.cpu_isa()},
     }  # fmt: skip
-
-
-def fake_tensor() -> torch.Tensor:
-    with torch._subclasses.FakeTensorMode() as mode:
-        return mode.from_tensor(torch.zeros(6, 10))
 
 
 # Ways to spoil a tensor; `others` are the tensors of the same call
@@ -249,7 +256,6 @@ SPOILED: list[Callable[[torch.Tensor, list[torch.Tensor]], Any]] = [
     lambda t, _: t.to("meta"),
     lambda t, _: t.to_sparse(),
     lambda t, _: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.quint8),
-    lambda t, _: fake_tensor(),
     lambda t, _: t.float().requires_grad_(),
     lambda t, _: torch.nn.Parameter(t.float()),
     lambda t, _: t[:0],
@@ -277,8 +283,9 @@ SPOILED: list[Callable[[torch.Tensor, list[torch.Tensor]], Any]] = [
     lambda t, _: t.tolist(),
 ]  # fmt: skip
 ANYTHING = st.sampled_from(
-    [None, 0, -1, 1, 3, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63), 0.5, 1.0, -2.5, 1e39, 1e300, math.nan, math.inf, -math.inf,
-     True, "", "text", b"\xff", [], [1.0], (), {}, object(), np.float32(2), np.zeros(3), torch.float32, torch.zeros(())]
+    [None, 0, -1, 1, 3, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63), 0.5, 1.0, -2.5, 1e39, 1e300, math.nan,
+     math.inf, -math.inf, True, "", "text", b"\xff", [], [1.0], (), {}, object(), np.float32(2), np.zeros(3),
+     torch.float32, torch.zeros(())]
 )  # fmt: skip
 
 
@@ -287,6 +294,14 @@ def test_right_arguments_are_taken(name: str) -> None:
     getattr(_C, name)(**valid_arguments()[name])
 
 
+def test_a_fake_tensor_is_refused() -> None:
+    with torch._subclasses.FakeTensorMode():
+        fake = torch.zeros(6, 10)
+    with pytest.raises((ValueError, RuntimeError)), pytest.warns(UserWarning, match="data pointer of FakeTensor"):
+        _C.gelu_forward(fake, None, torch.zeros(6, 10), True, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning")
 @pytest.mark.parametrize("name", valid_arguments())
 @given(data=st.data())
 @QUICK
@@ -303,11 +318,12 @@ def test_wrong_arguments_of_native_functions_raise(name: str, data: st.DataObjec
     try:
         getattr(_C, name)(**arguments)
     except GOOD_REFUSALS as error:
-        assert len(str(error)) > 10, "a refusal without a reason"
+        check_reason(error)
     finally:
         _C.use_cpu_isa(isa)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning")
 @given(data=st.data())
 @settings(QUICK, max_examples=400)
 def test_wrong_arguments_of_operations_raise_alike_on_every_backend(data: st.DataObject) -> None:
@@ -338,7 +354,7 @@ def test_wrong_arguments_of_operations_raise_alike_on_every_backend(data: st.Dat
         if name in others:
             arguments[name] = data.draw(others[name])
         elif data.draw(st.booleans()):
-            arguments[name] = data.draw(st.sampled_from(SPOILED[:-2]))(tensors[name], list(tensors.values()))
+            arguments[name] = data.draw(st.sampled_from(SPOILED))(tensors[name], list(tensors.values()))
         else:
             arguments[name] = data.draw(ANYTHING)
     results: dict[str, Any] = {}
@@ -347,7 +363,7 @@ def test_wrong_arguments_of_operations_raise_alike_on_every_backend(data: st.Dat
         try:
             results[backend] = run(**arguments, backend=backend)
         except GOOD_REFUSALS as error:
-            assert len(str(error)) > 10, "a refusal without a reason"
+            check_reason(error)
             results[backend] = type(error)
     cpu, reference = results["cpu"], results["torch"]
     if cpu is RuntimeError:  # what it cannot do, such as float64 or sparse tensors, others may

@@ -221,7 +221,9 @@ def _dropout_keep(shape: torch.Size, seed: Tensor, dropout_p: float, device: tor
         middle = a * b_high + (a * b_low >> 16)
         return middle >> 16, ((middle & 0xFFFF) << 16) | (a * b_low & 0xFFFF)
 
-    grid = torch.meshgrid(*(torch.arange(n, device=device) for n in (batch * heads, query_len, (kv_len + 3) // 4)), indexing="ij")
+    grid = torch.meshgrid(
+        *(torch.arange(n, device=device) for n in (batch * heads, query_len, (kv_len + 3) // 4)), indexing="ij"
+    )
     c2, c1, c0 = grid
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & low, seed >> 32
@@ -263,11 +265,9 @@ def _attention_torch(
     return out.transpose(1, 2).contiguous().transpose(1, 2).to(q.dtype), lse.to(torch.float32)
 
 
-# ---- cpu: kernels/cpu/attention.cpp ------------------------------------------------------------------------------------
+# ---- cpu: kernels/cpu/attention.cpp --------------------------------------------------------------------------------
 
-_SETTINGS = (
-    "Tensor? cu_q, Tensor? cu_k, Tensor? seed, float scale, bool causal, int left, int right, float dropout_p"
-)
+_SETTINGS = "Tensor? cu_q, Tensor? cu_k, Tensor? seed, float scale, bool causal, int left, int right, float dropout_p"
 
 
 def _like_heads(tensor: Tensor) -> Tensor:
@@ -287,12 +287,23 @@ def _gradients(
 
 
 def _forward_body(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, seed: Tensor | None, *settings: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    causal: bool,
+    left: int,
+    right: int,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _outputs(q)
     _C.attention_forward(
-        q, k, v, out, lse, cu_q, cu_k, *settings, 0 if seed is None else int(seed), torch.get_num_threads()
-    )
+        q, k, v, out, lse, cu_q, cu_k, scale, causal, left, right, dropout_p, 0 if seed is None else int(seed),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return out, lse
 
 
@@ -307,7 +318,11 @@ def _backward_body(
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     seed: Tensor | None,
-    *settings: Any,
+    scale: float,
+    causal: bool,
+    left: int,
+    right: int,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _gradients(grad_out, grad_lse, q, k, v)
     if cu_k is not None:  # keys of a segment without queries are nobody's to write
@@ -316,7 +331,7 @@ def _backward_body(
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
     _C.attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, *gradients, cu_q, cu_k, *settings,
+        grad_out, grad_lse, q, k, v, out, lse, *gradients, cu_q, cu_k, scale, causal, left, right, dropout_p,
         0 if seed is None else int(seed), torch.get_num_threads(),
     )  # fmt: skip
     return gradients

@@ -63,7 +63,7 @@ def _gelu_torch(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
     return (0.5 * wide * (1.0 + curve)).to(x.dtype)
 
 
-# ---- cpu: kernels/cpu/gelu.cpp -----------------------------------------------------------------------------------------
+# ---- cpu: kernels/cpu/gelu.cpp -------------------------------------------------------------------------------------
 
 
 def _forward_body(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
@@ -74,9 +74,7 @@ def _forward_body(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
 
 def _backward_body(grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh_form: bool) -> tuple[Tensor, Tensor]:
     grad_x, grad_bias = _gradients(grad_out, x, bias, tanh_form)
-    _C.gelu_backward(
-        grad_out, x, bias, grad_x, None if bias is None else grad_bias, tanh_form, torch.get_num_threads()
-    )
+    _C.gelu_backward(grad_out, x, bias, grad_x, None if bias is None else grad_bias, tanh_form, torch.get_num_threads())
     return grad_x, grad_bias
 
 

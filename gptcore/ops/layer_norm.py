@@ -73,11 +73,17 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., width) with a width of at least 1")
     if not x.dtype.is_floating_point:
         raise ValueError(f"x is {x.dtype}, expected a floating-point dtype")
-    for name, tensor, shape in (("weight", weight, x.shape[-1:]), ("bias", bias, x.shape[-1:]), ("residual", residual, x.shape)):
+    for name, tensor, shape in (
+        ("weight", weight, x.shape[-1:]),
+        ("bias", bias, x.shape[-1:]),
+        ("residual", residual, x.shape),
+    ):
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} for x of {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} for x of {tuple(x.shape)}"
+            )
         if tensor.dtype not in (x.dtype, torch.float32) or tensor.device != x.device:
             raise ValueError(
                 f"{name} is {tensor.dtype} on {tensor.device}, expected {x.dtype} or torch.float32 on {x.device}"
@@ -100,7 +106,7 @@ def _layer_norm_torch(
     return out.to(total.dtype), total
 
 
-# ---- cpu: kernels/cpu/layer_norm.cpp -----------------------------------------------------------------------------------
+# ---- cpu: kernels/cpu/layer_norm.cpp -------------------------------------------------------------------------------
 
 
 def _forward_body(

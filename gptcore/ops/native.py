@@ -31,7 +31,7 @@ def check_tensors(*, optional: bool = False, **tensors: object) -> None:
 
 
 def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Inside torch.autocast, float32 tensors in its dtype, as for PyTorch's own attention; else the tensors as they are."""
+    """Inside torch.autocast, float32 tensors in its dtype, as for PyTorch's own attention; else as they are."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -54,7 +54,7 @@ def _known(name: str) -> Backend:
 
 
 def select(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., Any]:
-    """The implementation of `op` for such a tensor: of `backend`, else of the one set by `use`, else the first that can.
+    """The implementation of `op` for such a tensor: of `backend`, else of that set by `use`, else the first that can.
 
     Raises ValueError if the name is unknown, RuntimeError if the backend that was asked for cannot serve the call.
     """
@@ -82,7 +82,7 @@ def chosen(op: str, tensor: torch.Tensor) -> tuple[str, str]:
     raise RuntimeError(f"no backend can run {op}: {'; '.join(passed)}")
 
 
-class use:  # noqa: N801 (reads as a verb: `with ops.use("torch"):`)
+class use:
     """Run the operations on this backend from now on, or within a `with` block; None chooses for each call again.
 
     Raises ValueError for an unknown name and RuntimeError for a backend that is not usable here.
