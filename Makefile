@@ -2,11 +2,12 @@
 # make test    the whole test suite
 # make check   style and types
 # make asan    the native tests under AddressSanitizer and UBSan
+# make sweep   what needs large packages: TensorFlow checkpoints, and llama.cpp running our GGUF files
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.* kernels/cpu/*.*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test check asan clean
+.PHONY: demo test check asan sweep clean
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
 test: .venv/installed
@@ -17,6 +18,9 @@ check: .venv/installed
 	$(BIN)/mypy
 asan: .venv/installed
 	bash tests/sanitize.sh
+sweep: .venv/installed
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -e ".[test,tf]" xllamacpp
+	$(BIN)/python -m pytest tests/sweep/*.py
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv

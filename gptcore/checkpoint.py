@@ -105,7 +105,14 @@ def rotate_checkpoints(output_dir: PathLike, limit: int, newest: int, best: int 
 
 def sweep(output_dir: PathLike) -> None:
     """Delete what a killed run left aside in `output_dir`. Only for the holder of `exclusive(output_dir)`."""
-    for name in ("checkpoint-*", "log.jsonl", "*.safetensors", "config.json", "tokenizer.json"):
+    for name in (
+        "checkpoint-*",
+        "log.jsonl",
+        "*.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
         for path in Path(output_dir).glob(f".{name}.*.tmp"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import torch
+import transformers
 
+from gptcore import Tokenizer
 from gptcore.corpus import write_standard_library_corpus
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -30,6 +32,26 @@ def test_operations():
     assert names["out"].shape == q.shape
     torch.testing.assert_close(names["x"], before["update"] + before["x"])
     assert names["h"].shape == before["h"].shape
+
+
+def test_from_gpt2_and_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPTCORE_CACHE", str(tmp_path))
+    text = write_standard_library_corpus("whole.txt").read_text(encoding="utf-8")[:50_000]
+    Path("train.txt").write_text(text, encoding="utf-8")
+    tokenizer = Tokenizer.train("train.txt", vocab_size=400)
+    tokenizer.save_pretrained("gpt2")
+    config = transformers.GPT2Config(
+        vocab_size=400, n_positions=32, n_embd=32, n_layer=2, n_head=2,
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    transformers.GPT2LMHeadModel(config).save_pretrained("gpt2")
+    names = {}
+    exec(BLOCKS[2], names)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained("fine-tuned").eval()
+    ids = torch.tensor([tokenizer.encode("Return the")])
+    torch.testing.assert_close(theirs(ids).logits, names["model"].eval()(ids).logits, rtol=1e-4, atol=1e-5)
+    assert Path("fine-tuned.gguf").read_bytes().startswith(b"GGUF")
 
 
 def test_commands_exist():
