@@ -53,19 +53,22 @@ GPTCORE_INLINE void multiply_add(Vec& acc, const bfloat16* a, UintVec b) {
 GPTCORE_INLINE UintVec load_wide(const uint32_t* p) { return bit_cast<UintVec>(load((const float*)p)); }
 #endif
 
+// Unrolled by hand: left to itself GCC 12 keeps part of the accumulators in memory.
+#define GPTCORE_UNROLL _Pragma("GCC unroll 8")
+
 template <int Rows, int Vectors, class T>
 void tile(const T* a, int64_t lda, const Wide<T>* b, int64_t steps, float* c, int64_t ldc, bool accumulate) {
   Vec acc[Rows][Vectors];
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * kLanes) : Vec{};
+  GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
+    GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * kLanes) : Vec{};
   for (int64_t k = 0; k < steps; ++k) {
     decltype(load_wide(b)) row[Vectors];
-    for (int v = 0; v < Vectors; ++v) row[v] = load_wide(b + k * kPanel + v * kLanes);
-    for (int r = 0; r < Rows; ++r)
-      for (int v = 0; v < Vectors; ++v) multiply_add(acc[r][v], a + r * lda + k * kStep<T>, row[v]);
+    GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) row[v] = load_wide(b + k * kPanel + v * kLanes);
+    GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
+      GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) multiply_add(acc[r][v], a + r * lda + k * kStep<T>, row[v]);
   }
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vectors; ++v) store(c + r * ldc + v * kLanes, acc[r][v]);
+  GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
+    GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) store(c + r * ldc + v * kLanes, acc[r][v]);
 }
 
 template <int Vectors, class T>
@@ -96,6 +99,29 @@ void multiply(const T* a, int64_t lda, const Wide<T>* b, int64_t rows, int64_t s
   }
 }
 
+// Under a causal mask the left half of a panel's queries sees only the first `left` of `count` keys: the products of a
+// block of scores spare what no query of a half sees.
+
+// S^T = K Q^T: rows are keys.
+template <class T>
+void multiply_left_right(const T* a, int64_t lda, const Wide<T>* b, int64_t left, int64_t count, int64_t steps,
+                         int64_t width, float* c) {
+  multiply<T>(a, lda, b, left, steps, width, c, kPanel, false);
+  if (left < count)
+    multiply<T>(a + left * lda, lda, b + kPanel / 2, count - left, steps, width - kPanel / 2,
+                c + left * kPanel + kPanel / 2, kPanel, false);
+}
+
+// O^T += V^T P^T: depth is keys.
+template <class T>
+void add_left_right(const T* a, int64_t lda, const Wide<T>* b, int64_t rows, int64_t left, int64_t count, int64_t width,
+                    float* c, bool accumulate) {
+  const int64_t left_steps = (left + kStep<T> - 1) / kStep<T>, steps = (count + kStep<T> - 1) / kStep<T>;
+  if (left == count) return multiply<T>(a, lda, b, rows, steps, width, c, kPanel, accumulate);
+  multiply<T>(a, lda, b, rows, left_steps, kPanel / 2, c, kPanel, accumulate);
+  multiply<T>(a, lda, b + kPanel / 2, rows, steps, width - kPanel / 2, c + kPanel / 2, kPanel, accumulate);
+}
+
 // ---- packing: from strided rows of any storage type S to operands of type T -------------------------------------------
 
 template <int Half>
@@ -115,10 +141,9 @@ GPTCORE_INLINE void exchange(Vec (&v)[kLanes]) {
 GPTCORE_INLINE void transpose(Vec (&v)[kLanes]) { exchange<kLanes / 2>(v); }
 
 GPTCORE_INLINE void store_wide(float* p, const Vec* v) { store(p, v[0]); }
-GPTCORE_INLINE void store_wide(uint32_t* p, const Vec* v) {
-  UintVec low = __builtin_convertvector(to_bfloat16(v[0]), UintVec);
-  UintVec high = __builtin_convertvector(to_bfloat16(v[1]), UintVec);
-  store((float*)p, bit_cast<Vec>(low | high << 16));
+GPTCORE_INLINE void store_wide(uint32_t* p, const Vec* v) {  // rounds halves up, in four instructions
+  UintVec low = bit_cast<UintVec>(v[0]) + 0x8000u, high = bit_cast<UintVec>(v[1]) + 0x8000u;
+  store((float*)p, bit_cast<Vec>(low >> 16 | (high & 0xffff0000u)));
 }
 
 // A kLanes x kLanes corner of the source; zeros beyond its rows and columns.
@@ -128,6 +153,13 @@ GPTCORE_INLINE void load_square(Vec (&v)[kLanes], const S* source, int64_t strid
 }
 
 // A, one source row a row, zeros up to `depth` columns (a multiple of kStep).
+template <class T>
+void pack_rows(T* to, int64_t ld, const T* source, int64_t stride, int64_t rows, int64_t columns, int64_t depth) {
+  for (int64_t i = 0; i < rows; ++i) {
+    memcpy(to + i * ld, source + i * stride, columns * sizeof(T));
+    memset(to + i * ld + columns, 0, (depth - columns) * sizeof(T));
+  }
+}
 template <class S, class T>
 void pack_rows(T* to, int64_t ld, const S* source, int64_t stride, int64_t rows, int64_t columns, int64_t depth) {
   for (int64_t i = 0; i < rows; ++i)
@@ -151,18 +183,41 @@ void pack_columns(T* to, const S* source, int64_t stride, int64_t rows, int64_t 
   }
 }
 
+#if defined(__AVX512BF16__)
+// The same from bfloat16 to bfloat16: rows in pairs, which are moved as one number of 32 bits.
+void pack_columns(bfloat16* to, const bfloat16* source, int64_t stride, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; i += 2 * kLanes) {
+    bfloat16* block = to + i / kBlockN * kBlockN * columns + i % kBlockN;
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      Vec v[kLanes];
+      for (int r = 0; r < kLanes; ++r) {
+        const bfloat16* at = source + (i + 2 * r) * stride + j;
+        Vec pair[2];
+        for (int s = 0; s < 2; ++s) pair[s] = i + 2 * r + s < rows ? load_up_to(at + s * stride, columns - j) : Vec{};
+        v[r] = bit_cast<Vec>(bit_cast<UintVec>(pair[0]) >> 16 | bit_cast<UintVec>(pair[1]));
+      }
+      transpose(v);
+      for (int64_t c = 0; c < smaller(kLanes, columns - j); ++c) store((float*)(block + (j + c) * kBlockN), v[c]);
+    }
+  }
+}
+#endif
+
 // B, one source row a column: depth runs along the source's columns; kPanel source rows, times `sign`.
 template <class S, class T>
 void pack_panel_columns(Wide<T>* to, const S* source, int64_t stride, int64_t rows, int64_t columns, float sign) {
+  if constexpr (kStep<T> == 2)
+    if (columns % 2 == 0 && stride % 2 == 0 && sign == 1.0f)  // neighbours stay together: move them as one float
+      return pack_panel_columns<float, float>((float*)to, (const float*)source, stride / 2, rows, columns / 2, 1.0f);
   for (int64_t i = 0; i < kPanel; i += kLanes)
     for (int64_t j = 0; j < columns; j += kLanes) {
       Vec v[kLanes];
       load_square(v, source + i * stride + j, stride, rows - i, columns - j);
       transpose(v);
-      for (int64_t c = 0; c < smaller(kLanes, columns - j); c += kStep<T>) {
-        Vec scaled[2] = {v[c] * sign, v[(c + 1) % kLanes] * sign};
-        store_wide(to + (j + c) / kStep<T> * kPanel + i, scaled);
-      }
+      if (sign != 1.0f)  // a product with 1 would change the bits of two bfloat16 that look like a NaN
+        for (int c = 0; c < kLanes; ++c) v[c] *= sign;
+      for (int64_t c = 0; c < smaller(kLanes, columns - j); c += kStep<T>)
+        store_wide(to + (j + c) / kStep<T> * kPanel + i, v + c);
     }
 }
 
@@ -231,6 +286,12 @@ struct Panel {
     full_begin = begin[rows - 1], full_end = end[0];
   }
   bool masked(int64_t key, int64_t count) const { return key < full_begin || key + count > full_end; }
+  // Of `count` keys from `key`, how many the left half of the lanes sees at the most; all if there is no other half.
+  template <class T>
+  int64_t left_count(int64_t key, int64_t count) const {
+    if (rows <= kPanel / 2) return count;
+    return smaller(count, round_up(larger(0, end[kPanel / 2 - 1] - key), kStep<T>));
+  }
   int vectors() const { return (int)((rows + kLanes - 1) / kLanes); }
 
   // All ones in the lanes that see this key.
@@ -359,40 +420,53 @@ struct ForwardScratch {
   }
 };
 
-// One step of the online softmax over `count` keys: scores become probabilities relative to the new maximum, and what
-// was accumulated under the old one is scaled down.
+// The accuracy that exp2 needs: P is rounded to T.
+template <class T> constexpr int kExpDegree = kStep<T> == 1 ? 6 : 4;
+
+// How far the maximum of a lane may lag behind its scores, in units of log2: probabilities then go up to 2^8 before the
+// division by their sum, and what was accumulated hardly ever needs to be scaled (FlashAttention-4).
+constexpr float kMaxLag = 8.0f;
+
+// One step of the online softmax for one vector of queries over `count` keys: scores become probabilities relative to
+// the maximum; if that has to rise, what was accumulated under the old one is scaled down.
 template <class T>
-void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int64_t key, int64_t count, float scale_log2,
-                   int64_t head_dim, Dropout* dropout, float keep_factor) {
-  const bool masked = panel.masked(key, count);
-  for (int v = 0; v < panel.vectors(); ++v) {
-    float* scores = scratch.scores + v * kLanes;
-    Vec block_max = splat(-kInfinity);
+void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, int64_t key, int64_t count, bool first,
+                   float scale_log2, int64_t head_dim, Dropout* dropout, float keep_factor) {
+  float* scores = scratch.scores + v * kLanes;
+  Vec block_max = splat(-kInfinity);
+  if (panel.masked(key, count))
     for (int64_t j = 0; j < count; ++j) {
-      Vec s = load(scores + j * kPanel);
-      if (masked) store(scores + j * kPanel, s = panel.sees(v, key + j) ? s : splat(-kInfinity));
+      Vec s = panel.sees(v, key + j) ? load(scores + j * kPanel) : splat(-kInfinity);
+      store(scores + j * kPanel, s);
       block_max = max(block_max, s);
     }
-    Vec old_max = load(scratch.max + v * kLanes), new_max = max(old_max, block_max * scale_log2);
+  else
+    for (int64_t j = 0; j < count; ++j) block_max = max(block_max, load(scores + j * kPanel));
+  if (count % kStep<T>) store(scores + count * kPanel, splat(-kInfinity));  // completes the last pair
+
+  Vec old_max = load(scratch.max + v * kLanes), new_max = max(old_max, block_max * scale_log2);
+  Vec sum = load(scratch.sum + v * kLanes);
+  if (any(new_max > old_max + kMaxLag)) {
     // A lane that has seen no key yet has a maximum of -inf, and -inf - -inf would be NaN.
-    Vec shift = new_max == -kInfinity ? splat(0.0f) : new_max;
-    Vec shrink = exp2(old_max - shift), sum = Vec{};
-    for (int64_t j = 0; j < count; j += kStep<T>) {
-      Vec p[2] = {};
-      for (int s = 0; s < kStep<T> && j + s < count; ++s) {
-        p[s] = exp2(load(scores + (j + s) * kPanel) * scale_log2 - shift);
-        sum += p[s];
-        if (dropout) p[s] = dropout->keeps(v, key + j + s) ? p[s] * keep_factor : splat(0.0f);
-      }
-      store_wide(scratch.probs + j / kStep<T> * kPanel + v * kLanes, p);
-    }
-    store(scratch.sum + v * kLanes, load(scratch.sum + v * kLanes) * shrink + sum);
-    store(scratch.max + v * kLanes, new_max);
-    for (int64_t d = 0; d < head_dim; ++d) {
+    Vec shrink = exp2(old_max - (new_max == -kInfinity ? splat(0.0f) : new_max));
+    sum *= shrink;
+    for (int64_t d = 0; d < head_dim && !first; ++d) {
       float* out = scratch.out + d * kPanel + v * kLanes;
       store(out, load(out) * shrink);
     }
+    store(scratch.max + v * kLanes, old_max = new_max);
   }
+  const Vec shift = old_max == -kInfinity ? splat(0.0f) : old_max;
+  for (int64_t j = 0; j < count; j += kStep<T>) {
+    Vec p[2] = {};
+    for (int s = 0; s < kStep<T>; ++s) {
+      p[s] = exp2<kExpDegree<T>>(load(scores + (j + s) * kPanel) * scale_log2 - shift);
+      sum += p[s];
+      if (dropout) p[s] = dropout->keeps(v, key + j + s) ? p[s] * keep_factor : splat(0.0f);
+    }
+    store_wide(scratch.probs + j / kStep<T> * kPanel + v * kLanes, p);
+  }
+  store(scratch.sum + v * kLanes, sum);
 }
 
 template <class S, class T>
@@ -405,17 +479,20 @@ void forward_panel(const AttentionArgs& args, const ForwardScratch<T>& scratch, 
   const int64_t query_row = segment.query_begin + first_query;
   pack_panel_columns<S, T>(scratch.query, row<S>(args.query, segment.batch, head, query_row), args.query.row_stride,
                            panel.rows, args.head_dim, scale.sign);
-  memset(scratch.out, 0, args.head_dim * kPanel * sizeof(float));
   for (int i = 0; i < kPanel; ++i) scratch.max[i] = -kInfinity, scratch.sum[i] = 0.0f;
+  if (panel.key_begin == panel.key_end) memset(scratch.out, 0, args.head_dim * kPanel * sizeof(float));
 
-  for (int64_t key = panel.key_begin / kBlockN * kBlockN; key < panel.key_end; key += kBlockN) {
-    const int64_t count = smaller(kBlockN, panel.key_end - key), packed = key - packed_from;
-    multiply<T>(scratch.key + packed * size.depth, size.depth, scratch.query, count, size.steps, panel.rows,
-                scratch.scores, kPanel, false);
-    softmax_block<T>(scratch, panel, key, count, scale.log2, args.head_dim, args.dropout_p > 0 ? &dropout : nullptr,
-                     (float)(1 / (1 - args.dropout_p)));
-    multiply<T>(scratch.value + packed * args.head_dim, kBlockN, scratch.probs, args.head_dim,
-                (count + kStep<T> - 1) / kStep<T>, panel.rows, scratch.out, kPanel, true);
+  const int64_t first_key = panel.key_begin / kBlockN * kBlockN;
+  for (int64_t key = first_key; key < panel.key_end; key += kBlockN) {
+    const int64_t count = smaller(kBlockN, panel.key_end - key), left = panel.left_count<T>(key, count);
+    const T* packed_key = scratch.key + (key - packed_from) * size.depth;
+    const T* packed_value = scratch.value + (key - packed_from) * args.head_dim;
+    const bool first = key == first_key;
+    multiply_left_right<T>(packed_key, size.depth, scratch.query, left, count, size.steps, panel.rows, scratch.scores);
+    for (int v = 0; v < panel.vectors(); ++v)
+      softmax_block<T>(scratch, panel, v, key, v < kPanelVectors / 2 ? left : count, first, scale.log2, args.head_dim,
+                       args.dropout_p > 0 ? &dropout : nullptr, (float)(1 / (1 - args.dropout_p)));
+    add_left_right<T>(packed_value, kBlockN, scratch.probs, args.head_dim, left, count, panel.rows, scratch.out, !first);
   }
 
   for (int v = 0; v < panel.vectors(); ++v) {
@@ -455,9 +532,9 @@ void forward(const AttentionArgs& args) {
       const int64_t key_begin = visible(args, segment, begin).begin / kBlockN * kBlockN;
       const int64_t key_end = visible(args, segment, end - 1).end;
       const int64_t first = segment.key_begin + key_begin, count = larger(0, key_end - key_begin);
-      pack_rows<S, T>(scratch.key, size.depth, row<S>(args.key, segment.batch, kv_head, first), args.key.row_stride,
+      pack_rows(scratch.key, size.depth, row<S>(args.key, segment.batch, kv_head, first), args.key.row_stride,
                       count, args.head_dim, size.depth);
-      pack_columns<S, T>(scratch.value, row<S>(args.value, segment.batch, kv_head, first), args.value.row_stride, count,
+      pack_columns(scratch.value, row<S>(args.value, segment.batch, kv_head, first), args.value.row_stride, count,
                          args.head_dim);
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
         for (int64_t query = begin; query < end; query += kPanel)
@@ -635,17 +712,18 @@ struct BackwardScratch {
 
 // From scores and dP to P and dS = P (dP - delta), with P recomputed from the saved LSE (FlashAttention, algorithm 4).
 template <class T>
-void softmax_backward_block(const BackwardScratch<T>& scratch, const Panel& panel, int64_t key, int64_t count,
-                            float scale_log2, Dropout* dropout, float keep_factor) {
+void softmax_backward_block(const BackwardScratch<T>& scratch, const Panel& panel, int64_t key, int64_t left,
+                            int64_t count, float scale_log2, Dropout* dropout, float keep_factor) {
   const bool masked = panel.masked(key, count);
   for (int v = 0; v < kPanelVectors; ++v) {
     const Vec lse_log2 = load(scratch.lse_log2 + v * kLanes);
     const Vec delta = load(scratch.delta + v * kLanes);
-    for (int64_t j = 0; j < count; j += kStep<T>) {
+    const int64_t seen_count = v < kPanelVectors / 2 ? left : count;
+    for (int64_t j = 0; j < seen_count; j += kStep<T>) {
       Vec ds[2] = {};
-      for (int s = 0; s < kStep<T> && j + s < count; ++s) {
+      for (int s = 0; s < kStep<T> && j + s < seen_count; ++s) {
         const int64_t at = (j + s) * kPanel + v * kLanes;
-        Vec p = exp2(load(scratch.scores + at) * scale_log2 - lse_log2), dp = load(scratch.grad_probs + at);
+        Vec p = exp2<kExpDegree<T>>(load(scratch.scores + at) * scale_log2 - lse_log2), dp = load(scratch.grad_probs + at);
         if (masked) {
           IntVec seen = panel.sees(v, key + j + s);
           p = seen ? p : splat(0.0f), dp = seen ? dp : splat(0.0f);
@@ -689,26 +767,36 @@ void pack_panel(const AttentionArgs& args, const BackwardScratch<T>& scratch, co
   }
 }
 
+// dV += P^T dO or dK += dS^T Q: rows are keys, depth is queries.
+template <class T>
+void add_to_rows(const AttentionArgs& args, const T* a, const Wide<T>* b, int64_t left, int64_t count, float* c) {
+  const int64_t ld = round_up(args.head_dim, kPanel), steps = kPanel / kStep<T>;
+  for (int64_t d = 0; d < args.head_dim; d += kPanel) {
+    const Wide<T>* columns = b + d * steps;
+    const int64_t width = smaller(kPanel, args.head_dim - d);
+    multiply<T>(a, kPanel, columns, left, steps, width, c + d, ld, true);
+    if (left < count)
+      multiply<T>(a + left * kPanel + kPanel / 2, kPanel, columns + steps / 2 * kPanel, count - left, steps / 2, width,
+                  c + left * ld + d, ld, true);
+  }
+}
+
 // One block of keys against the panel: the five products.
 template <class T>
 void backward_block(const AttentionArgs& args, const BackwardScratch<T>& scratch, const Panel& panel, int64_t key,
                     int64_t count, Dropout* dropout) {
   const Sizes<T> size(args);
-  multiply<T>(scratch.key + key * size.depth, size.depth, scratch.query, count, size.steps, kPanel, scratch.scores,
-              kPanel, false);
-  multiply<T>(scratch.value + key * size.depth, size.depth, scratch.grad_out, count, size.steps, kPanel,
-              scratch.grad_probs, kPanel, false);
-  softmax_backward_block<T>(scratch, panel, key, count, Scale(args.scale).log2, dropout,
+  const int64_t left = panel.left_count<T>(key, count);
+  multiply_left_right<T>(scratch.key + key * size.depth, size.depth, scratch.query, left, count, size.steps, kPanel,
+                         scratch.scores);
+  multiply_left_right<T>(scratch.value + key * size.depth, size.depth, scratch.grad_out, left, count, size.steps, kPanel,
+                         scratch.grad_probs);
+  softmax_backward_block<T>(scratch, panel, key, left, count, Scale(args.scale).log2, dropout,
                             (float)(1 / (1 - args.dropout_p)));
-  for (int64_t d = 0; d < args.head_dim; d += kPanel) {
-    const int64_t rows_panel = d * (kPanel / kStep<T>), columns = smaller(kPanel, args.head_dim - d);
-    multiply<T>(scratch.probs, kPanel, scratch.grad_out_rows + rows_panel, count, kPanel / kStep<T>, columns,
-                scratch.grad_value + key * size.width + d, size.width, true);
-    multiply<T>(scratch.grad_scores, kPanel, scratch.query_rows + rows_panel, count, kPanel / kStep<T>, columns,
-                scratch.grad_key + key * size.width + d, size.width, true);
-  }
-  multiply<T>(scratch.key_columns + key * args.head_dim, kBlockN, scratch.grad_scores_wide, args.head_dim,
-              (count + kStep<T> - 1) / kStep<T>, kPanel, scratch.grad_query, kPanel, true);
+  add_to_rows<T>(args, scratch.probs, scratch.grad_out_rows, left, count, scratch.grad_value + key * size.width);
+  add_to_rows<T>(args, scratch.grad_scores, scratch.query_rows, left, count, scratch.grad_key + key * size.width);
+  add_left_right<T>(scratch.key_columns + key * args.head_dim, kBlockN, scratch.grad_scores_wide, args.head_dim, left,
+                    count, kPanel, scratch.grad_query, true);
 }
 
 // A task is one key-value head of a segment with all of its query heads, so every sum has one owner and one order:
@@ -727,9 +815,9 @@ void backward(const AttentionArgs& args) {
       const int64_t kv_head = task % args.kv_heads, keys = segment.key_len;
       const S* key_rows = row<S>(args.key, segment.batch, kv_head, segment.key_begin);
       const S* value_rows = row<S>(args.value, segment.batch, kv_head, segment.key_begin);
-      pack_rows<S, T>(scratch.key, size.depth, key_rows, args.key.row_stride, keys, args.head_dim, size.depth);
-      pack_rows<S, T>(scratch.value, size.depth, value_rows, args.value.row_stride, keys, args.head_dim, size.depth);
-      pack_columns<S, T>(scratch.key_columns, key_rows, args.key.row_stride, keys, args.head_dim);
+      pack_rows(scratch.key, size.depth, key_rows, args.key.row_stride, keys, args.head_dim, size.depth);
+      pack_rows(scratch.value, size.depth, value_rows, args.value.row_stride, keys, args.head_dim, size.depth);
+      pack_columns(scratch.key_columns, key_rows, args.key.row_stride, keys, args.head_dim);
       memset(scratch.grad_key, 0, keys * size.width * sizeof(float));
       memset(scratch.grad_value, 0, keys * size.width * sizeof(float));
 

@@ -158,6 +158,18 @@ GPTCORE_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where eithe
 GPTCORE_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 #endif
 
+GPTCORE_INLINE bool any(IntVec mask) {  // of lanes that are all ones or all zeros
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= mask[i];
+  return found != 0;
+#endif
+}
+
 GPTCORE_INLINE float sum_lanes(Vec v) {  // a fixed tree, so that the order of addition never varies
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) v[i] += v[i + half];
@@ -170,33 +182,30 @@ template <int kDegree = 6>
 GPTCORE_INLINE Vec exp2(Vec x) {
   static_assert(kDegree == 4 || kDegree == 6, "the degrees that there are coefficients for");
 #if defined(__AVX512F__)
-  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  Vec whole = (Vec)_mm512_roundscale_ps((__m512)x, kNearest);
-  Vec f = (Vec)_mm512_reduce_ps((__m512)x, kNearest);  // x - whole, but 0 for an infinite x
+  Vec f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x), 0 for infinity
 #else
   x = min(splat(130.0f), max(splat(-200.0f), x));
-  Vec whole = (x + 0x1.8p23f) - 0x1.8p23f;  // rounds to an integer in the mantissa's last place
+  Vec whole = ((x - 0.5f) + 0x1.8p23f) - 0x1.8p23f;  // rounds to an integer in the mantissa's last place
   Vec f = x - whole;
 #endif
-  // Minimax polynomials of 2^f on [-1/2, 1/2]: relative error 2e-9 (degree 6) before rounding.
+  // Minimax polynomials of 2^f on [0, 1] with 2^0 = 1: relative error 2e-9 (degree 6) before rounding.
   Vec p;
   if (kDegree == 4) {
-    p = splat(9.5701021e-3f);
-    p = p * f + 5.5917860e-2f;
-    p = p * f + 2.4024745e-1f;
-    p = p * f + 6.9312182e-1f;
-    p = p * f + 9.9999926e-1f;
+    p = splat(1.3426688e-2f);
+    p = p * f + 5.2242469e-2f;
+    p = p * f + 2.4128021e-1f;
+    p = p * f + 6.9304484e-1f;
   } else {
-    p = splat(1.5353362e-4f);
-    p = p * f + 1.3398875e-3f;
-    p = p * f + 9.6184369e-3f;
-    p = p * f + 5.5503324e-2f;
-    p = p * f + 2.4022648e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
+    p = splat(2.1612914e-4f);
+    p = p * f + 1.2467846e-3f;
+    p = p * f + 9.6754516e-3f;
+    p = p * f + 5.5485282e-2f;
+    p = p * f + 2.4022931e-1f;
+    p = p * f + 6.9314706e-1f;
   }
+  p = p * f + 1.0f;
 #if defined(__AVX512F__)
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)whole);
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);  // p x 2^floor(x)
 #else
   IntVec n = __builtin_convertvector(whole, IntVec);
   IntVec half = n >> 1;  // in two steps, so that results near both ends of the range survive
