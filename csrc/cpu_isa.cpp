@@ -17,12 +17,15 @@ namespace gptcore {
   void layer_norm_backward(const LayerNormArgs&);              \
   void gelu_forward(const GeluArgs&);                          \
   void gelu_backward(const GeluArgs&);                         \
+  void cross_entropy(const CrossEntropyArgs&);                 \
+  void adamw(const AdamWArgs&);                                \
+  void grad_norm(const GradNormArgs&);                         \
   }
 #define GPTCORE_KERNELS(isa)                                                                                        \
   CpuKernels {                                                                                                      \
     #isa, isa::attention_forward_workspace, isa::attention_forward, isa::attention_backward_workspace,              \
         isa::attention_backward, isa::layer_norm_forward, isa::layer_norm_backward, isa::gelu_forward,              \
-        isa::gelu_backward                                                                                          \
+        isa::gelu_backward, isa::cross_entropy, isa::adamw, isa::grad_norm                                          \
   }
 
 GPTCORE_DECLARE_ISA(baseline)

@@ -46,4 +46,15 @@ void gelu_forward(const TensorView& x, const OptionalView& bias, const TensorVie
 void gelu_backward(const TensorView& grad_out, const TensorView& x, const OptionalView& bias, const TensorView& grad_x,
                    const OptionalView& grad_bias, bool tanh_form, int64_t num_threads);
 
+// The sum over the rows. `gradient` overwrites the logits with softmax - onehot.
+double cross_entropy(const TensorView& logits, const TensorView& targets, bool gradient, int64_t num_threads);
+
+// Lists of as many tensors, all of one update; see gptcore/optim.py.
+using Views = std::vector<TensorView>;
+
+double grad_norm(const Views& grads, int64_t num_threads);
+void adamw(const Views& params, const Views& grads, const Views& exp_avgs, const Views& exp_avg_sqs, const Views& steps,
+           double lr, double beta1, double beta2, double eps, double weight_decay, double grad_scale,
+           int64_t num_threads);
+
 }  // namespace gptcore

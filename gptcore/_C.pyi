@@ -4,6 +4,8 @@ Outputs are allocated by the caller, filled in place, and must not share memory 
 ValueError for tensors and numbers that do not fit, saying what it expected, TypeError for arguments of another kind.
 """
 
+import collections.abc
+
 from torch import Tensor
 
 def attention_forward(
@@ -93,6 +95,31 @@ def gelu_backward(
     num_threads: int,
 ) -> None:
     """Fills grad_x and, with a bias, grad_bias."""
+
+def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool, num_threads: int) -> float:
+    """The sum of the rows' cross entropies; logits is (rows, vocabulary).
+
+    If `gradient`, the logits are overwritten with the gradient of that sum.
+    """
+
+def grad_norm(grads: collections.abc.Sequence[Tensor], num_threads: int) -> float:
+    """The 2-norm of all gradients together; they are float32, and dense in the sense of .is_contiguous()."""
+
+def adamw(
+    params: collections.abc.Sequence[Tensor],
+    grads: collections.abc.Sequence[Tensor],
+    exp_avgs: collections.abc.Sequence[Tensor],
+    exp_avg_sqs: collections.abc.Sequence[Tensor],
+    steps: collections.abc.Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float,
+    num_threads: int,
+) -> None:
+    """Updates params, exp_avgs and exp_avg_sqs by grad_scale x grads, and adds 1 to steps, which are scalars."""
 
 def compiled_isas() -> list[str]:
     """CPU instruction sets that the kernels are compiled for, lowest first."""

@@ -28,7 +28,7 @@ Segments = Tensor | tuple[Tensor, Tensor]  # cu_seqlens of ops.attention
 class GPTOutput(NamedTuple):
     """What a forward pass returns; `logits, loss = model(...)` works too."""
 
-    logits: Tensor  # (B, T, V)
+    logits: Tensor  # (B, T, V), or fewer tokens with logits_to_keep
     loss: Tensor | None  # (), float32; None without labels
 
 
@@ -228,7 +228,8 @@ class GPT(nn.Module):
             document, and positions begin again at 0. A pair of boundaries goes with a cache and position_ids.
         position_ids: (T,) or (B, T), where the positions are not to be counted here.
         cache: keys and values of the tokens before these, to which these are added.
-        logits_to_keep: compute the logits of only so many last tokens.
+        logits_to_keep: compute the logits of only so many last tokens. 0 with labels: the loss alone, which then needs
+            neither the memory of the logits nor most of the time that the softmax takes.
 
         Raises ValueError or TypeError, with the numbers in question, for inputs that do not fit the model or
         each other. Values are checked on the CPU outside of torch.compile; elsewhere PyTorch's own assertions stop a
@@ -258,13 +259,17 @@ class GPT(nn.Module):
             cache.length += T
         if self.ln_f is not None:
             x, _ = self.ln_f(x, update)
-        if logits_to_keep is not None:
-            x = x[:, -logits_to_keep:]
-        logits = F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)  # (B, T, V)
-        if labels is None:
+        output_weight = self.wte.weight if self.lm_head is None else self.lm_head.weight  # (V, C)
+        targets = None if labels is None else targets_of(labels, attention_mask, cu_seqlens).long()
+        if targets is not None and logits_to_keep == 0:
+            loss = ops.linear_cross_entropy(x, output_weight, targets, ignore_index=IGNORED)
+            return GPTOutput(x.new_empty(B, 0, config.vocab_size), loss)
+        logits = F.linear(x if logits_to_keep is None else x[:, -logits_to_keep:], output_weight)  # (B, T, V)
+        if targets is None:
             return GPTOutput(logits, None)
-        targets = targets_of(labels, attention_mask, cu_seqlens).flatten().long()
-        total = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+        total = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
         return GPTOutput(logits, total / (targets != IGNORED).sum().clamp(min=1))
 
 
@@ -335,9 +340,9 @@ def _check_arguments(
     past = 0 if cache is None else cache.length
     if past > 0 and (attention_mask is not None or isinstance(cu_seqlens, Tensor)):
         raise ValueError(f"the cache holds {past} tokens: say which belong together by a pair of cu_seqlens")
-    if labels is not None and (cache is not None or logits_to_keep is not None):
-        raise ValueError("labels need the logits of the whole sequence: no cache, and logits_to_keep None")
-    if logits_to_keep is not None and not 1 <= logits_to_keep <= T:
+    if labels is not None and (cache is not None or logits_to_keep not in (None, 0)):
+        raise ValueError("labels need the logits of the whole sequence: no cache, and logits_to_keep None (or 0)")
+    if labels is None and logits_to_keep is not None and not 1 <= logits_to_keep <= T:
         raise ValueError(f"logits_to_keep {logits_to_keep} should be between 1 and the {T} tokens of input_ids")
     if position_ids is None and attention_mask is None and cu_seqlens is None and past + T > config.n_positions:
         raise ValueError(f"sequence of {past + T} tokens, but this model has {config.n_positions} positions")

@@ -31,6 +31,7 @@ from gptcore.callbacks import LogFile, ProgressLine, TrainerCallback
 from gptcore.checkpoint import CheckpointError
 from gptcore.data import DataCollatorForLanguageModeling, epoch_order
 from gptcore.model import GPT, IGNORED, targets_of
+from gptcore.optim import AdamW
 
 Batch = dict[str, Tensor]
 _epoch_order = functools.lru_cache(maxsize=1)(epoch_order)  # asked for at each step, new with each epoch
@@ -262,7 +263,6 @@ class Trainer:
 
     def _loop(self, log: LogFile, signals: list[int]) -> None:
         args, state, optimizer = self.args, self.state, self.optimizer
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for step in range(state.global_step, self.total_steps):
             started = time.perf_counter()
             lr = lr_at(step, args, self.total_steps)
@@ -282,16 +282,15 @@ class Trainer:
                 torch.autograd.backward(loss * (count / labels))
                 loss_sum += loss.detach() * (count / labels)
 
-            grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            grad_norm = optimizer.grad_norm()
             self._check_finite(step + 1, loss_sum, grad_norm)
-            if args.max_grad_norm > 0:
-                nn.utils.clip_grads_with_norm_(parameters, args.max_grad_norm, grad_norm)
-            optimizer.step()
+            clip = min(1.0, args.max_grad_norm / (grad_norm + 1e-6)) if args.max_grad_norm > 0 else 1.0
+            optimizer.step(grad_scale=clip)
 
             done = Sums(tokens, labels, loss_sum.item() * labels, time.perf_counter() - started)
             state.global_step, state.epoch = step + 1, (step + 1) / self.steps_per_epoch
             state.total, state.window = state.total + done, state.window + done
-            self.last_step = {**done.means(), "learning_rate": lr, "grad_norm": grad_norm.item()}
+            self.last_step = {**done.means(), "learning_rate": lr, "grad_norm": grad_norm}
             self._call("on_step_end")
 
             entry: dict[str, Any] = {}
@@ -457,21 +456,22 @@ class Trainer:
     def _loss(self, batch: Batch) -> Tensor:
         """The model's mean loss over the labels of a batch, a float32 scalar."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-            loss: Tensor = self.model(**{name: tensor.to(self.device) for name, tensor in batch.items()}).loss
+            inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            loss: Tensor = self.model(**inputs, logits_to_keep=0).loss
         return loss
 
-    def _check_finite(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        if torch.isfinite(loss) and torch.isfinite(grad_norm):
+    def _check_finite(self, step: int, loss: Tensor, grad_norm: float) -> None:
+        if torch.isfinite(loss) and math.isfinite(grad_norm):
             return
         saved = [path for path in checkpoint.list_checkpoints(self.args.output_dir) if checkpoint.is_ours(path)]
         advice = f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         named = list(self.model.named_parameters())
         tensors = {f"parameter {name}": parameter.detach() for name, parameter in named} | {"loss": loss}
         tensors |= {f"gradient of {name}": parameter.grad for name, parameter in named if parameter.grad is not None}
-        tensors |= {"gradient norm": grad_norm}
+        tensors |= {"gradient norm": torch.tensor(grad_norm)}
         tensor = next(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
         raise NonFiniteError(
-            f"step {step}: loss {loss.item()}, gradient norm {grad_norm.item()}; the first tensor that is not finite "
+            f"step {step}: loss {loss.item()}, gradient norm {grad_norm}; the first tensor that is not finite "
             f"is the {tensor}. The weights are those of step {step - 1}; {advice}",
             step,
             tensor,
@@ -503,7 +503,7 @@ class Trainer:
             getattr(callback, event)(self, *details)
 
 
-def make_optimizer(model: nn.Module, args: TrainingArguments) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, args: TrainingArguments) -> AdamW:
     """AdamW (Loshchilov & Hutter 2019) that decays matrices only, embeddings included, as GPT-2's and nanoGPT's does.
 
     A tied parameter is in it once. Biases and the weights of norms, which have one dimension, do not decay.
@@ -514,9 +514,9 @@ def make_optimizer(model: nn.Module, args: TrainingArguments) -> torch.optim.Ada
     assert len({id(parameter) for parameter in [*matrices, *vectors]}) == len(trained) == len(matrices) + len(vectors)
     if not trained:
         raise ValueError("the model has no parameter with requires_grad, so there is nothing to train")
-    return torch.optim.AdamW(
+    return AdamW(
         [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True,
+        lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@
 from gptcore.ops.attention import attention
 from gptcore.ops.gelu import gelu
 from gptcore.ops.layer_norm import layer_norm
+from gptcore.ops.linear_cross_entropy import linear_cross_entropy
 from gptcore.ops.registry import backends, chosen, in_use, use
 
-__all__ = ["attention", "backends", "chosen", "gelu", "in_use", "layer_norm", "use"]
+__all__ = ["attention", "backends", "chosen", "gelu", "in_use", "layer_norm", "linear_cross_entropy", "use"]

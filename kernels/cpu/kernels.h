@@ -74,6 +74,42 @@ struct GeluArgs {
   int num_threads;
 };
 
+struct CrossEntropyArgs {
+  DType dtype;
+  int64_t rows, vocab;
+  void* logits;            // (rows, vocab); becomes the gradient, softmax - onehot, if `gradient`
+  const int64_t* targets;  // (rows,), each in [0, vocab)
+  double* losses;          // (rows,)
+  bool gradient;
+  int num_threads;
+};
+
+// A stretch of one parameter tensor of an optimizer, and of what belongs to it.
+struct ParameterPiece {
+  int64_t size;
+  float* param;
+  const float* grad;
+  float *exp_avg, *exp_avg_sq;
+  float step_size;   // learning rate / (1 - beta1^step)
+  float root_scale;  // 1 / sqrt(1 - beta2^step)
+};
+
+struct AdamWArgs {
+  const ParameterPiece* pieces;
+  int64_t num_pieces;
+  float beta1_rest, beta2, beta2_rest, eps;  // the rests: 1 - beta, subtracted in double
+  float decay;                               // 1 - learning rate x weight decay
+  float grad_scale;
+  int num_threads;
+};
+
+struct GradNormArgs {
+  const ParameterPiece* pieces;  // size and grad only
+  int64_t num_pieces;
+  double* sums;  // (num_pieces,): the sum of squares of each
+  int num_threads;
+};
+
 // Sums over rows (grad_weight, grad_bias) are taken in this many chunks and the chunks added in order, so that the
 // result depends on the shape alone and never on the number of threads.
 static inline constexpr int64_t row_chunks(int64_t rows) { return rows < 64 ? 1 : rows < 2048 ? rows / 64 : 32; }
@@ -88,6 +124,9 @@ struct CpuKernels {
   void (*layer_norm_backward)(const LayerNormArgs&);
   void (*gelu_forward)(const GeluArgs&);
   void (*gelu_backward)(const GeluArgs&);
+  void (*cross_entropy)(const CrossEntropyArgs&);
+  void (*adamw)(const AdamWArgs&);
+  void (*grad_norm)(const GradNormArgs&);
 };
 
 }  // namespace gptcore

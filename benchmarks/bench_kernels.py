@@ -1,0 +1,114 @@
+"""The operations one by one, against PyTorch's own, and against the limit that each meets first.
+
+FLOPs are those of the matrix products, of the half below the diagonal only. Bytes are those of the tensors that must
+be read and written at least: what is computed again or kept in between counts nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.measure import PYTORCH, pick, reference
+from gptcore import ops
+
+Compare = Callable[..., None]
+DTYPES = [torch.float32, torch.bfloat16]
+HEADS = pick(2, 12)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def forward_backward(
+    function: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> Callable[[], Any]:
+    def run() -> tuple[Tensor, ...]:
+        outputs = function(*inputs)
+        return torch.autograd.grad(outputs, inputs, grads)
+
+    return run
+
+
+@pytest.mark.parametrize("S", pick([16], [256, 1024, 2048, 4096]))
+@pytest.mark.parametrize("D", pick([64], [64, 128]))
+@dtypes
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
+def bench_attention(backward: bool, dtype: torch.dtype, D: int, S: int, compare: Compare) -> None:
+    shape = (1, HEADS, S, D)
+    sdpa: Callable[..., Tensor] = reference(F.scaled_dot_product_attention)
+    inputs = [torch.randn(shape).to(dtype).requires_grad_(backward) for _ in range(3)]
+    flops = 4 * HEADS * D * S * (S + 1) / 2  # QK^T and PV: 2 each for a query, a key and a dimension
+    elements = math.prod(shape)
+    if backward:  # dV, dP, dQ and dK, and the scores again
+        flops *= 3.5
+        grad = torch.randn(shape).to(dtype)
+        ours = forward_backward(ops.attention, inputs, [grad])
+        theirs = forward_backward(lambda q, k, v: sdpa(q, k, v, is_causal=True), inputs, [grad])
+    else:
+        ours, theirs = lambda: ops.attention(*inputs), lambda: sdpa(*inputs, is_causal=True)
+    compare(
+        f"attention {'forward + backward' if backward else 'forward'} {name_of(dtype)}", f"D={D} S={S}", ours, theirs,
+        against=PYTORCH, limit=measure.matmul(dtype), flops=flops,
+        bytes=(4 + 8 * backward) * elements * dtype.itemsize, extra={"D": D, "S": S},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", pick([2], [1, 16]))
+@dtypes
+def bench_decode(dtype: torch.dtype, batch: int, compare: Compare) -> None:
+    """One query against 1024 keys, in so many layers that keys and values come from memory and not from a cache."""
+    D, keys = 64, pick(32, 1024)
+    one = 2 * batch * HEADS * keys * D * dtype.itemsize
+    layers = math.ceil(pick(1, 2**27) / one)
+    sdpa: Callable[..., Tensor] = reference(F.scaled_dot_product_attention)
+    q = torch.randn(batch, HEADS, 1, D).to(dtype)
+    kv = [[torch.randn(batch, HEADS, keys, D).to(dtype) for _ in "kv"] for _ in range(layers)]
+    compare(
+        f"attention decode {name_of(dtype)}", f"batch {batch}, {keys} keys, {layers} layers",
+        lambda: [ops.attention(q, k, v) for k, v in kv], lambda: [sdpa(q, k, v) for k, v in kv],
+        against=PYTORCH, limit=measure.read(), bytes=layers * one, flops=layers * 4 * batch * HEADS * keys * D,
+    )  # fmt: skip
+
+
+@dtypes
+def bench_gelu(dtype: torch.dtype, compare: Compare) -> None:
+    shape = pick((16, 64), (4096, 3072))
+    gelu = reference(F.gelu)
+    x, grad = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
+    compare(
+        f"GELU forward + backward {name_of(dtype)}", "tanh, {} x {}".format(*shape),
+        forward_backward(ops.gelu, [x], [grad]), forward_backward(lambda x: gelu(x, approximate="tanh"), [x], [grad]),
+        against=PYTORCH, limit=measure.copy(), bytes=5 * x.nbytes, flops=30 * x.numel(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@dtypes
+def bench_layer_norm(dtype: torch.dtype, residual: bool, compare: Compare) -> None:
+    """With a residual, the sum is a second output, and has a gradient, as in a transformer."""
+    shape = pick((16, 64), (4096, 768))
+    norm = reference(F.layer_norm)
+    x, y, grad, grad_sum = (torch.randn(shape).to(dtype) for _ in range(4))
+    weight, bias = torch.rand(shape[1]).to(dtype), torch.rand(shape[1]).to(dtype)
+    inputs = [tensor.requires_grad_() for tensor in ([x, weight, bias, y] if residual else [x, weight, bias])]
+    if residual:
+        ours = forward_backward(lambda x, w, b, y: ops.layer_norm(x, w, b, residual=y), inputs, [grad, grad_sum])
+        theirs = forward_backward(lambda x, w, b, y: (norm(s := x + y, s.shape[1:], w, b), s), inputs, [grad, grad_sum])
+    else:
+        ours = forward_backward(ops.layer_norm, inputs, [grad])
+        theirs = forward_backward(lambda x, w, b: norm(x, x.shape[1:], w, b), inputs, [grad])
+    compare(
+        f"layer norm{' with residual' * residual} forward + backward {name_of(dtype)}", "{} x {}".format(*shape),
+        ours, theirs, against=PYTORCH, limit=measure.copy(), bytes=(8 if residual else 5) * x.nbytes,
+        flops=20 * x.numel(),
+    )  # fmt: skip

@@ -1,0 +1,74 @@
+"""Peak memory of GPT-2 124M training steps, each model in a process of its own.
+
+What counts is what a process held at most, less what it held when all was imported. The peak is that of the memory
+map (VmHWM), not ru_maxrss, which a child inherits from its parent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.measure import FORM, pick
+from benchmarks.models import BATCH, GPT2, train_step
+from gptcore import GPT
+from gptcore.optim import AdamW
+
+STEPS = 2  # the optimizer makes its state in the first: the second has all there is
+
+
+def held(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most so far."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, f"/proc/self/status has no {field}"
+    return int(found[1]) * 1024
+
+
+def child(which: str, dtype: str) -> None:
+    """Train, and print a line of JSON."""
+    if which == "ours":
+        before = held("VmRSS")
+        model = GPT(GPT2)
+        optimizer: torch.optim.Optimizer = AdamW(model.parameters())
+    else:
+        import transformers
+
+        before = held("VmRSS")
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2.to_dict()))
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.randint(GPT2.vocab_size, BATCH)
+    for _ in range(STEPS):
+        train_step(model.train(), optimizer, ids, getattr(torch, dtype))
+    print(json.dumps({"before": before, "peak": held("VmHWM")}))
+
+
+def peak(which: str, dtype: str) -> int:
+    command = [sys.executable, "-m", "benchmarks.bench_memory", which, dtype]
+    root = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])
+    return int(measured["peak"] - measured["before"])
+
+
+@pytest.mark.parametrize("dtype", pick(["float32"], ["float32", "bfloat16"]))
+def bench_memory(dtype: str, record: Callable[..., None]) -> None:
+    pytest.importorskip("transformers", reason='transformers is not installed (pip install "gptcore[bench]")')
+    pairs = [(peak("ours", dtype), peak("theirs", dtype)) for _ in range(3 if FORM == "full" else 1)]
+    record(
+        f"peak memory of a GPT-2 124M step {dtype}", "batch {} x {}".format(*BATCH),
+        *([float(pair[i]) for pair in pairs] for i in (0, 1)), against="transformers", unit="B",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    child(*sys.argv[1:])

@@ -1,0 +1,76 @@
+"""Threads: what the second one brings, one by itself, and two processes that want the same cores at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.bench_kernels import forward_backward
+from benchmarks.measure import PYTORCH, Run, pick, reference
+from gptcore import ops
+
+Compare = Callable[..., None]
+SHAPE = (1, pick(2, 12), pick(16, 1024), 64)
+CASE = f"attention forward + backward, D=64 S={SHAPE[2]}"
+NEIGHBOUR = """
+import torch
+from gptcore import ops
+torch.set_num_threads({threads})
+q, k, v = (torch.randn({shape}).requires_grad_() for _ in range(3))
+print("running", flush=True)
+while True:
+    torch.autograd.grad(ops.attention(q, k, v).sum(), (q, k, v))
+"""
+
+
+def with_threads(threads: int, run: Run) -> Run:
+    def limited() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            run()
+        finally:
+            torch.set_num_threads(before)
+
+    return limited
+
+
+def attention_pair() -> tuple[Run, Run]:
+    """Ours and PyTorch's."""
+    sdpa: Callable[..., Tensor] = reference(F.scaled_dot_product_attention)
+    inputs = [torch.randn(SHAPE).requires_grad_() for _ in "qkv"]
+    grads = [torch.randn(SHAPE)]
+    theirs = forward_backward(lambda q, k, v: sdpa(q, k, v, is_causal=True), inputs, grads)
+    return forward_backward(ops.attention, inputs, grads), theirs
+
+
+def bench_one_thread(compare: Compare) -> None:
+    ours, theirs = attention_pair()
+    compare("one thread", CASE, with_threads(1, ours), with_threads(1, theirs), against=PYTORCH)
+
+
+def bench_scaling(compare: Compare) -> None:
+    """All threads against one; the ratio can reach their number."""
+    ours, _ = attention_pair()
+    case = f"{torch.get_num_threads()} against 1, {CASE}"
+    compare("scaling with threads", case, ours, with_threads(1, ours), against="one thread")
+
+
+@pytest.mark.skipif(measure.FORM == "toy", reason="a toy must not load the machine")
+def bench_two_processes(compare: Compare) -> None:
+    """While a process with as many threads computes attention without a pause; both sides suffer from it alike."""
+    script = NEIGHBOUR.format(threads=torch.get_num_threads(), shape=SHAPE)
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as neighbour:
+        try:
+            assert neighbour.stdout is not None
+            assert neighbour.stdout.readline() == "running\n", "the neighbour did not start"
+            compare("beside another process", CASE, *attention_pair(), against=PYTORCH)
+        finally:
+            neighbour.kill()

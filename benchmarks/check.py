@@ -1,0 +1,63 @@
+"""Has anything become slower? Ratios of a new run against the committed ones, never seconds.
+
+    python -m benchmarks.check out/benchmarks/results.json [benchmarks/results/results.json]
+
+A ratio may fall by 15 % and the spread (half of the distance between the quartiles, of both runs). Exits with 1, and
+names the rows, where one has fallen by more. Ratios carry over between machines of one kind only: other instruction
+sets or thread counts raise ValueError, as does a run without a row in common.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import COMMITTED, Results, load
+
+ALLOWED = 0.15
+
+
+def half_spread(ratio: list[float]) -> float:
+    """Relative to the median."""
+    median, low, high = ratio
+    return (high - low) / 2 / median
+
+
+def regressions(new: Results, old: Results) -> list[str]:
+    """One line for each row whose ratio has fallen by more than it may."""
+    for key in ("isa", "threads"):
+        if new[key] != old[key]:
+            raise ValueError(f"{key} was {old[key]} and is {new[key]}: these ratios cannot be compared")
+
+    def by_name(results: Results) -> dict[tuple[str, ...], dict[str, Any]]:
+        return {(row["group"], row["case"], row["against"]): row for row in results["rows"]}
+
+    before, after = by_name(old), by_name(new)
+    common = [name for name in before if name in after]
+    if not common:
+        raise ValueError(f"none of {len(after)} rows is among the {len(before)} committed ones")
+    lines = []
+    for name in common:
+        was, now = before[name]["ratio"], after[name]["ratio"]
+        fallen, allowed = 1 - now[0] / was[0], ALLOWED + half_spread(was) + half_spread(now)
+        if fallen > allowed:
+            lines.append(
+                f"{', '.join(name)}: {was[0]:.2f} x -> {now[0]:.2f} x, {fallen:.0%} less ({allowed:.0%} allowed)"
+            )
+    return lines
+
+
+def main(new: Path, old: Path = COMMITTED / "results.json") -> int:
+    results = load(new), load(old)
+    lines = regressions(*results)
+    print(
+        *lines or [f"no ratio has fallen ({len(results[0]['rows'])} rows against {len(results[1]['rows'])})"], sep="\n"
+    )
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    sys.exit(main(*map(Path, sys.argv[1:])))

@@ -1,0 +1,99 @@
+"""The fixture that every benchmark measures with, and what is written when all have run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import measure, report
+from benchmarks.measure import Limit, Run, seconds
+from gptcore.files import write_json
+
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+ENVIRONMENT = pytest.StashKey[dict[str, Any]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--output", default="out/benchmarks", metavar="DIR", help="folder for results.json and the charts")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+    config.stash[ENVIRONMENT] = measure.environment()
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """record(group, case, ours, reference, ...): keep one line of results; see measure.row."""
+
+    def record(*args: Any, **details: Any) -> None:
+        request.config.stash[ROWS].append(measure.row(*args, **details))
+
+    return record
+
+
+@pytest.fixture
+def compare(benchmark: Any, record: Callable[..., None]) -> Callable[..., None]:
+    """compare(group, case, ours, reference, against=..., limit=..., ...): time all three in interleaved rounds.
+
+    pytest-benchmark times ours; the limit and the reference are timed in the setup of each of its rounds.
+    """
+
+    def compare(
+        group: str, case: str, ours: Run, reference: Run, *, limit: Limit | None = None, **details: Any
+    ) -> None:
+        # the first call compiles, allocates and fills caches; it counts only where that can be nothing beside its work
+        once = [first if (first := seconds(run)) > 1 else seconds(run) for run in (ours, reference)]
+        warm = min(once) < measure.WARM and measure.FORM != "toy"
+        rounds, calls = measure.plan(seconds(limit.run) if limit is not None else 0.0, sum(once), min(once))
+        rates: list[float] = []
+        references: list[float] = []
+
+        def before() -> None:
+            if limit is not None:
+                rates.append(limit.rate())
+            if warm:
+                reference()
+            references.append(seconds(reference, calls))
+            if warm:
+                ours()
+
+        def block() -> None:
+            for _ in range(calls):
+                ours()
+
+        benchmark.pedantic(block, setup=before, rounds=rounds)
+        times = [value / calls for value in benchmark.stats.stats.data]
+        record(group, case, times, references, limit=limit, rates=rates, calls=calls, **details)
+
+    return compare
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    environment: dict[str, Any] = config.stash[ENVIRONMENT]
+    results: report.Results = {
+        "schema": report.SCHEMA,
+        **environment,
+        "limits": measure.limits(),
+        "rows": config.stash[ROWS],
+    }
+    if not results["rows"]:
+        return
+    folder = Path(config.getoption("--output"))
+    write_json(folder / "results.json", results)
+    report.draw(results, folder)
+
+    console = Console(width=None if Console().is_terminal else 160)
+    heading, *lines = report.table(results)
+    table = Table(*heading, title=report.caption(results))
+    for line in lines:
+        table.add_row(*line)
+    console.print(table, *report.shortfalls(results), sep="\n", markup=False, highlight=False)
+    console.print(f"wrote results.json and charts to {folder}", markup=False, highlight=False)
+    if results["load"] > 0.5 and measure.FORM != "toy":
+        console.print(f"the machine was busy when this began (load {results['load']}): do not keep these results")

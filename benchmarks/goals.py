@@ -1,0 +1,59 @@
+"""What the kernels and the training step are to reach, as data: the report says of each whether it is met."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from benchmarks.measure import Spread, verdict
+
+
+class Goal(NamedTuple):
+    """For all rows whose "group case" the regular expression `rows` matches from end to end."""
+
+    rows: str
+    ratio: float | None = None  # times as fast, or as small, as the reference
+    percent: float | None = None  # of the limit measured in the same rounds
+
+
+GOALS = [
+    Goal(r"attention forward float32 .*", ratio=1.8),
+    Goal(r"attention forward float32 .* S=(1024|2048|4096)", percent=80),
+    Goal(r"attention forward bfloat16 .* S=256", ratio=4),
+    Goal(r"attention forward bfloat16 .* S=1024", ratio=3.3),
+    Goal(r"attention forward bfloat16 .* S=(2048|4096)", ratio=2.8),
+    Goal(r"attention forward bfloat16 .* S=(1024|2048|4096)", percent=75),
+    Goal(r"attention forward \+ backward float32 .*", ratio=1.8, percent=70),
+    Goal(r"attention forward \+ backward bfloat16 .*", ratio=3, percent=60),
+    Goal(r"attention decode .*", ratio=1.5, percent=80),
+    Goal(r"GELU forward \+ backward .*", ratio=4, percent=85),
+    Goal(r"layer norm forward \+ backward .*", ratio=1.2, percent=85),
+    Goal(r"layer norm with residual .*", ratio=1.6, percent=85),
+    Goal(r"GPT-2 124M training step .*", ratio=1.3, percent=85),
+    Goal(r"small model training step float32 against ops\.use\(\"torch\"\)", ratio=1.6),
+    Goal(r"small model training step bfloat16 against ops\.use\(\"torch\"\)", ratio=2.5),
+    Goal(r"peak memory of a GPT-2 124M step .*", ratio=1),
+]
+
+
+class Outcome(NamedTuple):
+    measured: Spread
+    goal: float
+    unit: str  # "x" or "%"
+    verdict: str
+
+    @property
+    def met(self) -> bool:
+        return self.verdict.startswith("met")
+
+
+def outcomes(row: dict[str, Any]) -> list[Outcome]:
+    """How a row of results.json stands to each goal that is about it.."""
+    name, found = f"{row['group']} {row['case']}", []
+    for goal in GOALS:
+        if re.fullmatch(goal.rows, name):
+            for minimum, key, unit in ((goal.ratio, "ratio", "x"), (goal.percent, "percent", "%")):
+                if minimum is not None and row[key] is not None:
+                    measured = Spread(*row[key])
+                    found.append(Outcome(measured, minimum, unit, verdict(measured, minimum)))
+    return found

@@ -1,0 +1,219 @@
+"""What a measurement is: limits of the machine, spreads, and one line of results.
+
+A benchmark runs in rounds: the limit, the reference, ours; then again. The ratio and the percentage of the limit are
+taken within a round, a few hundred milliseconds long, so that a machine which slows down slows all three.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from gptcore import _C
+from gptcore.info import describe
+
+FORM = os.environ.get("GPTCORE_BENCH", "quick")
+COMPILE = os.environ.get("GPTCORE_BENCH_COMPILE") == "1"
+PYTORCH = "PyTorch, compiled" if COMPILE else "PyTorch"
+
+Run = Callable[[], object]
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def pick(toy: T, real: T) -> T:
+    """What depends on the form: toy sizes, or those of both the quick and the full form."""
+    return toy if FORM == "toy" else real
+
+
+BLOCK = pick(0.0, 0.02)  # seconds: what is quicker is called several times in a row
+WARM = 0.1  # seconds: what is quicker runs once before it is timed, as the caches are somebody else's
+ROUNDS = {"toy": (2, 2), "quick": (3, 15), "full": (7, 60)}[FORM]
+BUDGET = {"toy": 0.0, "quick": 2.0, "full": 15.0}[FORM]  # seconds for the rounds between those two
+
+
+def reference(function: F) -> F:
+    """PyTorch's own function, compiled if that was asked for."""
+    return torch.compile(function, dynamic=False) if COMPILE else function  # type: ignore[return-value]
+
+
+# ---- numbers and their spread
+
+
+class Spread(NamedTuple):
+    """A median and the quartiles around it; the extremes where there are fewer than eight values."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    if not values:
+        raise ValueError("there is no median of no values")
+    if len(values) < 8:
+        return Spread(statistics.median(values), min(values), max(values))
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+def verdict(measured: Spread, goal: float) -> str:
+    """Whether a goal is met, and whether the measurement is sharp enough to say so."""
+    word = "met" if measured.median >= goal else "missed"
+    return f"{word}, within the spread" if measured.low < goal < measured.high else word
+
+
+def seconds(run: Run, calls: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+# ---- what the machine can do
+
+
+class Limit:
+    """Something that cannot be done faster: `run` does `amount` of `unit`. Keeps the rates that it has measured."""
+
+    def __init__(self, name: str, run: Run, amount: float, unit: str) -> None:
+        self.name, self.run, self.amount, self.unit = name, run, amount, unit
+        self.rates: list[float] = []
+
+    def rate(self) -> float:
+        self.rates.append(self.amount / seconds(self.run))
+        return self.rates[-1]
+
+
+_limits: dict[str, Limit] = {}
+
+
+def _limit(name: str, make: Callable[[], Limit]) -> Limit:
+    if name not in _limits:
+        _limits[name] = make()
+        _limits[name].run()
+    return _limits[name]
+
+
+def matmul(dtype: torch.dtype) -> Limit:
+    """PyTorch's matmul of 2048 x 2048 matrices."""
+
+    def make() -> Limit:
+        n = pick(64, 2048)
+        a, b, c = (torch.randn(n, n).to(dtype) for _ in range(3))
+        return Limit(name, lambda: torch.mm(a, b, out=c), 2 * n**3, "FLOP")
+
+    name = f"matmul {str(dtype).removeprefix('torch.')}"
+    return _limit(name, make)
+
+
+def copy() -> Limit:
+    """Copying 128 MiB, more than a cache holds. Bytes read and bytes written both count."""
+
+    def make() -> Limit:
+        a = torch.ones(pick(2**16, 2**25))
+        b = torch.empty_like(a).copy_(a)
+        return Limit("copy", lambda: b.copy_(a), 2 * a.nbytes, "B")
+
+    return _limit("copy", make)
+
+
+def read() -> Limit:
+    """Reading 128 MiB by the maximum, which of PyTorch's reductions comes nearest to the memory's rate."""
+
+    def make() -> Limit:
+        a = torch.ones(pick(2**16, 2**25))
+        return Limit("read", a.max, a.nbytes, "B")
+
+    return _limit("read", make)
+
+
+def limits() -> dict[str, dict[str, Any]]:
+    """Rates of all the limits of this run."""
+    return {
+        name: {"unit": f"{limit.unit}/s", "rate": list(spread(limit.rates)), "rounds": len(limit.rates)}
+        for name, limit in _limits.items()
+        if limit.rates
+    }
+
+
+# ---- results
+
+
+def plan(pause: float, pair: float, once: float) -> tuple[int, int]:
+    """(rounds, calls in each): of a limit of `pause` seconds, and two that take `pair` together, the quicker `once`."""
+    calls = max(1, math.ceil(BLOCK / once))
+    fewest, most = ROUNDS
+    return min(most, max(fewest, int(BUDGET / (pause + pair * calls)))), calls
+
+
+def row(
+    group: str,
+    case: str,
+    ours: Sequence[float],
+    reference: Sequence[float],
+    *,
+    against: str,
+    unit: str = "s",
+    limit: Limit | None = None,
+    rates: Sequence[float] = (),
+    flops: float = 0,
+    bytes: float = 0,
+    calls: int = 1,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One line of results.json, from the values of each round: seconds a call, or bytes.
+
+    ratio is reference / ours: above 1, ours is the better. percent is of the limit, or None without one.
+    """
+    percent = None
+    if limit is not None:
+        work = {"FLOP": flops, "B": bytes}.get(limit.unit, limit.amount)
+        if not work:
+            raise ValueError(f"{group} {case}: a limit in {limit.unit}/s says nothing about work of 0 {limit.unit}")
+        percent = list(spread([100 * work / rate / value for rate, value in zip(rates, ours, strict=True)]))
+    return {
+        "group": f"toy {group}" if FORM == "toy" else group,  # no goal is about toys
+        "case": case,
+        "unit": unit,
+        "against": against,
+        "ours": list(spread(ours)),
+        "reference": list(spread(reference)),
+        "ratio": list(spread([r / o for r, o in zip(reference, ours, strict=True)])),
+        "rounds": len(ours),
+        "calls": calls,
+        "limit": limit.name if limit is not None else None,
+        "percent": percent,
+        "flops": flops,
+        "bytes": bytes,
+        "extra": extra or {},
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Where and when the results were measured."""
+    versions = {"python": platform.python_version()}
+    for name in ("gptcore", "torch", "transformers"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "form": FORM + (", against torch.compile" if COMPILE else ""),
+        "versions": versions,
+        "cpu": describe()["cpu"],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": _C.cpu_isa(),
+        "load": round(os.getloadavg()[0], 2),  # of the last minute: other work on the machine, if called at the start
+    }

@@ -1,0 +1,72 @@
+"""The models that the benchmarks run: ours, the same in transformers, and the bare matrix products of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Limit, pick
+from gptcore import GPT, GPTConfig
+from gptcore.optim import AdamW
+from gptcore.pretrained import PREFIX, TRANSPOSED
+
+NO_DROPOUT: Any = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}  # it would make the losses differ
+SHAPE: Any = pick({"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 128}, {})
+GPT2 = GPTConfig(**SHAPE, **NO_DROPOUT)
+BATCH = pick((2, 16), (4, 256))
+
+
+def transformers_gpt2(model: GPT) -> Any:
+    """transformers' GPT2LMHeadModel with the weights of ours. Skips the benchmark where transformers is missing."""
+    reason = 'transformers is not installed (pip install "gptcore[bench]")'
+    transformers = pytest.importorskip("transformers", reason=reason)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**model.config.to_dict()))
+    state = theirs.state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            state[PREFIX + name].copy_(tensor.t() if TRANSPOSED.fullmatch(name) else tensor)
+    return theirs
+
+
+def train_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """One step, as one writes it with either optimizer: loss, gradients, clipping to 1, update. bfloat16: autocast."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        loss: Tensor = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    if isinstance(optimizer, AdamW):
+        optimizer.step(grad_scale=min(1.0, 1.0 / (optimizer.grad_norm() + 1e-6)))
+    else:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def matmuls(config: GPTConfig, tokens: int, dtype: torch.dtype) -> Limit:
+    """What the linear layers of a training step cost by themselves: each forward, and for both of its gradients.
+
+    Into buffers that exist already, without biases, casts and attention: nothing that trains can be faster.
+    """
+    C, V, inner = config.n_embd, config.vocab_size, config.n_inner or 4 * config.n_embd
+    runs: list[tuple[int, Callable[[], None]]] = []
+    for width, height, times in ((C, 3 * C, 0), (C, C, 0), (C, inner, 0), (inner, C, 0), (C, V, 1)):
+        x, w, y = (torch.randn(shape).to(dtype) for shape in ((tokens, width), (height, width), (tokens, height)))
+        dx, dw = torch.empty_like(x), torch.empty_like(w)
+
+        def linear(x: Tensor = x, w: Tensor = w, y: Tensor = y, dx: Tensor = dx, dw: Tensor = dw) -> None:
+            torch.mm(x, w.t(), out=y)
+            torch.mm(y, w, out=dx)
+            torch.mm(y.t(), x, out=dw)
+
+        runs.append((times or config.n_layer, linear))
+
+    def step() -> None:
+        for times, linear in runs:
+            for _ in range(times):
+                linear()
+
+    return Limit("its matmuls alone", step, 1, "step")

@@ -1,0 +1,103 @@
+#include <cmath>
+
+#include "csrc/checks.h"
+#include "csrc/cpu_isa.h"
+#include "csrc/ops.h"
+#include "csrc/workspace.h"
+
+namespace gptcore {
+namespace {
+
+// Tensors are cut into pieces of this many elements, which the threads share out. A sum over pieces is taken in their
+// order: it does not depend on the number of threads.
+constexpr int64_t kPiece = 65536;
+
+std::string at(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+
+float* dense_float(const TensorView& t, const std::string& name) {
+  check_cpu(t, name.c_str());
+  check_dtype(t, name.c_str(), DType::float32, "torch.float32");
+  check_contiguous(t, name.c_str());
+  return t.as<float>();
+}
+
+void append_pieces(std::vector<ParameterPiece>& pieces, ParameterPiece tensor, int64_t size) {
+  for (int64_t begin = 0; begin < size; begin += kPiece) {
+    ParameterPiece piece = tensor;
+    piece.size = std::min(kPiece, size - begin);
+    piece.grad += begin;
+    if (piece.param) piece.param += begin, piece.exp_avg += begin, piece.exp_avg_sq += begin;
+    pieces.push_back(piece);
+  }
+}
+
+int threads_for(const std::vector<ParameterPiece>& pieces, int64_t num_threads) {
+  int64_t size = 0;
+  for (const ParameterPiece& piece : pieces) size += piece.size;
+  const int threads = check_threads(num_threads);
+  return size < 32768 ? 1 : threads;
+}
+
+}  // namespace
+
+double grad_norm(const Views& grads, int64_t num_threads) {
+  std::vector<ParameterPiece> pieces;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    ParameterPiece tensor{};
+    tensor.grad = dense_float(grads[i], at("grads", i));
+    append_pieces(pieces, tensor, grads[i].size());
+  }
+  auto sums = workspace<double>(pieces.size());
+  GradNormArgs args{};
+  args.pieces = pieces.data(), args.num_pieces = static_cast<int64_t>(pieces.size());
+  args.sums = sums.get();
+  args.num_threads = threads_for(pieces, num_threads);
+  pybind11::gil_scoped_release release;
+  cpu_kernels().grad_norm(args);
+  double sum = 0;
+  for (size_t i = 0; i < pieces.size(); ++i) sum += sums[i];
+  return std::sqrt(sum);
+}
+
+void adamw(const Views& params, const Views& grads, const Views& exp_avgs, const Views& exp_avg_sqs, const Views& steps,
+           double lr, double beta1, double beta2, double eps, double weight_decay, double grad_scale,
+           int64_t num_threads) {
+  const size_t count = params.size();
+  for (const Views* views : {&grads, &exp_avgs, &exp_avg_sqs, &steps})
+    if (views->size() != count)
+      refuse("a list of ", views->size(), " tensors for ", count, " params; expected one for each");
+  for (const double value : {lr, beta1, beta2, eps, weight_decay, grad_scale})
+    if (!std::isfinite(value)) refuse("a setting is ", value, ", expected a finite number");
+
+  std::vector<ParameterPiece> pieces;
+  for (size_t i = 0; i < count; ++i) {
+    ParameterPiece tensor{};
+    tensor.param = dense_float(params[i], at("params", i));
+    const std::pair<const TensorView*, const char*> others[] = {
+        {&grads[i], "grads"}, {&exp_avgs[i], "exp_avgs"}, {&exp_avg_sqs[i], "exp_avg_sqs"}};
+    for (const auto& [view, name] : others) {
+      check_like(*view, at(name, i).c_str(), params[i]);
+      check_apart(params[i], at("params", i).c_str(), *view, at(name, i).c_str());
+    }
+    check_apart(exp_avgs[i], at("exp_avgs", i).c_str(), exp_avg_sqs[i], at("exp_avg_sqs", i).c_str());
+    tensor.grad = grads[i].as<float>();
+    tensor.exp_avg = exp_avgs[i].as<float>(), tensor.exp_avg_sq = exp_avg_sqs[i].as<float>();
+    const double step = 1 + *float_array(steps[i], at("steps", i).c_str(), {});
+    tensor.step_size = static_cast<float>(lr / (1 - std::pow(beta1, step)));
+    tensor.root_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
+    append_pieces(pieces, tensor, params[i].size());
+  }
+  AdamWArgs args{};
+  args.pieces = pieces.data(), args.num_pieces = static_cast<int64_t>(pieces.size());
+  args.beta1_rest = static_cast<float>(1 - beta1);
+  args.beta2 = static_cast<float>(beta2), args.beta2_rest = static_cast<float>(1 - beta2);
+  args.eps = static_cast<float>(eps);
+  args.decay = static_cast<float>(1 - lr * weight_decay);
+  args.grad_scale = static_cast<float>(grad_scale);
+  args.num_threads = threads_for(pieces, num_threads);
+  for (const TensorView& step : steps) *step.as<float>() += 1;  // nothing can be refused from here on
+  pybind11::gil_scoped_release release;
+  cpu_kernels().adamw(args);
+}
+
+}  // namespace gptcore

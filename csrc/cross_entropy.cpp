@@ -1,0 +1,38 @@
+#include "csrc/checks.h"
+#include "csrc/cpu_isa.h"
+#include "csrc/ops.h"
+#include "csrc/workspace.h"
+
+namespace gptcore {
+
+double cross_entropy(const TensorView& logits, const TensorView& targets, bool gradient, int64_t num_threads) {
+  check_matrix(logits, "logits");
+  const int64_t rows = logits.shape[0], vocab = logits.shape[1];
+  check_cpu(targets, "targets");
+  check_dtype(targets, "targets", DType::int64, "torch.int64");
+  check_shape(targets, "targets", {rows});
+  check_contiguous(targets, "targets");
+  check_apart(logits, "logits", targets, "targets");
+  // A copy: what was checked cannot change while the kernel runs.
+  const std::vector<int64_t> checked(targets.as<int64_t>(), targets.as<int64_t>() + rows);
+  for (int64_t i = 0; i < rows; ++i)
+    if (checked[i] < 0 || checked[i] >= vocab)
+      refuse("target ", checked[i], " at index ", i, " is outside of the vocabulary of ", vocab, " tokens");
+
+  auto losses = workspace<double>(rows);
+  CrossEntropyArgs args{};
+  args.dtype = logits.dtype;
+  args.rows = rows, args.vocab = vocab;
+  args.logits = logits.data;
+  args.targets = checked.data();
+  args.losses = losses.get();
+  args.gradient = gradient;
+  args.num_threads = check_threads(num_threads);
+  pybind11::gil_scoped_release release;
+  cpu_kernels().cross_entropy(args);
+  double sum = 0;
+  for (int64_t i = 0; i < rows; ++i) sum += losses[i];
+  return sum;
+}
+
+}  // namespace gptcore

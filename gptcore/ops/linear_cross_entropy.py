@@ -1,0 +1,201 @@
+"""The output projection and the cross entropy after it, never holding the logits of all tokens.
+
+The loss is a scalar, so its gradients can be computed while the logits of a few tokens are at hand, and scaled when the
+scalar's own gradient is known: Liger kernels (Hsu et al. 2024, arXiv:2410.10989, section 3.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptcore import _C
+from gptcore.ops import native, registry
+
+CHUNK_BYTES = 32 << 20  # of logits: more is no faster (4 chunks of 256 tokens in bfloat16 at GPT-2's vocabulary)
+VOCAB_BLOCK = 4096  # tokens of the vocabulary whose 16-bit weight gradient stays in the cache until it is added up
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, backend: str | None = None
+) -> Tensor:
+    """The mean of -log softmax(x @ weight.T)[target] over the targets that are not ignore_index.
+
+    The logits have the dtype that F.linear gives them; softmax and loss are float32, and the gradient of weight is
+    summed in float32. The matmuls are PyTorch's, whose last bits may depend on the number of threads.
+
+    Args:
+        x: (..., width), the last hidden states.
+        weight: (vocabulary, width), in x's dtype; inside torch.autocast in any.
+        targets: int64, the shape of x without its last dimension.
+        ignore_index: a target that does not count: it adds nothing to the loss, and its x gets no gradient.
+
+    Returns:
+        A float32 scalar; 0, with gradients of 0, where no target counts.
+
+    Raises:
+        ValueError: shapes, dtypes or targets that do not fit, with what was expected. Backend `torch` leaves targets on
+            other devices and in torch.compile to PyTorch's own assertions.
+        TypeError: an argument that must be a tensor is none.
+        RuntimeError: the backend that was asked for cannot serve the call.
+    """
+    native.check_tensors(x=x, weight=weight, targets=targets)
+    dtype = _check(x, weight, targets)
+    loss: Tensor = registry.select("linear_cross_entropy", backend, x)(x, weight, targets, dtype, ignore_index)
+    return loss
+
+
+def _check(x: Tensor, weight: Tensor, targets: Tensor) -> torch.dtype:
+    """The dtype of the logits."""
+    if x.dim() < 1 or not x.dtype.is_floating_point:
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}, expected a floating-point dtype and (..., width)")
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (vocabulary, {x.shape[-1]}) for x's width")
+    if targets.dtype != torch.int64 or targets.shape != x.shape[:-1]:
+        raise ValueError(
+            f"targets is {targets.dtype} of shape {tuple(targets.shape)}, expected int64 of {tuple(x.shape[:-1])}"
+        )
+    if weight.device != x.device or targets.device != x.device:
+        raise ValueError(
+            f"x is on {x.device}, weight on {weight.device}, targets on {targets.device}; expected one device"
+        )
+    dtypes = [tensor.dtype for tensor in (x, weight)]
+    if torch.is_autocast_enabled(x.device.type):
+        lower = torch.get_autocast_dtype(x.device.type)
+        dtypes = [dtype if dtype == torch.float64 else lower for dtype in dtypes]
+    if dtypes[0] != dtypes[1]:
+        raise ValueError(f"weight is {weight.dtype}, expected {x.dtype} like x")
+    return dtypes[0]
+
+
+def _check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    wrong = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+    if wrong.any():
+        index = int(wrong.flatten().int().argmax())
+        raise ValueError(
+            f"target {int(targets.flatten()[index])} at index {index} is outside of the vocabulary of {vocab} tokens, "
+            f"and not {ignore_index}, which is ignored"
+        )
+
+
+# ---- torch: the formula in plain PyTorch -----------------------------------------------------------------------------
+
+
+def _linear_cross_entropy_torch(
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, ignore_index: int
+) -> Tensor:
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_targets(targets, weight.shape[0], ignore_index)
+    logits = F.linear(x.to(dtype), weight.to(dtype)).flatten(0, -2)
+    logits, targets = logits.to(torch.promote_types(dtype, torch.float32)), targets.flatten()
+    total = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    return total / (targets != ignore_index).sum().clamp(min=1)
+
+
+# ---- cpu: kernels/cpu/cross_entropy.cpp, and PyTorch's matmul --------------------------------------------------------
+
+
+def _forward_body(
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, ignore_index: int, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    vocab = weight.shape[0]
+    _check_targets(targets, vocab, ignore_index)
+    counted = (targets != ignore_index).nonzero().flatten()
+    count, everything = len(counted), len(counted) == len(targets)
+    rows, narrow = (x if everything else x[counted]).to(dtype), weight.to(dtype)
+    targets = targets.contiguous() if everything else targets[counted]
+    # The factor 1 / count comes after the sums: softmax / count would vanish in float16
+    scale = 1.0 / max(1, count)
+    grad_rows = torch.empty_like(rows if need_x else rows[:0])
+    grad_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=torch.float32)
+
+    chunks = max(1, -(-count * vocab * dtype.itemsize // CHUNK_BYTES))
+    size = max(1, -(-count // chunks))
+    buffer, total = rows.new_empty(min(size, count), vocab), 0.0
+    for begin in range(0, count, size):
+        chunk = slice(begin, begin + size)
+        part = rows[chunk]
+        logits = torch.mm(part, narrow.t(), out=buffer[: len(part)])  # `out`: autocast leaves such alone
+        total += _C.cross_entropy(logits, targets[chunk], need_x or need_weight, torch.get_num_threads())
+        if need_x:
+            torch.mm(logits, narrow, out=grad_rows[chunk])
+        if need_weight:
+            _add_product(grad_weight, logits, part, scale)
+    grad_x = grad_rows.float().mul_(scale).to(x.dtype)
+    if need_x and not everything:
+        grad_x = torch.zeros_like(x).index_copy_(0, counted, grad_x)
+    return torch.tensor(total * scale, dtype=torch.float32), grad_x, grad_weight.to(weight.dtype)
+
+
+def _add_product(grad_weight: Tensor, logits: Tensor, rows: Tensor, scale: float) -> None:
+    """grad_weight += scale x logits.T @ rows, in float32."""
+    if logits.dtype == torch.float32:
+        grad_weight.addmm_(logits.t(), rows, alpha=scale)
+        return
+    # PyTorch's 16-bit matmul has a 16-bit result: made in blocks, it never leaves the cache
+    product = rows.new_empty(VOCAB_BLOCK, rows.shape[1])
+    for block in grad_weight.split(VOCAB_BLOCK):
+        logits, some = logits[:, len(block) :], logits[:, : len(block)]
+        block.add_(torch.mm(some.t(), rows, out=product[: len(block)]), alpha=scale)
+
+
+def _outputs(
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, ignore_index: int, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty((), dtype=torch.float32),
+        x.new_empty(x.shape if need_x else (0, x.shape[1])),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+    )
+
+
+# x: (rows, width). Results: the loss and its gradients, which are empty where they are not needed.
+_forward = native.define(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, int ignore_index, bool need_x, "
+    "bool need_weight) -> (Tensor, Tensor, Tensor)",
+    _forward_body,
+    _outputs,
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        ignore_index: int,
+        need_x: bool,
+        need_weight: bool,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        loss, *gradients = _forward(rows, weight, targets.reshape(-1), dtype, ignore_index, need_x, need_weight)
+        ctx.save_for_backward(*gradients)
+        ctx.shape, ctx.needs = x.shape, (need_x, need_weight)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        need_x, need_weight = ctx.needs
+        if torch.compiler.is_compiling() or grad_loss != 1:  # 1 is usual, and GPT-2's grad_weight has 150 MB
+            grad_x, grad_weight = grad_x * grad_loss, grad_weight * grad_loss
+        return (grad_x.view(ctx.shape) if need_x else None, grad_weight if need_weight else None, *[None] * 5)
+
+
+def _linear_cross_entropy_cpu(
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, ignore_index: int
+) -> Tensor:
+    need_x, need_weight = (tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight))
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, dtype, ignore_index, need_x, need_weight)
+    return loss
+
+
+registry.BACKENDS["torch"].implementations["linear_cross_entropy"] = _linear_cross_entropy_torch
+registry.BACKENDS["cpu"].implementations["linear_cross_entropy"] = _linear_cross_entropy_cpu

@@ -1,0 +1,220 @@
+"""The benchmark suite: its statistics, its report, its check, and that all of it runs at toy sizes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import check, goals, measure, report
+from benchmarks.measure import Limit, Spread, row, spread, verdict
+
+ROOT = Path(__file__).parents[1]
+
+
+def results_of(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "schema": report.SCHEMA,
+        **measure.environment(),
+        "limits": {"copy": {"unit": "B/s", "rate": [30e9, 29e9, 31e9], "rounds": 3}},
+        "rows": list(rows),
+    }
+
+
+def gelu_row(ours: list[float], reference: list[float]) -> dict[str, Any]:
+    copying = Limit("copy", lambda: None, 1, "B")
+    return row(
+        "GELU forward + backward float32", "tanh, 4096 x 3072", ours, reference,
+        against="PyTorch", limit=copying, rates=[30e9] * len(ours), bytes=252e6, flops=4e8,
+    )  # fmt: skip
+
+
+# ---- statistics
+
+
+def test_spread_is_the_quartiles_or_for_few_values_the_extremes() -> None:
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 900.0]) == Spread(5, 3, 7)  # one outlier moves nothing
+    assert spread([3.0, 1.0, 2.0]) == Spread(2, 1, 3)
+    assert spread([4.0]) == Spread(4, 4, 4)
+    with pytest.raises(ValueError, match="no median of no values"):
+        spread([])
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        (Spread(2.0, 1.9, 2.1), "met"),
+        (Spread(1.8, 1.8, 1.9), "met"),
+        (Spread(1.9, 1.7, 2.1), "met, within the spread"),
+        (Spread(1.7, 1.6, 1.9), "missed, within the spread"),
+        (Spread(1.7, 1.6, 1.79), "missed"),
+    ],
+)
+def test_verdict(measured: Spread, expected: str) -> None:
+    assert verdict(measured, 1.8) == expected
+
+
+def test_plan_gives_quick_calls_many_and_slow_ones_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "BLOCK", 0.02)
+    monkeypatch.setattr(measure, "BUDGET", 2.0)
+    monkeypatch.setattr(measure, "ROUNDS", (3, 15))
+    assert measure.plan(0, pair=15, once=5) == (3, 1)
+    assert measure.plan(0, pair=3e-3, once=1e-3) == (15, 20)
+    assert measure.plan(0.1, pair=0.3, once=0.1) == (5, 1)
+    assert measure.plan(0.1, pair=5e-3, once=1e-3) == (10, 20)  # the limit runs once a round, however many calls
+
+
+def test_row_takes_ratio_and_percent_within_each_round() -> None:
+    # the machine is half as fast in the second round, for all three: neither ratio nor percentage may notice
+    limit = Limit("copy", lambda: None, 1, "B")
+    line = row("g", "c", [1.0, 2.0], [3.0, 6.0], against="x", limit=limit, rates=[10.0, 5.0], bytes=8)
+    assert line["ratio"] == [3, 3, 3]
+    assert line["percent"] == [80, 80, 80]
+    with pytest.raises(ValueError, match="work of 0 B"):
+        row("g", "c", [1.0], [3.0], against="x", limit=limit, rates=[10.0])
+
+
+def test_limit_measures_a_rate() -> None:
+    limit = measure.copy()
+    assert limit.rate() > 0
+    assert measure.limits()["copy"]["unit"] == "B/s"
+
+
+# ---- goals
+
+
+def test_goals_are_about_the_rows_they_name() -> None:
+    line = gelu_row([0.010] * 3, [0.043] * 3)
+    by_ratio, by_percent = goals.outcomes(line)
+    assert (by_ratio.goal, by_ratio.unit, by_ratio.verdict) == (4, "x", "met")
+    assert (by_percent.goal, by_percent.unit, by_percent.verdict) == (85, "%", "missed")
+    assert goals.outcomes({**line, "group": "toy " + line["group"]}) == []
+
+
+# ---- report
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [(0.00123456, "s", "1.23 ms"), (0.0999, "s", "99.9 ms"), (0.9999, "s", "1.00 s"), (171e9, "FLOP/s", "171 GFLOP/s")],
+)
+def test_quantity(value: float, unit: str, text: str) -> None:
+    assert report.quantity(value, unit) == text
+
+
+def test_tables_say_what_is_met_missed_and_lost_in_the_spread() -> None:
+    results = results_of(gelu_row([0.010] * 3, [0.043] * 3))
+    _, cells = report.table(results)
+    assert cells[2:] == [
+        "10.0 ms", "43.0 ms, PyTorch", "4.30 x (4.30 to 4.30)", "84 % (84 to 84) of copy", "4 x met; 85 % missed",
+    ]  # fmt: skip
+    assert report.shortfalls(results)[0] == "1 of 2 goals met"
+    assert "84.00 of 85 %" in report.shortfalls(results)[1]
+    assert "| 4.30 | 84 % of copy | 1 of 2 |" in report.summary(results)
+    assert "no difference beyond the spread" in report.times([1.02, 0.97, 1.05])
+    assert "no difference" not in report.times([1.06, 1.02, 1.1])
+
+
+def test_insert_replaces_what_is_between_the_markers_and_nothing_else() -> None:
+    begin, end = report.MARKERS
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    assert report.insert(text, "new \\1") == f"before\n{begin}\nnew \\1\n{end}\nafter\n"
+    assert report.insert(report.insert(text, "x"), "y") == report.insert(text, "y")
+    for broken in ("nothing", f"{end}\n{begin}", text + begin):
+        with pytest.raises(ValueError, match="once each"):
+            report.insert(broken, "new")
+
+
+def test_load_refuses_another_schema(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"schema": 0}')
+    with pytest.raises(ValueError, match="schema 0, expected 1"):
+        report.load(tmp_path / "results.json")
+
+
+def test_committed_report_is_what_the_committed_results_say() -> None:
+    """README.md and benchmarks/results/README.md are generated: editing them, or results without them, fails here."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    committed = report.COMMITTED / "results.json"
+    assert committed.exists() == (report.MARKERS[0] in readme), "results and the README's part come together"
+    if committed.exists():
+        results = report.load(committed)
+        assert not results["form"].startswith("toy")
+        assert report.insert(readme, report.summary(results)) == readme
+        assert (report.COMMITTED / "README.md").read_text(encoding="utf-8") == report.full(results)
+
+
+# ---- check
+
+
+def test_check_compares_ratios_and_allows_the_spread() -> None:
+    old = results_of(gelu_row([0.010] * 3, [0.040] * 3))
+    slower_machine = results_of(gelu_row([0.030] * 3, [0.120] * 3))
+    assert check.regressions(slower_machine, old) == []
+    a_little = results_of(gelu_row([0.0115] * 3, [0.040] * 3))
+    assert check.regressions(a_little, old) == []
+    much = results_of(gelu_row([0.0120] * 3, [0.040] * 3))  # ratio 4 -> 3.33, 17 % less
+    (line,) = check.regressions(much, old)
+    assert "4.00 x -> 3.33 x, 17% less" in line
+    noisy = results_of(gelu_row([0.0110, 0.0120, 0.0130], [0.040] * 3))
+    assert check.regressions(noisy, old) == []
+
+
+def test_check_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
+    old = results_of(gelu_row([0.010], [0.040]))
+    other = copy.deepcopy(old)
+    other["isa"] = "another"
+    with pytest.raises(ValueError, match="isa was another"):
+        check.regressions(old, other)
+    with pytest.raises(ValueError, match="none of 0 rows"):
+        check.regressions(results_of(), old)
+    for name, results in (("old", old), ("new", results_of(gelu_row([0.020], [0.040])))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    assert check.main(tmp_path / "old.json", tmp_path / "old.json") == 0
+    assert check.main(tmp_path / "new.json", tmp_path / "old.json") == 1
+
+
+# ---- all of it, at toy sizes
+
+
+def python(*arguments: str, cwd: Path = ROOT) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_benchmark_runs(tmp_path: Path) -> None:
+    text = python("-m", "benchmarks", "--toy", "--output", str(tmp_path), "--deselect", "benchmarks/bench_memory.py")
+    results = report.load(tmp_path / "results.json")
+    groups = {line["group"] for line in results["rows"]}
+    for kind in (
+        "attention forward",
+        "attention decode",
+        "GELU",
+        "layer norm with residual",
+        "small model",
+        "generation",
+    ):
+        assert any(kind in group for group in groups), (kind, groups)
+    assert {"matmul float32", "matmul bfloat16", "copy", "read"} == results["limits"].keys()
+    assert all(line["rounds"] == 2 and line["ratio"][0] > 0 for line in results["rows"])
+    assert "goals met" in text
+    assert "toy GELU" in text
+    report.main(tmp_path)
+    for name in ("attention.png", "roofline.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    assert (tmp_path / "README.md").read_text().count("\n| toy ") == len(results["rows"])
+
+
+def test_memory_of_a_step_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_memory
+
+    monkeypatch.setenv("GPTCORE_BENCH", "toy")
+    ballast = bytearray(b"x" * 2**29)  # this process holds 512 MB, none of which may be counted
+    assert 1e5 < bench_memory.peak("ours", "float32") < len(ballast)

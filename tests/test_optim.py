@@ -1,0 +1,344 @@
+"""gptcore.optim.AdamW against torch.optim.AdamW, whose updates and state dict it shares."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops import BACKENDS, BF16, F16, F32, F64, NATIVE, running, threads
+from torch import Tensor, nn
+
+from gptcore import _C, ops
+from gptcore.optim import AdamW
+
+QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+SHAPES = ((), (1,), (15,), (16,), (17,), (3, 5, 7), (0, 4), (257, 300))  # the last is more than one piece of 65536
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running(request.param) as argument:
+        yield argument
+
+
+@pytest.fixture(params=NATIVE)
+def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    with running(request.param):
+        yield
+
+
+def parameters(dtype: torch.dtype = F32, seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def give_gradients(params: list[nn.Parameter], step: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
+
+
+def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    return [
+        {"params": params[:3], "weight_decay": 0.1, "lr": 3e-2},
+        {"params": params[3:6], "weight_decay": 0.0, "betas": (0.0, 0.95)},
+        {"params": params[6:], "eps": 1e-3},
+    ]
+
+
+def clipped(norm: float, limit: float) -> float:
+    return min(1.0, limit / (norm + 1e-6))
+
+
+# ---- the same numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [None, 0.5, 1e6])
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_twenty_steps_equal_pytorchs(name: str, limit: float | None, dtype: torch.dtype) -> None:
+    """float32 is allowed twice the error of torch.optim's in float32; each against float64."""
+    argument = BACKENDS[name][0]
+    if dtype == F64 and argument == "cpu":
+        argument = None  # PyTorch's functions are what there is for float64
+    results = []
+    with running(name):
+        for kind, precision in ((AdamW, dtype), (torch.optim.AdamW, dtype), (torch.optim.AdamW, F64)):
+            params = parameters(precision)
+            extra = {"backend": argument} if kind is AdamW else {}
+            optimizer = kind(groups(params), lr=1e-2, **extra)
+            for step in range(20):
+                give_gradients(params, step, scale=10.0 ** (step % 5 - 2))
+                for group in optimizer.param_groups:
+                    group["lr"] *= 0.95
+                if isinstance(optimizer, AdamW):
+                    scale = 1.0 if limit is None else clipped(optimizer.grad_norm(), limit)
+                    before = [p.grad.clone() for p in params]
+                    optimizer.step(grad_scale=scale)
+                    assert all(map(torch.equal, before, [p.grad for p in params])), "gradients are only read"
+                else:
+                    if limit is not None:
+                        nn.utils.clip_grad_norm_(params, limit)
+                    optimizer.step()
+            moments = [optimizer.state[p][key] for p in params for key in ("exp_avg", "exp_avg_sq")]
+            results.append([t.detach().double() for t in [*params, *moments]])
+            assert {float(optimizer.state[p]["step"]) for p in params} == {20.0}
+    for ours, theirs, ref in zip(*results, strict=True):
+        error, their_error = (ours - ref).norm(), (theirs - ref).norm()
+        assert error <= 2 * their_error + 4 * torch.finfo(dtype).eps * ref.norm() + 1e-12, (error, their_error)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_parameters_in_16_bits_are_updated_by_pytorchs_functions(dtype: torch.dtype) -> None:
+    ours, theirs = parameters(dtype), parameters(dtype)
+    optimizer, reference = AdamW(ours, lr=1e-2), torch.optim.AdamW(theirs, lr=1e-2, foreach=True)
+    for step in range(3):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        optimizer.step()
+        reference.step()
+    assert all(map(torch.equal, ours, theirs))
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run adamw: it takes torch\.float32, not"):
+        AdamW(ours, backend="cpu").step()
+
+
+def test_dtypes_may_be_mixed() -> None:
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=BF16))]
+    params[0].grad, params[1].grad = torch.full((3,), 3.0), torch.full((3,), 4.0, dtype=BF16)
+    optimizer = AdamW(params, lr=0.5, weight_decay=0.0)
+    assert optimizer.grad_norm() == pytest.approx(math.sqrt(75), rel=1e-2)
+    optimizer.step()
+    torch.testing.assert_close(params[0], params[1].float(), rtol=1e-2, atol=0)
+
+
+def test_parameters_without_a_gradient_stay(backend: str) -> None:
+    params = parameters()
+    give_gradients(params, 0)
+    params[3].grad = None
+    before = [p.detach().clone() for p in params]
+    optimizer = AdamW(params, backend=backend)
+    optimizer.step()
+    assert torch.equal(params[3], before[3])
+    assert params[3] not in optimizer.state
+    assert not torch.equal(params[4], before[4])
+    give_gradients(params, 1)
+    optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in params[2:5]] == [2.0, 1.0, 2.0]
+    for p in params:
+        p.grad = None
+    assert optimizer.grad_norm() == 0.0
+    optimizer.step()
+
+
+def test_the_number_of_threads_does_not_matter(kernel: None) -> None:
+    results = []
+    for count in (1, 2, 3):
+        params = parameters()
+        optimizer = AdamW(params, backend="cpu")
+        with threads(count):
+            for step in range(2):
+                give_gradients(params, step)
+                norm = optimizer.grad_norm()
+                optimizer.step(grad_scale=clipped(norm, 1.0))
+        results.append((norm, params))
+    for norm, params in results[1:]:
+        assert norm == results[0][0]
+        assert all(map(torch.equal, params, results[0][1]))
+
+
+def test_gradients_of_any_strides(backend: str) -> None:
+    wide = nn.Parameter(torch.ones(4, 6))
+    wide.grad = torch.arange(24.0).view(6, 4).t()
+    optimizer = AdamW([wide], lr=0.1, backend=backend)
+    assert optimizer.grad_norm() == pytest.approx(float(torch.arange(24.0).norm()))
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[wide]["exp_avg"], 0.1 * wide.grad)
+
+
+# ---- the norm --------------------------------------------------------------------------------------------------------
+
+
+def test_the_norm_equals_pytorchs(backend: str) -> None:
+    params = parameters()
+    give_gradients(params, 0)
+    exact = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in params))
+    assert AdamW(params, backend=backend).grad_norm() == pytest.approx(exact, rel=1e-6)
+
+
+def test_squares_neither_overflow_nor_vanish(kernel: None) -> None:
+    p = nn.Parameter(torch.zeros(100))
+    for value in (1e30, 1e-30):
+        p.grad = torch.full((100,), value)
+        assert AdamW([p], backend="cpu").grad_norm() == pytest.approx(10 * value, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [(0, 0), (100, 7), (256, 299)])
+def test_what_is_not_finite_is_seen_before_the_step(backend: str, value: float, place: tuple[int, int]) -> None:
+    params = parameters()
+    give_gradients(params, 0)
+    params[-1].grad[place] = value
+    optimizer = AdamW(params, backend=backend)
+    norm = optimizer.grad_norm()
+    assert not math.isfinite(norm)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="grad_scale is nan, expected a finite number"):
+        optimizer.step(grad_scale=math.nan)
+    assert all(map(torch.equal, params, before))
+
+
+# ---- the state -------------------------------------------------------------------------------------------------------
+
+
+def after(optimizer: Any, params: list[nn.Parameter], first: int, last: int) -> Any:
+    for step in range(first, last):
+        give_gradients(params, step)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_state_dicts_are_interchangeable(backend: str, fused: bool) -> None:
+    """Three steps with one, three with the other: the same as six with either."""
+
+    def ours(params: list[nn.Parameter]) -> AdamW:
+        return AdamW(groups(params), lr=1e-2, backend=backend)
+
+    def theirs(params: list[nn.Parameter]) -> torch.optim.AdamW:
+        return torch.optim.AdamW(groups(params), lr=1e-2, fused=fused)
+
+    expected = parameters()
+    after(theirs(expected), expected, 0, 6)
+    for begin, end in ((ours, theirs), (theirs, ours), (ours, ours)):
+        params = parameters()
+        saved = after(begin(params), params, 0, 3).state_dict()
+        saved = pickle.loads(pickle.dumps(saved))
+        resumed = end(params)
+        resumed.load_state_dict(saved)
+        after(resumed, params, 3, 6)
+        for p, q in zip(params, expected, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        assert {float(s["step"]) for s in resumed.state.values()} == {6.0}
+        assert all(s["step"].dtype == F32 and s["step"].shape == () for s in resumed.state.values())
+
+
+def test_copies_keep_backend_and_state() -> None:
+    params = parameters()
+    optimizer = copy.deepcopy(after(AdamW(params, backend="torch"), params, 0, 1))
+    assert optimizer.backend == "torch"
+    assert {float(s["step"]) for s in optimizer.state.values()} == {1.0}
+
+
+def test_use_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    give_gradients(params, 0)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the native kernel was called")
+
+    monkeypatch.setattr(_C, "adamw", fail)
+    with ops.use("torch"):
+        AdamW(params).step()
+    with pytest.raises(AssertionError, match="the native kernel"):
+        AdamW(params).step()
+
+
+def test_a_scheduler_and_a_closure() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([p], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3.0
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_a_backward_pass_that_needs_the_old_parameters_says_so(backend: str) -> None:
+    p = nn.Parameter(torch.ones(3))
+    loss = (p**2).sum()
+    p.grad = torch.ones(3)
+    AdamW([p], backend=backend).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, "lr is -1.0, expected a finite number, at least 0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"lr": torch.tensor(0.1)}, "lr is tensor"),
+        ({"eps": -1e-8}, "eps is -1e-08"),
+        ({"weight_decay": math.inf}, "weight_decay is inf"),
+        ({"betas": (0.9, 1.0)}, "betas is (0.9, 1.0), expected two numbers, at least 0 and below 1"),
+        ({"betas": (0.9,)}, "betas is (0.9,)"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AdamW([nn.Parameter(torch.ones(3))], **settings)
+
+
+def test_what_it_does_not_have_is_refused(backend: str) -> None:
+    p = nn.Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match="amsgrad"):
+        AdamW([p], amsgrad=True)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="maximize is True, which this AdamW does not have"):
+        AdamW([{"params": [p], "maximize": True}])
+    optimizer = AdamW([p], backend=backend)
+    with pytest.raises(ValueError, match="amsgrad is True"):
+        optimizer.load_state_dict(torch.optim.AdamW([p], amsgrad=True).state_dict())
+    with pytest.raises(ValueError, match=re.escape("a parameter is torch.complex64")):
+        AdamW([nn.Parameter(torch.ones(3, dtype=torch.complex64))])
+    table = nn.Embedding(5, 3, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    optimizer = AdamW(table.parameters(), backend=backend)
+    for call in (optimizer.step, optimizer.grad_norm):
+        with pytest.raises(RuntimeError, match=r"no sparse gradients, but that of a parameter \(5, 3\) is one"):
+            call()
+
+
+@QUICK
+@given(st.data())
+def test_the_native_function_refuses_what_does_not_fit(data: st.DataObject) -> None:
+    """Each list may have one wrong tensor, or one too few; then nothing is changed."""
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
+    lists = {key: [torch.ones(() if key == "steps" else (4, 3)) for _ in range(2)] for key in names}
+    key, index = data.draw(st.sampled_from(names)), data.draw(st.integers(0, 1))
+    wrong = data.draw(st.sampled_from(["dtype", "shape", "strides", "fewer", "meta", "shared", "setting"]))
+    scale = math.inf if wrong == "setting" else 1.0
+    if wrong == "dtype":
+        lists[key][index] = lists[key][index].to(data.draw(st.sampled_from([F64, F16, torch.int32])))
+    elif wrong == "shape":
+        lists[key][index] = torch.ones(3, 4, 1)
+    elif wrong == "strides":
+        key = "params" if key == "steps" else key
+        lists[key][index] = torch.ones(3, 4).t()
+    elif wrong == "fewer":
+        lists[key].pop()
+    elif wrong == "meta":
+        lists[key][index] = lists[key][index].to("meta")
+    elif wrong == "shared":
+        lists["exp_avgs"][index] = lists["params"][index]
+    before = [t.clone() for key in names for t in lists[key]]
+    with pytest.raises(ValueError, match=r"expected|contiguous|shares memory|without storage"):
+        _C.adamw(*(lists[key] for key in names), 0.1, 0.9, 0.999, 1e-8, 0.01, scale, 1)
+    after = [t for key in names for t in lists[key]]
+    assert all(a.device.type == "meta" or torch.equal(a, b) for a, b in zip(after, before, strict=True))
