@@ -1,13 +1,14 @@
 # make demo    train a small GPT and look at what it writes
 # make test    the whole test suite
 # make check   style and types
+# make bench   how fast it is here, in under ten minutes; make bench-full for benchmarks/results, with more rounds
 # make asan    the native tests under AddressSanitizer and UBSan
 # make sweep   what needs large packages: TensorFlow checkpoints, and llama.cpp running our GGUF files
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.* kernels/cpu/*.*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test check asan sweep clean
+.PHONY: demo test check bench bench-full asan sweep clean
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
 test: .venv/installed
@@ -16,6 +17,11 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+bench: .venv/installed
+	$(BIN)/python -m benchmarks
+bench-full: .venv/installed
+	$(BIN)/python -m benchmarks --full --output benchmarks/results
+	$(BIN)/python -m benchmarks.report
 asan: .venv/installed
 	bash tests/sanitize.sh
 sweep: .venv/installed

@@ -267,9 +267,7 @@ class GPT(nn.Module):
         logits = F.linear(x if logits_to_keep is None else x[:, -logits_to_keep:], output_weight)  # (B, T, V)
         if targets is None:
             return GPTOutput(logits, None)
-        total = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return GPTOutput(logits, total / (targets != IGNORED).sum().clamp(min=1))
 
 
