@@ -14,7 +14,7 @@ std::vector<int64_t> read_boundaries(const TensorView& cu, const char* name, int
   if (cu.ndim != 1 || cu.shape[0] < 1 || cu.shape[0] > INT32_MAX)
     refuse(name, " has shape ", shape_text(cu.shape, cu.ndim), ", expected 1-D, of 1 to 2^31 - 1 boundaries");
   if (cu.dtype != DType::int32 && cu.dtype != DType::int64)
-    refuse(name, " is ", cu.dtype_name, ", expected torch.int32 or torch.int64");
+    refuse(name, " is ", cu.dtype_name(), ", expected torch.int32 or torch.int64");
   std::vector<int64_t> bounds(cu.shape[0]);
   for (size_t i = 0; i < bounds.size(); ++i) {
     int64_t at = static_cast<int64_t>(i) * cu.strides[0];
@@ -36,9 +36,9 @@ std::vector<int64_t> read_boundaries(const TensorView& cu, const char* name, int
 
 HeadsView heads(const TensorView& t) { return {t.data, t.strides[0], t.strides[1], t.strides[2]}; }
 
-void check_heads(const TensorView& t, const char* name, DType dtype, const std::string& dtype_name) {
+void check_heads(const TensorView& t, const char* name, const TensorView& query) {
   check_cpu(t, name);
-  check_dtype(t, name, dtype, dtype_name);
+  check_same_dtype(t, name, query);
   if (t.ndim != 4)
     refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected (batch, heads, length, head_dim)");
   if (t.shape[3] > 1 && t.strides[3] != 1)
@@ -49,10 +49,10 @@ void check_heads(const TensorView& t, const char* name, DType dtype, const std::
 AttentionArgs common_args(const TensorView& query, const TensorView& key, const TensorView& value,
                           const TensorView& out, const TensorView& lse, const AttentionOptions& options) {
   check_float(query, "query");
-  check_heads(query, "query", query.dtype, query.dtype_name);
-  check_heads(key, "key", query.dtype, query.dtype_name);
-  check_heads(value, "value", query.dtype, query.dtype_name);
-  check_heads(out, "out", query.dtype, query.dtype_name);
+  check_heads(query, "query", query);
+  check_heads(key, "key", query);
+  check_heads(value, "value", query);
+  check_heads(out, "out", query);
   int64_t batch = query.shape[0], query_heads = query.shape[1], query_len = query.shape[2], head_dim = query.shape[3];
   int64_t kv_heads = key.shape[1], kv_len = key.shape[2];
   check_shape(key, "key", {batch, kv_heads, kv_len, head_dim});
@@ -136,7 +136,7 @@ void attention_backward(const TensorView& grad_out, const OptionalView& grad_lse
                         const TensorView& grad_query, const TensorView& grad_key, const TensorView& grad_value,
                         const AttentionOptions& options) {
   AttentionArgs args = common_args(query, key, value, out, lse, options);
-  check_heads(grad_out, "grad_out", query.dtype, query.dtype_name);
+  check_heads(grad_out, "grad_out", query);
   check_shape(grad_out, "grad_out", {query.shape[0], query.shape[1], query.shape[2], query.shape[3]});
   args.grad_lse = float_array(grad_lse, "grad_lse", {query.shape[0], query.shape[1], query.shape[2]});
   const std::pair<const TensorView*, const TensorView*> pairs[] = {
@@ -144,7 +144,7 @@ void attention_backward(const TensorView& grad_out, const OptionalView& grad_lse
   const char* names[] = {"grad_query", "grad_key", "grad_value"};
   for (int i = 0; i < 3; ++i) {
     const auto& [grad, like] = pairs[i];
-    check_heads(*grad, names[i], query.dtype, query.dtype_name);
+    check_heads(*grad, names[i], query);
     check_distinct(*grad, names[i]);
     check_shape(*grad, names[i], {like->shape[0], like->shape[1], like->shape[2], like->shape[3]});
     for (const auto* in : {&grad_out, &query, &key, &value, &out}) check_apart(*grad, names[i], *in, "an input");

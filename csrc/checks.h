@@ -28,16 +28,19 @@ inline std::string shape_text(const int64_t* shape, int ndim) {
 }
 
 inline void check_cpu(const TensorView& t, const char* name) {
-  if (t.device != "cpu") refuse(name, " is on ", t.device, ", but this kernel runs on the CPU; move it with .cpu()");
+  if (!t.on_cpu) refuse(name, " is on ", t.device(), ", but this kernel runs on the CPU; move it with .cpu()");
 }
 
 inline void check_float(const TensorView& t, const char* name) {
   if (t.dtype != DType::float32 && t.dtype != DType::bfloat16 && t.dtype != DType::float16)
-    refuse(name, " is ", t.dtype_name, ", expected torch.float32, torch.bfloat16 or torch.float16");
+    refuse(name, " is ", t.dtype_name(), ", expected torch.float32, torch.bfloat16 or torch.float16");
 }
 
-inline void check_dtype(const TensorView& t, const char* name, DType dtype, const std::string& expected) {
-  if (t.dtype != dtype) refuse(name, " is ", t.dtype_name, ", expected ", expected);
+inline void check_dtype(const TensorView& t, const char* name, DType dtype, const char* expected) {
+  if (t.dtype != dtype) refuse(name, " is ", t.dtype_name(), ", expected ", expected);
+}
+inline void check_same_dtype(const TensorView& t, const char* name, const TensorView& like) {
+  if (t.dtype != like.dtype) refuse(name, " is ", t.dtype_name(), ", expected ", like.dtype_name());
 }
 
 inline void check_shape(const TensorView& t, const char* name, std::initializer_list<int64_t> shape) {
@@ -60,7 +63,7 @@ inline void check_contiguous(const TensorView& t, const char* name) {
 // A tensor with the dtype and the shape of another, dense.
 inline void check_like(const TensorView& t, const char* name, const TensorView& like) {
   check_cpu(t, name);
-  check_dtype(t, name, like.dtype, like.dtype_name);
+  check_same_dtype(t, name, like);
   if (t.ndim != like.ndim || !std::equal(t.shape, t.shape + t.ndim, like.shape))
     refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected ", shape_text(like.shape, like.ndim));
   check_contiguous(t, name);

@@ -12,7 +12,7 @@ void layer_norm_forward(const TensorView& x, const OptionalView& residual, const
   const TensorView& normalised = residual ? *residual : x;
   if (residual) {
     if (residual->dtype != x.dtype && residual->dtype != DType::float32)
-      refuse("residual is ", residual->dtype_name, ", expected ", x.dtype_name, " like x, or torch.float32");
+      refuse("residual is ", residual->dtype_name(), ", expected ", x.dtype_name(), " like x, or torch.float32");
     check_matrix(*residual, "residual");
     check_shape(*residual, "residual", {rows, width});
   }

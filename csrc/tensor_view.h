@@ -21,8 +21,12 @@ struct TensorView {
   int ndim = 0;
   int64_t shape[kMaxDims] = {};
   int64_t strides[kMaxDims] = {};  // in elements
-  std::string dtype_name, device;  // as PyTorch prints them: "torch.bfloat16", "cpu", "cuda:0"
+  bool on_cpu = false;
+  pybind11::handle tensor;  // borrowed, for the words of an error
 
+  // As PyTorch prints them: "torch.bfloat16", "cpu", "cuda:0".
+  std::string dtype_name() const { return pybind11::str(tensor.attr("dtype")); }
+  std::string device() const { return pybind11::str(tensor.attr("device")); }
   int64_t size() const {
     int64_t n = 1;
     for (int i = 0; i < ndim; ++i) n *= shape[i];
@@ -67,8 +71,8 @@ struct type_caster<gptcore::TensorView> {
     value.dtype = gptcore::DType::other;
     for (int i = 0; i < Torch::kDTypes; ++i)
       if (dtype.is(torch.dtypes[i])) value.dtype = static_cast<gptcore::DType>(i);
-    value.dtype_name = str(dtype);
-    value.device = str(source.attr(torch.device));
+    value.on_cpu = source.attr(torch.is_cpu).ptr() == Py_True;
+    value.tensor = source;
     value.data = reinterpret_cast<void*>(source.attr(torch.data_ptr)().cast<uintptr_t>());
     if (!value.data && value.size() > 0) throw value_error("a tensor without storage: its data pointer is null");
     return true;
@@ -81,7 +85,7 @@ struct type_caster<gptcore::TensorView> {
   struct Torch {
     static constexpr int kDTypes = 5;
     object tensor, dtypes[kDTypes];
-    object shape, stride, dtype, device, data_ptr;
+    object shape, stride, dtype, is_cpu, data_ptr;
 
     static object interned(const char* name) { return reinterpret_steal<object>(PyUnicode_InternFromString(name)); }
     Torch() {
@@ -90,7 +94,7 @@ struct type_caster<gptcore::TensorView> {
       const char* names[kDTypes] = {"float32", "bfloat16", "float16", "int32", "int64"};  // the order of DType
       for (int i = 0; i < kDTypes; ++i) dtypes[i] = torch.attr(names[i]);
       shape = interned("shape"), stride = interned("stride"), dtype = interned("dtype");
-      device = interned("device"), data_ptr = interned("data_ptr");
+      is_cpu = interned("is_cpu"), data_ptr = interned("data_ptr");
     }
     static const Torch& get() {
       static const Torch* torch = new Torch();  // never freed: Python may be gone when statics are

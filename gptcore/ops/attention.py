@@ -178,7 +178,7 @@ def _segments(cu: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
     position = torch.arange(length, device=cu.device).expand(batch, length)
     row_begin = torch.arange(batch, device=cu.device)[:, None] * length
     flat = torch.where(cu[-1] == length, position, position + row_begin)  # one row's boundaries serve every row
-    segment = torch.bucketize(flat, cu[1:], right=True)
+    segment = torch.bucketize(flat, cu[1:].contiguous(), right=True)
     return segment, flat - cu[segment]
 
 
