@@ -18,7 +18,8 @@ def main() -> int:
     if not corpus.exists():
         write_standard_library_corpus(corpus)
     print(f"corpus            {corpus}, {corpus.stat().st_size / 1e6:.1f} MB of documentation")
-    command = ["train", str(corpus), "--output-dir", str(OUT / "model"), "--max-steps", "600", "--bf16", "--resume"]
+    command = ["train", str(corpus), "--output-dir", str(OUT / "model"), "--cache-dir", str(OUT)]
+    command += ["--max-steps", "500", "--bf16", "--resume"]
     print(f"command           gptcore {shlex.join(command)}\n")
     return cli.main(command, resume_command="make demo")
 

@@ -1,11 +1,13 @@
 """gptcore: fused kernels for GPT, and the thin model, trainer and tools that stand on them."""
 
-from gptcore import ops
+from gptcore import _C, ops
 from gptcore.config import GPTConfig
 from gptcore.data import DataCollatorForLanguageModeling, TextDataset
 from gptcore.model import GPT
 from gptcore.tokenizer import Tokenizer
 from gptcore.trainer import Trainer, TrainingArguments
+
+__version__ = str(_C.build_info()["version"])
 
 __all__ = [
     "GPT",

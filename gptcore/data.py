@@ -173,10 +173,11 @@ class TextDataset(TokenDataset):
 class DataCollatorForLanguageModeling:
     """Stack windows into a batch for a model that predicts each next token, and shifts the labels itself.
 
-    Takes a list of id tensors, id lists, or dicts with "input_ids" and maybe "document_starts"; gives int64 tensors:
+    Takes a list of id tensors, id lists, or dicts with "input_ids" and maybe "labels" (other than the ids: of the same
+    length, -100 where none counts) and "document_starts"; gives int64 tensors:
 
         input_ids       (batch, length), shorter rows padded on the right
-        labels          (batch, length), the same ids; -100 on padding and on the first token of each document, which
+        labels          (batch, length), the same ids or the labels given; -100 on padding and on the first token of each document, which
                         no earlier token foretells
         attention_mask  (batch, length), 1 on tokens and 0 on padding; only if a row is padded
         cu_seqlens      (segments + 1,), boundaries in the flattened batch x length: 0, the end of each row, the start
@@ -185,21 +186,21 @@ class DataCollatorForLanguageModeling:
     What is padding follows from the lengths, never from the ids: an end-of-text token in the text counts.
     """
 
-    def __init__(self, tokenizer: Tokenizer, mlm: bool = False) -> None:
-        """`tokenizer` gives the padding id (if it has none, 0). Raises ValueError for mlm=True."""
+    def __init__(self, tokenizer: Tokenizer | None = None, mlm: bool = False) -> None:
+        """`tokenizer` gives the padding id (without one, 0: padding never counts). Raises ValueError for mlm=True."""
         if mlm:
             raise ValueError("mlm=True is for models like BERT; a GPT predicts the next token: give mlm=False")
         self.tokenizer = tokenizer
-        self.pad_token_id = tokenizer.pad_token_id or 0
+        self.pad_token_id = 0 if tokenizer is None else tokenizer.pad_token_id or 0
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
         if len(features) == 0:
             raise ValueError("a batch needs at least one window, but the list is empty")
         windows = [dict(f) if isinstance(f, Mapping) else {"input_ids": f} for f in features]
         keys = windows[0].keys()
-        if any(w.keys() != keys for w in windows) or keys not in ({"input_ids"}, {"input_ids", "document_starts"}):
+        if any(w.keys() != keys for w in windows) or not {"input_ids"} <= keys <= _WINDOW:
             found = sorted({tuple(sorted(w)) for w in windows})
-            raise ValueError(f"each window has input_ids, and all or none document_starts, but these have {found}")
+            raise ValueError(f"each window has input_ids, and all or none labels or document_starts, but not {found}")
         rows = [_ids(w["input_ids"]) for w in windows]
         length = max(map(len, rows))
         input_ids = torch.full((len(rows), length), self.pad_token_id)
@@ -208,7 +209,7 @@ class DataCollatorForLanguageModeling:
         boundaries = {0}
         for r, row in enumerate(rows):
             input_ids[r, : len(row)] = row
-            labels[r, : len(row)] = row
+            labels[r, : len(row)] = _labels(windows[r], row)
             attention_mask[r, : len(row)] = 1
             boundaries |= {r * length + len(row), (r + 1) * length}
             if "document_starts" in keys:
@@ -223,6 +224,16 @@ class DataCollatorForLanguageModeling:
         if "document_starts" in keys:
             batch["cu_seqlens"] = torch.tensor(sorted(boundaries))
         return batch
+
+
+_WINDOW = {"input_ids", "labels", "document_starts"}
+
+
+def _labels(window: Mapping[str, Any], ids: torch.Tensor) -> torch.Tensor:
+    labels = _ids(window.get("labels", ids))
+    if len(labels) != len(ids):
+        raise ValueError(f"a window has {len(ids)} input_ids and {len(labels)} labels, expected as many")
+    return labels
 
 
 def _ids(row: Any) -> torch.Tensor:

@@ -65,7 +65,8 @@ def generate(
         likeliest tokens, then to the fewest likeliest ones whose probability reaches top_p (Holtzman et al. 2020).
     eos_token_id: a row is filled with padding (config.pad_token_id, or the end token) after it. None means
         config.eos_token_id; -1 means that nothing ends a row.
-    seed: of the draws, which never touch PyTorch's global generators; None means a new one each time.
+    seed: of the draws, which never touch PyTorch's global generators; None means a new one each time. Greedy tokens are
+        the same for every seed.
     vocab_size: of the tokenizer, if the model's was padded to a round number: no token from there on is ever taken.
     use_cache: False computes the whole sequence again for every token, slowly, as a check.
 
@@ -195,5 +196,5 @@ def _check_options(
         raise ValueError(f"top_p should be in (0, 1], not {top_p}")
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed should be in [0, 2**63), not {seed}")
-    if not do_sample and (temperature != 1.0 or top_k is not None or top_p is not None or seed is not None):
-        raise ValueError("temperature, top_k, top_p and seed are for sampling: pass do_sample=True or leave them out")
+    if not do_sample and (temperature != 1.0 or top_k is not None or top_p is not None):
+        raise ValueError("temperature, top_k and top_p are for sampling: pass do_sample=True or leave them out")

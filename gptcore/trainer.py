@@ -204,8 +204,6 @@ class Trainer:
                 raise ValueError(f"{name} holds 0 examples")
         self.model, self.args, self.tokenizer = model, args, tokenizer
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        if data_collator is None and tokenizer is None:
-            raise ValueError("give a data_collator, or a tokenizer for the default one to pad with")
         self.data_collator = data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
         self.callbacks = [*([] if args.disable_tqdm else [ProgressLine()]), *callbacks]
         self.device = next(model.parameters()).device

@@ -397,8 +397,6 @@ def test_data_that_cannot_be_are_refused(tmp_path: Path) -> None:
         tiny_trainer(tmp_path, data=[])
     with pytest.raises(ValueError, match=r"step 1 has .* tokens, but not one label that counts"):
         tiny_trainer(tmp_path, data=[torch.tensor([1])] * 4).train()
-    with pytest.raises(ValueError, match="data_collator, or a tokenizer"):
-        Trainer(tiny_model(), TrainingArguments(str(tmp_path)), rows(4))
     trainer = Trainer(tiny_model(), TrainingArguments(str(tmp_path)), None, None, collate)
     with pytest.raises(ValueError, match="needs a train_dataset"):
         trainer.train()
@@ -600,3 +598,14 @@ def test_training_in_another_thread(tmp_path: Path) -> None:
     thread.join()
     trainers[1].train()
     assert same(weights(trainers[0].model), weights(trainers[1].model))
+
+
+def test_neither_collator_nor_tokenizer_is_needed(tmp_path: Path) -> None:
+    """Rows of ids, or ids with labels of their own, of any length: what is padding follows from the lengths."""
+    examples = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [3, 1], "labels": [3, 1]}]
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=2, disable_tqdm=True)
+    trainer = Trainer(tiny_model(), arguments, examples)
+    (batch,) = trainer._micro_batches(0)
+    assert sorted(batch["labels"].tolist()) == [[-100, 2, 3], [3, 1, -100]]
+    assert count_labels(batch) == 3
+    assert trainer.train().global_step == 1
