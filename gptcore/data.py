@@ -177,8 +177,8 @@ class DataCollatorForLanguageModeling:
     length, -100 where none counts) and "document_starts"; gives int64 tensors:
 
         input_ids       (batch, length), shorter rows padded on the right
-        labels          (batch, length), the same ids or the labels given; -100 on padding and on the first token of each document, which
-                        no earlier token foretells
+        labels          (batch, length), the same ids or the labels given; -100 on padding and on the first token of
+                        each document, which no earlier token foretells
         attention_mask  (batch, length), 1 on tokens and 0 on padding; only if a row is padded
         cu_seqlens      (segments + 1,), boundaries in the flattened batch x length: 0, the end of each row, the start
                         of each document and of padding; only if the windows carry document_starts
