@@ -221,8 +221,8 @@ class Tokenizer:
     def train(
         cls,
         files: PathLike | Sequence[PathLike],
-        *,
         vocab_size: int | None = None,
+        *,
         kind: str = "bpe",
         special_tokens: Sequence[str] = (END_OF_TEXT,),
     ) -> Tokenizer:
