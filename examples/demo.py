@@ -19,7 +19,8 @@ def main() -> int:
         write_standard_library_corpus(corpus)
     print(f"corpus            {corpus}, {corpus.stat().st_size / 1e6:.1f} MB of documentation")
     command = ["train", str(corpus), "--output-dir", str(OUT / "model"), "--cache-dir", str(OUT)]
-    command += ["--max-steps", "500", "--bf16", "--resume"]
+    command += ["--vocab-size", "2048", "--max-steps", "1000", "--per-device-train-batch-size", "8"]
+    command += ["--learning-rate", "2e-3", "--eval-steps", "200", "--save-steps", "200", "--bf16", "--resume"]
     print(f"command           gptcore {shlex.join(command)}\n")
     return cli.main(command, resume_command="make demo")
 
