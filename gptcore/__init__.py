@@ -1,5 +1,7 @@
 """gptcore: fused kernels for GPT, and the thin model, trainer and tools that stand on them."""
 
+import torch  # noqa: F401  (first, so that one OpenMP runtime, PyTorch's, serves its kernels and ours)
+
 from gptcore import _C, ops
 from gptcore.config import GPTConfig
 from gptcore.data import DataCollatorForLanguageModeling, TextDataset
