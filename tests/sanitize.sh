@@ -1,4 +1,4 @@
-#!/bin/sh
+#!/usr/bin/env bash
 # Runs the kernels and the native functions under AddressSanitizer and UndefinedBehaviorSanitizer.
 #
 # Builds a second module with GPTCORE_SANITIZE in build/sanitize, with a copy of the Python files beside it, and runs the
@@ -23,5 +23,5 @@ export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=lib
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 highest=$(python -c "from gptcore import _C; assert 'sanitize' in _C.__file__; print(_C.supported_isas()[-1])")
 # Capturing at the level of Python only: what a sanitizer prints before it aborts must be seen.
-python -m pytest -q --capture=sys -p no:cacheprovider "$root/tests/test_ops.py" "$root/tests/test_native.py" \
+python -m pytest -q --capture=sys -p no:cacheprovider "$root"/tests/test_{ops,native,linear_cross_entropy,optim}.py \
   -k "cpu-baseline or cpu-$highest or arguments" "$@"
