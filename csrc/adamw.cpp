@@ -2,8 +2,8 @@
 
 #include "csrc/checks.h"
 #include "csrc/cpu_isa.h"
+#include "csrc/execution.h"
 #include "csrc/ops.h"
-#include "csrc/workspace.h"
 
 namespace gptcore {
 namespace {
@@ -47,10 +47,11 @@ double grad_norm(const Views& grads, int64_t num_threads) {
     tensor.grad = dense_float(grads[i], at("grads", i));
     append_pieces(pieces, tensor, grads[i].size());
   }
-  auto sums = workspace<double>(pieces.size());
+  const Workspace workspace(pieces.size() * sizeof(double));
+  double* sums = workspace.as<double>();
   GradNormArgs args{};
   args.pieces = pieces.data(), args.num_pieces = static_cast<int64_t>(pieces.size());
-  args.sums = sums.get();
+  args.sums = sums;
   args.num_threads = threads_for(pieces, num_threads);
   pybind11::gil_scoped_release release;
   cpu_kernels().grad_norm(args);
@@ -82,7 +83,7 @@ void adamw(const Views& params, const Views& grads, const Views& exp_avgs, const
     check_apart(exp_avgs[i], at("exp_avgs", i).c_str(), exp_avg_sqs[i], at("exp_avg_sqs", i).c_str());
     tensor.grad = grads[i].as<float>();
     tensor.exp_avg = exp_avgs[i].as<float>(), tensor.exp_avg_sq = exp_avg_sqs[i].as<float>();
-    const double step = 1 + *float_array(steps[i], at("steps", i).c_str(), {});
+    const double step = 1 + *float_array(steps[i], at("steps", i).c_str(), params[i], {});
     tensor.step_size = static_cast<float>(lr / (1 - std::pow(beta1, step)));
     tensor.root_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
     append_pieces(pieces, tensor, params[i].size());

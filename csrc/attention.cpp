@@ -1,9 +1,8 @@
 #include <cmath>
 
 #include "csrc/checks.h"
-#include "csrc/cpu_isa.h"
+#include "csrc/device_tensors.h"
 #include "csrc/ops.h"
-#include "csrc/workspace.h"
 
 namespace gptcore {
 namespace {
@@ -37,7 +36,7 @@ std::vector<int64_t> read_boundaries(const TensorView& cu, const char* name, int
 HeadsView heads(const TensorView& t) { return {t.data, t.strides[0], t.strides[1], t.strides[2]}; }
 
 void check_heads(const TensorView& t, const char* name, const TensorView& query) {
-  check_cpu(t, name);
+  check_device(t, name, query);
   check_same_dtype(t, name, query);
   if (t.ndim != 4)
     refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected (batch, heads, length, head_dim)");
@@ -47,7 +46,8 @@ void check_heads(const TensorView& t, const char* name, const TensorView& query)
 
 // All that forward and backward share: the checks of query, key and value, and the arguments made from them.
 AttentionArgs common_args(const TensorView& query, const TensorView& key, const TensorView& value,
-                          const TensorView& out, const TensorView& lse, const AttentionOptions& options) {
+                          const TensorView& out, const TensorView& lse, const AttentionOptions& options,
+                          const Execution& execution) {
   check_float(query, "query");
   check_heads(query, "query", query);
   check_heads(key, "key", query);
@@ -69,8 +69,9 @@ AttentionArgs common_args(const TensorView& query, const TensorView& key, const 
   AttentionArgs args{};
   args.dtype = query.dtype;
   args.query = heads(query), args.key = heads(key), args.value = heads(value), args.out = heads(out);
-  args.lse = float_array(lse, "lse", {batch, query_heads, query_len});
-  args.query_heads = query_heads, args.kv_heads = kv_heads, args.query_len = query_len, args.head_dim = head_dim;
+  args.lse = float_array(lse, "lse", query, {batch, query_heads, query_len});
+  args.batch = batch, args.query_heads = query_heads, args.kv_heads = kv_heads;
+  args.query_len = query_len, args.kv_len = kv_len, args.head_dim = head_dim;
   args.scale = static_cast<float>(options.scale);
   args.causal = options.causal;
   // More keys than there can be are no limit; the kernels add them to positions.
@@ -78,7 +79,7 @@ AttentionArgs common_args(const TensorView& query, const TensorView& key, const 
   args.window_right = std::min<int64_t>(options.window_right, INT32_MAX);
   args.dropout_p = options.dropout_p;
   args.seed = options.seed;
-  args.num_threads = check_threads(options.num_threads);
+  args.num_threads = execution.num_threads, args.stream = execution.stream, args.allow_tf32 = execution.allow_tf32;
   return args;
 }
 
@@ -115,30 +116,68 @@ std::vector<Segment> make_segments(const OptionalView& cu_seqlens_q, const Optio
   return segments;
 }
 
+namespace {
+
+// The documents of a call. Boundaries on a GPU are left there: Python has checked a copy of them.
+class Documents {
+ public:
+  Documents(AttentionArgs& args, const TensorView& query, const AttentionOptions& options, const Execution& execution) {
+    const OptionalView &q = options.cu_seqlens_q, &k = options.cu_seqlens_k;
+    if (query.device_type == Device::cpu) {
+      segments_ = make_segments(q, k, args.batch, args.query_len, args.kv_len);
+      args.segments = segments_.data(), args.num_segments = static_cast<int64_t>(segments_.size());
+    }
+    if (q.has_value() != k.has_value()) refuse("cu_seqlens_q and cu_seqlens_k must be given together");
+    if (!q || !execution.allocate) return;
+    args.cu_query = boundaries(*q, "cu_seqlens_q", query), args.cu_key = boundaries(*k, "cu_seqlens_k", query);
+    if (q->shape[0] != k->shape[0])
+      refuse("cu_seqlens_q has ", q->shape[0], " boundaries and cu_seqlens_k has ", k->shape[0], "; expected as many");
+    args.num_boundaries = q->shape[0];
+  }
+
+ private:
+  static const int64_t* boundaries(const TensorView& cu, const char* name, const TensorView& query) {
+    check_device(cu, name, query);
+    check_dtype(cu, name, DType::int64, "torch.int64");
+    if (cu.ndim != 1 || cu.shape[0] < 1) refuse(name, " has shape ", shape_text(cu.shape, cu.ndim), ", expected 1-D");
+    check_contiguous(cu, name);
+    return cu.as<int64_t>();
+  }
+  std::vector<Segment> segments_;
+};
+
+}  // namespace
+
 void attention_forward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
-                       const TensorView& lse, const AttentionOptions& options) {
-  AttentionArgs args = common_args(query, key, value, out, lse, options);
+                       const TensorView& lse, const AttentionOptions& options, const Execution& execution) {
+  const Kernels& kernels = kernels_for(query, execution);
+  AttentionArgs args = common_args(query, key, value, out, lse, options, execution);
   check_distinct(out, "out");
   for (const auto* in : {&query, &key, &value}) check_apart(out, "out", *in, "an input");
-  auto segments =
-      make_segments(options.cu_seqlens_q, options.cu_seqlens_k, query.shape[0], query.shape[2], key.shape[2]);
-  args.segments = segments.data(), args.num_segments = static_cast<int64_t>(segments.size());
-
+  const Documents documents(args, query, options, execution);
+  const Workspace workspace(execution, query, kernels.attention_forward_workspace(args));
+  args.workspace = workspace.as();
+  const DeviceTensors tensors{{"query", query, Access::read},
+                              {"key", key, Access::read},
+                              {"value", value, Access::read},
+                              {"cu_seqlens_q", options.cu_seqlens_q, Access::read},
+                              {"cu_seqlens_k", options.cu_seqlens_k, Access::read},
+                              {"out", out, Access::write},
+                              {"lse", lse, Access::write},
+                              {"workspace", workspace.view(), Access::write}};
   pybind11::gil_scoped_release release;
-  const CpuKernels& kernels = cpu_kernels();
-  auto scratch = workspace(args.num_threads * kernels.attention_forward_workspace(args));
-  args.workspace = scratch.get();
   kernels.attention_forward(args);
 }
 
 void attention_backward(const TensorView& grad_out, const OptionalView& grad_lse, const TensorView& query,
                         const TensorView& key, const TensorView& value, const TensorView& out, const TensorView& lse,
                         const TensorView& grad_query, const TensorView& grad_key, const TensorView& grad_value,
-                        const AttentionOptions& options) {
-  AttentionArgs args = common_args(query, key, value, out, lse, options);
+                        const AttentionOptions& options, const Execution& execution) {
+  const Kernels& kernels = kernels_for(query, execution);
+  AttentionArgs args = common_args(query, key, value, out, lse, options, execution);
   check_heads(grad_out, "grad_out", query);
   check_shape(grad_out, "grad_out", {query.shape[0], query.shape[1], query.shape[2], query.shape[3]});
-  args.grad_lse = float_array(grad_lse, "grad_lse", {query.shape[0], query.shape[1], query.shape[2]});
+  args.grad_lse = float_array(grad_lse, "grad_lse", query, {query.shape[0], query.shape[1], query.shape[2]});
   const std::pair<const TensorView*, const TensorView*> pairs[] = {
       {&grad_query, &query}, {&grad_key, &key}, {&grad_value, &value}};
   const char* names[] = {"grad_query", "grad_key", "grad_value"};
@@ -151,14 +190,23 @@ void attention_backward(const TensorView& grad_out, const OptionalView& grad_lse
   }
   args.grad_out = heads(grad_out);
   args.grad_query = heads(grad_query), args.grad_key = heads(grad_key), args.grad_value = heads(grad_value);
-  auto segments =
-      make_segments(options.cu_seqlens_q, options.cu_seqlens_k, query.shape[0], query.shape[2], key.shape[2]);
-  args.segments = segments.data(), args.num_segments = static_cast<int64_t>(segments.size());
-
+  const Documents documents(args, query, options, execution);
+  const Workspace workspace(execution, query, kernels.attention_backward_workspace(args));
+  args.workspace = workspace.as();
+  const DeviceTensors tensors{{"grad_out", grad_out, Access::read},
+                              {"grad_lse", grad_lse, Access::read},
+                              {"query", query, Access::read},
+                              {"key", key, Access::read},
+                              {"value", value, Access::read},
+                              {"out", out, Access::read},
+                              {"lse", lse, Access::read},
+                              {"cu_seqlens_q", options.cu_seqlens_q, Access::read},
+                              {"cu_seqlens_k", options.cu_seqlens_k, Access::read},
+                              {"grad_query", grad_query, Access::write},
+                              {"grad_key", grad_key, Access::write},
+                              {"grad_value", grad_value, Access::write},
+                              {"workspace", workspace.view(), Access::write}};
   pybind11::gil_scoped_release release;
-  const CpuKernels& kernels = cpu_kernels();
-  auto scratch = workspace(args.num_threads * kernels.attention_backward_workspace(args));
-  args.workspace = scratch.get();
   kernels.attention_backward(args);
 }
 

@@ -27,8 +27,12 @@ inline std::string shape_text(const int64_t* shape, int ndim) {
   return text + ")";
 }
 
+inline void check_device(const TensorView& t, const char* name, const TensorView& like) {
+  if (t.device_type != like.device_type || t.device_index != like.device_index)
+    refuse(name, " is on ", t.device(), ", expected ", like.device());
+}
 inline void check_cpu(const TensorView& t, const char* name) {
-  if (!t.on_cpu) refuse(name, " is on ", t.device(), ", but this kernel runs on the CPU; move it with .cpu()");
+  if (t.device_type != Device::cpu) refuse(name, " is on ", t.device(), ", but this kernel runs on the CPU; move it with .cpu()");
 }
 
 inline void check_float(const TensorView& t, const char* name) {
@@ -60,9 +64,9 @@ inline void check_contiguous(const TensorView& t, const char* name) {
   }
 }
 
-// A tensor with the dtype and the shape of another, dense.
+// A tensor with the device, the dtype and the shape of another, dense.
 inline void check_like(const TensorView& t, const char* name, const TensorView& like) {
-  check_cpu(t, name);
+  check_device(t, name, like);
   check_same_dtype(t, name, like);
   if (t.ndim != like.ndim || !std::equal(t.shape, t.shape + t.ndim, like.shape))
     refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected ", shape_text(like.shape, like.ndim));
@@ -71,22 +75,24 @@ inline void check_like(const TensorView& t, const char* name, const TensorView& 
 
 // A dense 2-D tensor of one of the three float types.
 inline void check_matrix(const TensorView& t, const char* name) {
-  check_cpu(t, name);
   check_float(t, name);
   if (t.ndim != 2) refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected (rows, width)");
   check_contiguous(t, name);
 }
 
-// The elements of a dense float32 tensor of this shape; null for an optional one that is not there.
-inline float* float_array(const TensorView& t, const char* name, std::initializer_list<int64_t> shape) {
-  check_cpu(t, name);
+// The elements of a dense float32 tensor of this shape, on the device of `like`; null for an optional one that is not
+// there.
+inline float* float_array(const TensorView& t, const char* name, const TensorView& like,
+                          std::initializer_list<int64_t> shape) {
+  check_device(t, name, like);
   check_dtype(t, name, DType::float32, "torch.float32");
   check_shape(t, name, shape);
   check_contiguous(t, name);
   return t.as<float>();
 }
-inline float* float_array(const std::optional<TensorView>& t, const char* name, std::initializer_list<int64_t> shape) {
-  return t ? float_array(*t, name, shape) : nullptr;
+inline float* float_array(const std::optional<TensorView>& t, const char* name, const TensorView& like,
+                          std::initializer_list<int64_t> shape) {
+  return t ? float_array(*t, name, like, shape) : nullptr;
 }
 
 // An output whose elements share memory with each other, as an expanded tensor's do, would be written twice.

@@ -14,18 +14,21 @@ namespace gptcore {
   size_t attention_backward_workspace(const AttentionArgs&);   \
   void attention_backward(const AttentionArgs&);               \
   void layer_norm_forward(const LayerNormArgs&);               \
+  size_t layer_norm_backward_workspace(const LayerNormArgs&);  \
   void layer_norm_backward(const LayerNormArgs&);              \
   void gelu_forward(const GeluArgs&);                          \
+  size_t gelu_backward_workspace(const GeluArgs&);             \
   void gelu_backward(const GeluArgs&);                         \
   void cross_entropy(const CrossEntropyArgs&);                 \
   void adamw(const AdamWArgs&);                                \
   void grad_norm(const GradNormArgs&);                         \
   }
 #define GPTCORE_KERNELS(isa)                                                                                        \
-  CpuKernels {                                                                                                      \
+  Kernels {                                                                                                      \
     #isa, isa::attention_forward_workspace, isa::attention_forward, isa::attention_backward_workspace,              \
-        isa::attention_backward, isa::layer_norm_forward, isa::layer_norm_backward, isa::gelu_forward,              \
-        isa::gelu_backward, isa::cross_entropy, isa::adamw, isa::grad_norm                                          \
+        isa::attention_backward, isa::layer_norm_forward, isa::layer_norm_backward_workspace,                       \
+        isa::layer_norm_backward, isa::gelu_forward, isa::gelu_backward_workspace, isa::gelu_backward,              \
+        isa::cross_entropy, isa::adamw, isa::grad_norm                                                              \
   }
 
 GPTCORE_DECLARE_ISA(baseline)
@@ -38,7 +41,7 @@ GPTCORE_DECLARE_ISA(avx512_bf16)
 namespace {
 
 struct Isa {
-  CpuKernels kernels;
+  Kernels kernels;
   bool supported;
 };
 
@@ -59,37 +62,37 @@ const std::vector<Isa>& isas() {
   return all;
 }
 
-std::atomic<const CpuKernels*> in_use{nullptr};
+std::atomic<const Kernels*> in_use{nullptr};
 
 }  // namespace
 
 std::vector<std::string> compiled_isas() {
   std::vector<std::string> names;
-  for (const Isa& isa : isas()) names.push_back(isa.kernels.isa);
+  for (const Isa& isa : isas()) names.push_back(isa.kernels.name);
   return names;
 }
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const Isa& isa : isas())
-    if (isa.supported) names.push_back(isa.kernels.isa);
+    if (isa.supported) names.push_back(isa.kernels.name);
   return names;
 }
 
 void use_isa(const std::string& name) {
   std::string known;
   for (const Isa& isa : isas()) {
-    if (isa.kernels.isa == name) {
+    if (isa.kernels.name == name) {
       if (!isa.supported) throw std::invalid_argument("this CPU does not have the instruction set " + name);
       in_use = &isa.kernels;
       return;
     }
-    known += (known.empty() ? "" : ", ") + std::string(isa.kernels.isa);
+    known += (known.empty() ? "" : ", ") + std::string(isa.kernels.name);
   }
   throw std::invalid_argument("unknown CPU instruction set '" + name + "', expected one of: " + known);
 }
 
-const CpuKernels& cpu_kernels() {
+const Kernels& cpu_kernels() {
   if (!in_use) use_isa(supported_isas().back());
   return *in_use;
 }

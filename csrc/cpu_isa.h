@@ -4,13 +4,13 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cpu/kernels.h"
+#include "kernels/kernels.h"
 
 namespace gptcore {
 
 std::vector<std::string> compiled_isas();   // lowest first
 std::vector<std::string> supported_isas();  // those that this CPU has, lowest first
 void use_isa(const std::string& name);      // throws std::invalid_argument
-const CpuKernels& cpu_kernels();            // of the instruction set in use: at first the highest supported
+const Kernels& cpu_kernels();            // of the instruction set in use: at first the highest supported
 
 }  // namespace gptcore

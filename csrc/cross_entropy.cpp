@@ -1,11 +1,12 @@
 #include "csrc/checks.h"
 #include "csrc/cpu_isa.h"
+#include "csrc/execution.h"
 #include "csrc/ops.h"
-#include "csrc/workspace.h"
 
 namespace gptcore {
 
 double cross_entropy(const TensorView& logits, const TensorView& targets, bool gradient, int64_t num_threads) {
+  check_cpu(logits, "logits");
   check_matrix(logits, "logits");
   const int64_t rows = logits.shape[0], vocab = logits.shape[1];
   check_cpu(targets, "targets");
@@ -19,13 +20,14 @@ double cross_entropy(const TensorView& logits, const TensorView& targets, bool g
     if (checked[i] < 0 || checked[i] >= vocab)
       refuse("target ", checked[i], " at index ", i, " is outside of the vocabulary of ", vocab, " tokens");
 
-  auto losses = workspace<double>(rows);
+  const Workspace workspace(rows * sizeof(double));
+  double* losses = workspace.as<double>();
   CrossEntropyArgs args{};
   args.dtype = logits.dtype;
   args.rows = rows, args.vocab = vocab;
   args.logits = logits.data;
   args.targets = checked.data();
-  args.losses = losses.get();
+  args.losses = losses;
   args.gradient = gradient;
   args.num_threads = check_threads(num_threads);
   pybind11::gil_scoped_release release;

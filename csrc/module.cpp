@@ -11,6 +11,12 @@
 namespace py = pybind11;
 using namespace gptcore;
 
+const Kernels& gptcore::kernels_for(const TensorView& tensor, const Execution& execution) {
+  if (tensor.device_type != Device::cpu) refuse("a tensor is on ", tensor.device(), ", expected cpu");
+  if (execution.allocate) refuse("execution is that of a GPU, expected a number of threads for tensors on the CPU");
+  return cpu_kernels();
+}
+
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "The native kernels of gptcore. Use gptcore.ops, which checks, differentiates and chooses among backends.";
   if (const char* isa = std::getenv("GPTCORE_CPU_ISA")) {
@@ -21,61 +27,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     }
   }
 
-  auto options = [](const OptionalView& cu_seqlens_q, const OptionalView& cu_seqlens_k, double scale, bool causal,
-                    int64_t window_left, int64_t window_right, double dropout_p, uint64_t seed, int64_t num_threads) {
-    return AttentionOptions{cu_seqlens_q, cu_seqlens_k, scale,     causal, window_left,
-                            window_right, dropout_p,    seed, num_threads};
-  };
-  m.def(
-      "attention_forward",
-      [options](const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
-                const TensorView& lse, const OptionalView& cu_seqlens_q, const OptionalView& cu_seqlens_k, double scale,
-                bool causal, int64_t window_left, int64_t window_right, double dropout_p, uint64_t seed,
-                int64_t num_threads) {
-        attention_forward(query, key, value, out, lse,
-                          options(cu_seqlens_q, cu_seqlens_k, scale, causal, window_left, window_right, dropout_p, seed,
-                                  num_threads));
-      },
-      py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"), py::arg("lse"), py::arg("cu_seqlens_q"),
-      py::arg("cu_seqlens_k"), py::arg("scale"), py::arg("causal"), py::arg("window_left"), py::arg("window_right"),
-      py::arg("dropout_p"), py::arg("seed"), py::arg("num_threads"));
-  m.def(
-      "attention_backward",
-      [options](const TensorView& grad_out, const OptionalView& grad_lse, const TensorView& query,
-                const TensorView& key, const TensorView& value, const TensorView& out, const TensorView& lse,
-                const TensorView& grad_query, const TensorView& grad_key, const TensorView& grad_value,
-                const OptionalView& cu_seqlens_q, const OptionalView& cu_seqlens_k, double scale, bool causal,
-                int64_t window_left, int64_t window_right, double dropout_p, uint64_t seed, int64_t num_threads) {
-        attention_backward(grad_out, grad_lse, query, key, value, out, lse, grad_query, grad_key, grad_value,
-                           options(cu_seqlens_q, cu_seqlens_k, scale, causal, window_left, window_right, dropout_p,
-                                   seed, num_threads));
-      },
-      py::arg("grad_out"), py::arg("grad_lse"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"),
-      py::arg("lse"), py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"), py::arg("cu_seqlens_q"),
-      py::arg("cu_seqlens_k"), py::arg("scale"), py::arg("causal"), py::arg("window_left"), py::arg("window_right"),
-      py::arg("dropout_p"), py::arg("seed"), py::arg("num_threads"));
-  m.def(
-      "segments",
-      [](const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k, int64_t batch, int64_t query_len,
-         int64_t kv_len) {
-        py::list segments;
-        for (const Segment& s : make_segments(cu_seqlens_q, cu_seqlens_k, batch, query_len, kv_len))
-          segments.append(py::make_tuple(s.batch, s.query_begin, s.query_len, s.key_begin, s.key_len));
-        return segments;
-      },
-      py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("batch"), py::arg("query_len"), py::arg("kv_len"),
-      "The segments (batch, query_begin, query_len, key_begin, key_len) that the boundaries mean.");
-
-  m.def("layer_norm_forward", &layer_norm_forward, py::arg("x"), py::arg("residual"), py::arg("weight"),
-        py::arg("bias"), py::arg("out"), py::arg("sum"), py::arg("mean"), py::arg("rstd"), py::arg("eps"),
-        py::arg("num_threads"));
-  m.def("layer_norm_backward", &layer_norm_backward, py::arg("grad_out"), py::arg("grad_sum"), py::arg("x"),
-        py::arg("weight"), py::arg("mean"), py::arg("rstd"), py::arg("grad_x"), py::arg("grad_weight"),
-        py::arg("grad_bias"), py::arg("num_threads"));
-  m.def("gelu_forward", &gelu_forward, py::arg("x"), py::arg("bias"), py::arg("out"), py::arg("tanh_form"),
-        py::arg("num_threads"));
-  m.def("gelu_backward", &gelu_backward, py::arg("grad_out"), py::arg("x"), py::arg("bias"), py::arg("grad_x"),
-        py::arg("grad_bias"), py::arg("tanh_form"), py::arg("num_threads"));
+  bind_ops(m);
   m.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("targets"), py::arg("gradient"),
         py::arg("num_threads"));
   m.def("grad_norm", &grad_norm, py::arg("grads"), py::arg("num_threads"));
@@ -85,7 +37,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("compiled_isas", &compiled_isas, "CPU instruction sets that the kernels are compiled for, lowest first.");
   m.def("supported_isas", &supported_isas, "Those of them that this CPU has, lowest first.");
-  m.def("cpu_isa", [] { return std::string(cpu_kernels().isa); }, "The instruction set in use.");
+  m.def("cpu_isa", [] { return std::string(cpu_kernels().name); }, "The instruction set in use.");
   m.def("use_cpu_isa", &use_isa, py::arg("name"), "Use this instruction set from now on. Raises ValueError.");
   m.def("build_info", [] {
     py::dict info;

@@ -9,11 +9,13 @@
 #include <cstdint>
 #include <string>
 
-#include "kernels/cpu/kernels.h"
+#include "kernels/kernels.h"
 
 namespace gptcore {
 
 constexpr int kMaxDims = 8;
+
+enum class Device { cpu, cuda, other };
 
 struct TensorView {
   void* data = nullptr;
@@ -21,7 +23,8 @@ struct TensorView {
   int ndim = 0;
   int64_t shape[kMaxDims] = {};
   int64_t strides[kMaxDims] = {};  // in elements
-  bool on_cpu = false;
+  Device device_type = Device::other;
+  int64_t device_index = -1;  // -1 on the CPU
   pybind11::handle tensor;  // borrowed, for the words of an error
 
   // As PyTorch prints them: "torch.bfloat16", "cpu", "cuda:0".
@@ -32,6 +35,7 @@ struct TensorView {
     for (int i = 0; i < ndim; ++i) n *= shape[i];
     return n;
   }
+  int64_t bytes() const;
   template <class T>
   T* as() const { return static_cast<T*>(data); }
 };
@@ -40,9 +44,11 @@ inline int64_t item_size(DType dtype) {
   switch (dtype) {
     case DType::bfloat16: case DType::float16: return 2;
     case DType::float32: case DType::int32: return 4;
+    case DType::uint8: return 1;
     default: return 8;
   }
 }
+inline int64_t TensorView::bytes() const { return size() * item_size(dtype); }
 
 }  // namespace gptcore
 
@@ -71,7 +77,14 @@ struct type_caster<gptcore::TensorView> {
     value.dtype = gptcore::DType::other;
     for (int i = 0; i < Torch::kDTypes; ++i)
       if (dtype.is(torch.dtypes[i])) value.dtype = static_cast<gptcore::DType>(i);
-    value.on_cpu = source.attr(torch.is_cpu).ptr() == Py_True;
+    if (source.attr(torch.is_cpu).ptr() == Py_True) {
+      value.device_type = gptcore::Device::cpu;
+      value.device_index = -1;
+    } else {
+      bool cuda = source.attr(torch.is_cuda).ptr() == Py_True;
+      value.device_type = cuda ? gptcore::Device::cuda : gptcore::Device::other;
+      value.device_index = source.attr("get_device")().cast<int64_t>();
+    }
     value.tensor = source;
     value.data = reinterpret_cast<void*>(source.attr(torch.data_ptr)().cast<uintptr_t>());
     if (!value.data && value.size() > 0) throw value_error("a tensor without storage: its data pointer is null");
@@ -83,18 +96,18 @@ struct type_caster<gptcore::TensorView> {
  private:
   // Names are interned and types looked up once: a call with four tensors costs about as much as one small torch.add.
   struct Torch {
-    static constexpr int kDTypes = 5;
+    static constexpr int kDTypes = 6;
     object tensor, dtypes[kDTypes];
-    object shape, stride, dtype, is_cpu, data_ptr;
+    object shape, stride, dtype, is_cpu, is_cuda, data_ptr;
 
     static object interned(const char* name) { return reinterpret_steal<object>(PyUnicode_InternFromString(name)); }
     Torch() {
       module_ torch = module_::import("torch");
       tensor = torch.attr("Tensor");
-      const char* names[kDTypes] = {"float32", "bfloat16", "float16", "int32", "int64"};  // the order of DType
+      const char* names[kDTypes] = {"float32", "bfloat16", "float16", "int32", "int64", "uint8"};  // the order of DType
       for (int i = 0; i < kDTypes; ++i) dtypes[i] = torch.attr(names[i]);
       shape = interned("shape"), stride = interned("stride"), dtype = interned("dtype");
-      is_cpu = interned("is_cpu"), data_ptr = interned("data_ptr");
+      is_cpu = interned("is_cpu"), is_cuda = interned("is_cuda"), data_ptr = interned("data_ptr");
     }
     static const Torch& get() {
       static const Torch* torch = new Torch();  // never freed: Python may be gone when statics are

@@ -8,6 +8,10 @@ import collections.abc
 
 from torch import Tensor
 
+# The number of threads on the CPU; on a GPU the handle of a stream, the function that allocates so many bytes of
+# workspace, and whether float32 products may be rounded to TF32.
+Execution = int | tuple[int, collections.abc.Callable[[int], Tensor], bool]
+
 def attention_forward(
     query: Tensor,
     key: Tensor,
@@ -22,7 +26,7 @@ def attention_forward(
     window_right: int,
     dropout_p: float,
     seed: int,
-    num_threads: int,
+    execution: Execution,
 ) -> None:
     """Fills out, like query, and lse, float32 (batch, query_heads, query_len)."""
 
@@ -45,7 +49,7 @@ def attention_backward(
     window_right: int,
     dropout_p: float,
     seed: int,
-    num_threads: int,
+    execution: Execution,
 ) -> None:
     """Fills grad_query, grad_key and grad_value, except for keys of a document that has no queries."""
 
@@ -64,7 +68,7 @@ def layer_norm_forward(
     mean: Tensor,
     rstd: Tensor,
     eps: float,
-    num_threads: int,
+    execution: Execution,
 ) -> None:
     """Fills out, sum = x + residual, and float32 mean and rstd of each row; x is (rows, width)."""
 
@@ -78,11 +82,11 @@ def layer_norm_backward(
     grad_x: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor | None,
-    num_threads: int,
+    execution: Execution,
 ) -> None:
     """Fills the gradients; x is what was normalised, the sum where there was a residual."""
 
-def gelu_forward(x: Tensor, bias: Tensor | None, out: Tensor, tanh_form: bool, num_threads: int) -> None:
+def gelu_forward(x: Tensor, bias: Tensor | None, out: Tensor, tanh_form: bool, execution: Execution) -> None:
     """Fills out with GELU(x + bias); x is (rows, width)."""
 
 def gelu_backward(
@@ -92,7 +96,7 @@ def gelu_backward(
     grad_x: Tensor,
     grad_bias: Tensor | None,
     tanh_form: bool,
-    num_threads: int,
+    execution: Execution,
 ) -> None:
     """Fills grad_x and, with a bias, grad_bias."""
 

@@ -135,8 +135,8 @@ def test_the_operators_keep_what_they_promise() -> None:
     x, weight, bias = torch.randn(5, 12), torch.randn(12), torch.randn(12)
     seed, none = torch.tensor([5]), None
     for cu, settings in (
-        (none, (0.3, True, -1, -1, 0.0)),
-        (PACKED, (0.3, False, 2, 1, 0.5)),
+        (none, (0.3, True, -1, -1, 0.0, "cpu")),
+        (PACKED, (0.3, False, 2, 1, 0.5, "cpu")),
     ):
         arguments = (q, k, v, cu, cu, seed if cu is not None else none, *settings)
         torch.library.opcheck(native.attention_forward.default, arguments)
@@ -146,13 +146,13 @@ def test_the_operators_keep_what_they_promise() -> None:
         )
     for residual in (none, x, x.bfloat16()):
         total = x if residual is none or residual is x else x.bfloat16()
-        arguments = (total, weight, bias, residual, 1e-5)
+        arguments = (total, weight, bias, residual, 1e-5, "cpu")
         torch.library.opcheck(native.layer_norm_forward.default, arguments)
         _, _, mean, rstd = native.layer_norm_forward(*arguments)
         for has_bias in (True, False):
             torch.library.opcheck(
-                native.layer_norm_backward.default, (total, residual, total, weight, mean, rstd, has_bias)
+                native.layer_norm_backward.default, (total, residual, total, weight, mean, rstd, has_bias, "cpu")
             )
     for maybe in (none, bias):
-        torch.library.opcheck(native.gelu_forward.default, (x, maybe, True))
-        torch.library.opcheck(native.gelu_backward.default, (x, x, maybe, False))
+        torch.library.opcheck(native.gelu_forward.default, (x, maybe, True, "cpu"))
+        torch.library.opcheck(native.gelu_backward.default, (x, x, maybe, False, "cpu"))

@@ -222,7 +222,7 @@ def valid_arguments() -> dict[str, dict[str, Any]]:
     x, row, rows = torch.randn(6, 10), torch.ones(10), torch.ones(6)
     kind = {
         "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "scale": 0.5, "causal": True, "window_left": 3, "window_right": -1,
-        "dropout_p": 0.1, "seed": 7, "num_threads": 2,
+        "dropout_p": 0.1, "seed": 7, "execution": 2,
     }  # fmt: skip
     return {
         "attention_forward": {"query": q, "key": k, "value": k.clone(), "out": q.clone(), "lse": lse, **kind},
@@ -233,16 +233,16 @@ def valid_arguments() -> dict[str, dict[str, Any]]:
         "segments": {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "batch": 2, "query_len": 5, "kv_len": 6},
         "layer_norm_forward": {
             "x": x, "residual": x.clone(), "weight": row, "bias": row.clone(), "out": x.clone(), "sum": x.clone(),
-            "mean": rows, "rstd": rows.clone(), "eps": 1e-5, "num_threads": 2,
+            "mean": rows, "rstd": rows.clone(), "eps": 1e-5, "execution": 2,
         },
         "layer_norm_backward": {
             "grad_out": x.clone(), "grad_sum": x.clone(), "x": x, "weight": row, "mean": rows, "rstd": rows.clone(),
-            "grad_x": x.clone(), "grad_weight": row.clone(), "grad_bias": row.clone(), "num_threads": 2,
+            "grad_x": x.clone(), "grad_weight": row.clone(), "grad_bias": row.clone(), "execution": 2,
         },
-        "gelu_forward": {"x": x, "bias": row, "out": x.clone(), "tanh_form": True, "num_threads": 2},
+        "gelu_forward": {"x": x, "bias": row, "out": x.clone(), "tanh_form": True, "execution": 2},
         "gelu_backward": {
             "grad_out": x.clone(), "x": x, "bias": row, "grad_x": x.clone(), "grad_bias": row.clone(),
-            "tanh_form": True, "num_threads": 2,
+            "tanh_form": True, "execution": 2,
         },
         "use_cpu_isa": {"name": _C.cpu_isa()},
     }  # fmt: skip

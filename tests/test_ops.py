@@ -913,7 +913,7 @@ def test_use_is_a_setting_and_a_block() -> None:
     assert ops.in_use() is None
     ops.use("cpu")
     assert ops.in_use() == "cpu"
-    with pytest.raises(ValueError, match="unknown backend 'gpu', expected one of: cpu, torch"):
+    with pytest.raises(ValueError, match="unknown backend 'gpu', expected one of: cuda, cpu, triton, torch, simt"):
         ops.use("gpu")
     assert ops.in_use() == "cpu"
     ops.use(None)

@@ -170,6 +170,12 @@ def _check_boundaries(cu_seqlens: Boundaries | None, q: Tensor, k: Tensor) -> tu
     return cu_seqlens
 
 
+def _check_values(cu_q: Tensor, cu_k: Tensor, q: Tensor, k: Tensor) -> None:
+    """Raises ValueError on boundaries that are none. Waits for a GPU that still computes them."""
+    if not torch.compiler.is_compiling() and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _C.segments(cu_q.cpu(), cu_k.cpu(), q.shape[0], q.shape[2], k.shape[2])
+
+
 # ---- torch: the formula in plain PyTorch -----------------------------------------------------------------------------
 
 
@@ -192,8 +198,7 @@ def _mask(
     position = torch.arange(query_len, device=q.device)[None, :, None] + kv_len - query_len
     seen = torch.ones(1, query_len, kv_len, dtype=torch.bool, device=q.device)
     if cu_q is not None and cu_k is not None:
-        if not torch.compiler.is_compiling():
-            _C.segments(cu_q.cpu(), cu_k.cpu(), batch, query_len, kv_len)  # raises on boundaries that are none
+        _check_values(cu_q, cu_k, q, k)
         query_segment, query_position = _segments(cu_q, batch, query_len)
         key_segment, key_position = _segments(cu_k, batch, kv_len)
         key = key_position[:, None, :]
@@ -265,9 +270,12 @@ def _attention_torch(
     return out.transpose(1, 2).contiguous().transpose(1, 2).to(q.dtype), lse.to(torch.float32)
 
 
-# ---- cpu: kernels/cpu/attention.cpp --------------------------------------------------------------------------------
+# ---- the kernels -------------------------------------------------------------------------------------------------
 
-_SETTINGS = "Tensor? cu_q, Tensor? cu_k, Tensor? seed, float scale, bool causal, int left, int right, float dropout_p"
+_SETTINGS = (
+    "Tensor? cu_q, Tensor? cu_k, Tensor? seed, float scale, bool causal, int left, int right, float dropout_p, "
+    "str backend"
+)
 
 
 def _like_heads(tensor: Tensor) -> Tensor:
@@ -298,11 +306,21 @@ def _forward_body(
     left: int,
     right: int,
     dropout_p: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
+    kernels = native.kernels(backend, "attention")
+    if cu_q is not None and cu_k is not None and backend != "cpu":
+        _check_values(cu_q, cu_k, q, k)
+        cu_q, cu_k = cu_q.long(), cu_k.long()
+    if backend == "triton":
+        result: tuple[Tensor, Tensor] = kernels.forward(
+            q, k, v, cu_q, cu_k, seed, scale, causal, left, right, dropout_p
+        )
+        return result
     out, lse = _outputs(q)
-    _C.attention_forward(
+    kernels.attention_forward(
         q, k, v, out, lse, cu_q, cu_k, scale, causal, left, right, dropout_p, 0 if seed is None else int(seed),
-        torch.get_num_threads(),
+        native.execution(backend, q),
     )  # fmt: skip
     return out, lse
 
@@ -323,16 +341,25 @@ def _backward_body(
     left: int,
     right: int,
     dropout_p: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = native.kernels(backend, "attention")
+    if grad_out.stride(3) != 1:
+        grad_out = grad_out.contiguous()
+    if cu_q is not None and cu_k is not None and backend != "cpu":
+        cu_q, cu_k = cu_q.long(), cu_k.long()
+    if backend == "triton":
+        result: tuple[Tensor, Tensor, Tensor] = kernels.backward(
+            grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, seed, scale, causal, left, right, dropout_p
+        )
+        return result
     gradients = _gradients(grad_out, grad_lse, q, k, v)
     if cu_k is not None:  # keys of a segment without queries are nobody's to write
         gradients[1].zero_()
         gradients[2].zero_()
-    if grad_out.stride(3) != 1:
-        grad_out = grad_out.contiguous()
-    _C.attention_backward(
+    kernels.attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, *gradients, cu_q, cu_k, scale, causal, left, right, dropout_p,
-        0 if seed is None else int(seed), torch.get_num_threads(),
+        0 if seed is None else int(seed), native.execution(backend, q),
     )  # fmt: skip
     return gradients
 
@@ -366,8 +393,8 @@ class _Attention(torch.autograd.Function):
         if grad_lse is not None:
             grad_lse = grad_lse.contiguous()
         gradients = _backward(grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, seed, *ctx.settings)
-        return *gradients, *(None,) * 8
+        return *gradients, *(None,) * 9
 
 
 registry.BACKENDS["torch"].implementations["attention"] = _attention_torch
-registry.BACKENDS["cpu"].implementations["attention"] = _Attention.apply
+native.implement("attention", _Attention.apply)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptcore import _C
 from gptcore.ops import native, registry
 
 
@@ -63,31 +62,45 @@ def _gelu_torch(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
     return (0.5 * wide * (1.0 + curve)).to(x.dtype)
 
 
-# ---- cpu: kernels/cpu/gelu.cpp -------------------------------------------------------------------------------------
+# ---- the kernels -----------------------------------------------------------------------------------------------------
 
 
-def _forward_body(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
+def _forward_body(x: Tensor, bias: Tensor | None, tanh_form: bool, backend: str) -> Tensor:
+    kernels = native.kernels(backend, "gelu")
+    if backend == "triton":
+        result: Tensor = kernels.forward(x, bias, tanh_form)
+        return result
     out = torch.empty_like(x)
-    _C.gelu_forward(x, bias, out, tanh_form, torch.get_num_threads())
+    kernels.gelu_forward(x, bias, out, tanh_form, native.execution(backend, x))
     return out
 
 
-def _backward_body(grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh_form: bool) -> tuple[Tensor, Tensor]:
-    grad_x, grad_bias = _gradients(grad_out, x, bias, tanh_form)
-    _C.gelu_backward(grad_out, x, bias, grad_x, None if bias is None else grad_bias, tanh_form, torch.get_num_threads())
+def _backward_body(
+    grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh_form: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    kernels = native.kernels(backend, "gelu")
+    if backend == "triton":
+        result: tuple[Tensor, Tensor] = kernels.backward(grad_out, x, bias, tanh_form)
+        return result
+    grad_x, grad_bias = _gradients(grad_out, x, bias)
+    kernels.gelu_backward(
+        grad_out, x, bias, grad_x, None if bias is None else grad_bias, tanh_form, native.execution(backend, x)
+    )
     return grad_x, grad_bias
 
 
-def _gradients(grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh_form: bool) -> tuple[Tensor, Tensor]:
+def _gradients(grad_out: Tensor, x: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
 # Rows and columns only: (rows, width), dense, bias in float32.
 _forward = native.define(
-    "gelu_forward(Tensor x, Tensor? bias, bool tanh_form) -> Tensor", _forward_body, lambda x, *_: torch.empty_like(x)
+    "gelu_forward(Tensor x, Tensor? bias, bool tanh_form, str backend) -> Tensor",
+    _forward_body,
+    lambda x, *_: torch.empty_like(x),
 )
 _backward = native.define(
-    "gelu_backward(Tensor grad_out, Tensor x, Tensor? bias, bool tanh_form) -> (Tensor, Tensor)",
+    "gelu_backward(Tensor grad_out, Tensor x, Tensor? bias, bool tanh_form, str backend) -> (Tensor, Tensor)",
     _backward_body,
     _gradients,
 )
@@ -95,20 +108,21 @@ _backward = native.define(
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, tanh_form: bool, backend: str) -> Tensor:
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1).contiguous()
         wide = None if bias is None else bias.float().contiguous()
         ctx.save_for_backward(rows, wide)
-        ctx.tanh_form, ctx.shape, ctx.bias_dtype = tanh_form, x.shape, None if bias is None else bias.dtype
-        return _forward(rows, wide, tanh_form).view(x.shape)
+        ctx.shape, ctx.bias_dtype = x.shape, None if bias is None else bias.dtype
+        ctx.settings = tanh_form, backend
+        return _forward(rows, wide, tanh_form, backend).view(x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         rows, bias = ctx.saved_tensors
-        grad, grad_bias = _backward(grad_out.reshape(rows.shape).contiguous(), rows, bias, ctx.tanh_form)
-        return grad.view(ctx.shape), None if bias is None else grad_bias.to(ctx.bias_dtype), None
+        grad, grad_bias = _backward(grad_out.reshape(rows.shape).contiguous(), rows, bias, *ctx.settings)
+        return grad.view(ctx.shape), None if bias is None else grad_bias.to(ctx.bias_dtype), None, None
 
 
 registry.BACKENDS["torch"].implementations["gelu"] = _gelu_torch
-registry.BACKENDS["cpu"].implementations["gelu"] = _Gelu.apply
+native.implement("gelu", _Gelu.apply)

@@ -10,7 +10,6 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from gptcore import _C
 from gptcore.ops import native, registry
 
 
@@ -106,21 +105,26 @@ def _layer_norm_torch(
     return out.to(total.dtype), total
 
 
-# ---- cpu: kernels/cpu/layer_norm.cpp -------------------------------------------------------------------------------
+# ---- the kernels -----------------------------------------------------------------------------------------------------
 
 
 def _forward_body(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, total, mean, rstd = _outputs(x, weight, bias, residual, eps)
-    _C.layer_norm_forward(
-        x, residual, weight, bias, out, None if residual is None else total, mean, rstd, eps, torch.get_num_threads()
-    )
+    kernels = native.kernels(backend, "layer_norm")
+    if backend == "triton":
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward(x, weight, bias, residual, eps)
+        return result
+    out, total, mean, rstd = _outputs(x, weight, bias, residual)
+    kernels.layer_norm_forward(
+        x, residual, weight, bias, out, None if residual is None else total, mean, rstd, eps,
+        native.execution(backend, x),
+    )  # fmt: skip
     return out, total, mean, rstd
 
 
 def _outputs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = x if residual is None else residual
     total = like.new_empty(0) if residual is None else torch.empty_like(like)
@@ -134,32 +138,50 @@ def _outputs(
 
 
 def _backward_body(
-    grad_out: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias: bool
+    grad_out: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    bias: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = native.kernels(backend, "layer_norm")
+    if backend == "triton":
+        result: tuple[Tensor, Tensor, Tensor] = kernels.backward(grad_out, grad_total, total, weight, mean, rstd, bias)
+        return result
     grad_x, grad_weight, grad_bias = _gradients(grad_out, grad_total, total, weight, mean, rstd, bias)
-    _C.layer_norm_backward(
+    kernels.layer_norm_backward(
         grad_out, grad_total, total, weight, mean, rstd, grad_x, grad_weight, grad_bias if bias else None,
-        torch.get_num_threads(),
+        native.execution(backend, total),
     )  # fmt: skip
     return grad_x, grad_weight, grad_bias
 
 
 def _gradients(
-    grad_out: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias: bool
+    grad_out: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    bias: bool,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(total), torch.empty_like(weight), weight.new_empty(weight.shape if bias else (0,))
 
 
 # Rows and columns only: (rows, width), dense, weight and bias in float32.
 _forward = native.define(
-    "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps) "
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward_body,
     _outputs,
 )
 _backward = native.define(
     "layer_norm_backward(Tensor grad_out, Tensor? grad_total, Tensor total, Tensor weight, Tensor mean, Tensor rstd, "
-    "bool bias) -> (Tensor, Tensor, Tensor)",
+    "bool bias, str backend) -> (Tensor, Tensor, Tensor)",
     _backward_body,
     _gradients,
 )
@@ -168,7 +190,7 @@ _backward = native.define(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, backend: str
     ) -> tuple[Tensor, Tensor | None]:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         wide = weight.float().contiguous()
@@ -178,10 +200,11 @@ class _LayerNorm(torch.autograd.Function):
             None if bias is None else bias.float().contiguous(),
             None if residual is None else residual.reshape(rows.shape).contiguous(),
             eps,
+            backend,
         )
         ctx.save_for_backward(rows if residual is None else total, wide, mean, rstd)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.has_residual = residual is not None
+        ctx.has_residual, ctx.backend = residual is not None, backend
         ctx.set_materialize_grads(False)
         return out.view(x.shape), None if residual is None else total.view(x.shape)
 
@@ -194,7 +217,9 @@ class _LayerNorm(torch.autograd.Function):
         rows = torch.zeros_like(total) if grad_out is None else grad_out.reshape(total.shape).contiguous()
         if grad_total is not None:
             grad_total = grad_total.reshape(total.shape).contiguous()
-        grad, grad_weight, grad_bias = _backward(rows, grad_total, total, weight, mean, rstd, bias_dtype is not None)
+        grad, grad_weight, grad_bias = _backward(
+            rows, grad_total, total, weight, mean, rstd, bias_dtype is not None, ctx.backend
+        )
         grad = grad.view(shape)
         return (
             grad.to(x_dtype),
@@ -202,8 +227,9 @@ class _LayerNorm(torch.autograd.Function):
             None if bias_dtype is None else grad_bias.to(bias_dtype),
             grad if ctx.has_residual else None,
             None,
+            None,
         )
 
 
 registry.BACKENDS["torch"].implementations["layer_norm"] = _layer_norm_torch
-registry.BACKENDS["cpu"].implementations["layer_norm"] = _LayerNorm.apply
+native.implement("layer_norm", _LayerNorm.apply)

@@ -197,5 +197,7 @@ def _linear_cross_entropy_cpu(
     return loss
 
 
-registry.BACKENDS["torch"].implementations["linear_cross_entropy"] = _linear_cross_entropy_torch
+# On a GPU, and on its stand-ins, the loss is left to PyTorch: gptcore has a kernel for the CPU alone.
+for _name in ("torch", "cuda", "triton", "simt"):
+    registry.BACKENDS[_name].implementations["linear_cross_entropy"] = _linear_cross_entropy_torch
 registry.BACKENDS["cpu"].implementations["linear_cross_entropy"] = _linear_cross_entropy_cpu

@@ -1,26 +1,66 @@
-"""How native kernels become PyTorch operators that autograd and torch.compile understand.
+"""How kernels become PyTorch operators that autograd and torch.compile understand.
 
-An operator is a schema, a body that allocates the outputs and calls gptcore._C, and a fake of the body that only
+An operator is a schema, a body that allocates the outputs and runs a backend's kernel, and a fake of the body that only
 allocates. Bodies see real tensors, so what depends on their values is checked there.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from gptcore.ops import registry
+
 LIBRARY = torch.library.Library("gptcore", "DEF")
+KERNEL_BACKENDS = ("cuda", "cpu", "triton", "simt")  # all but the reference
 
 
 def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Register torch.ops.gptcore.<name> for CPU tensors and return it."""
+    """Register torch.ops.gptcore.<name> and return the function that runs it."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, body, "CPU")
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, body, key)
     torch.library.register_fake(f"gptcore::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.gptcore, name).default
+    operator = getattr(torch.ops.gptcore, name).default
+
+    def run(*args: Any) -> Any:
+        # The dispatcher costs more than a small kernel, and only those who trace or fake tensors need it.
+        return operator(*args) if torch.compiler.is_compiling() or _is_watched(args[0]) else body(*args)
+
+    return run
+
+
+def _is_watched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is none that a kernel could read, or something records the operators that are called."""
+    return type(tensor) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
+
+
+def implement(op: str, function: Callable[..., Any]) -> None:
+    """Register function(..., backend) as what runs `op` on every backend that has kernels."""
+    for backend in KERNEL_BACKENDS:
+        registry.BACKENDS[backend].implementations[op] = lambda *args, backend=backend: function(*args, backend)
+
+
+def kernels(backend: str, op: str) -> Any:
+    """The module whose `<op>_forward` or, of Triton, `forward` runs on this backend."""
+    names = {"simt": "gptcore._simt", "triton": f"gptcore.kernels.{op}"}
+    return importlib.import_module(names.get(backend, "gptcore._C"))
+
+
+def execution(backend: str, tensor: torch.Tensor) -> int | tuple[int, Callable[[int], torch.Tensor], bool]:
+    """What the native functions take as `execution`; see _C.pyi."""
+    if backend == "cpu":
+        return torch.get_num_threads()
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    return (
+        stream,
+        lambda size: torch.empty(size, dtype=torch.uint8, device=tensor.device),
+        torch.backends.cuda.matmul.allow_tf32,
+    )
 
 
 def check_tensors(*, optional: bool = False, **tensors: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -37,12 +39,36 @@ class Backend:
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# In the order in which they are tried when none is asked for.
+
+def _why_no_cuda() -> str | None:
+    return "not built: this version has kernels for the CPU only"
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed; pip install "gptcore[triton]"'
+    if not torch.cuda.is_available() and not INTERPRETED:
+        return "no GPU; set TRITON_INTERPRET=1 to run its kernels slowly on CPU tensors"
+    return None
+
+
+def _why_no_simt() -> str | None:
+    if importlib.util.find_spec("gptcore._simt") is None:
+        return "not built: the module gptcore._simt is missing; reinstall gptcore"
+    return None
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# In the order in which they are tried when none is asked for. `torch` takes any tensor: what follows is never chosen.
 BACKENDS = {
     backend.name: backend
     for backend in (
+        Backend("cuda", devices=("cuda",), dtypes=FLOATS, unusable=_why_no_cuda()),
         Backend("cpu", devices=("cpu",), dtypes=FLOATS),
+        Backend("triton", devices=("cpu",) if INTERPRETED else ("cuda",), dtypes=FLOATS, unusable=_why_no_triton()),
         Backend("torch", devices=(), dtypes=(*FLOATS, torch.float64)),
+        Backend("simt", devices=("cpu",), dtypes=FLOATS, unusable=_why_no_simt()),
     )
 }
 

@@ -15,7 +15,7 @@
 #include <math.h>
 #include <omp.h>
 
-#include "kernels/cpu/kernels.h"
+#include "kernels/kernels.h"
 #include "kernels/cpu/simd.h"
 
 namespace gptcore {
@@ -852,9 +852,9 @@ using Bfloat16Operand = float;
 #endif
 
 size_t attention_forward_workspace(const AttentionArgs& args) {
-  if (few_queries(args)) return FewScratch(args, nullptr).bytes;
-  if (args.dtype == DType::bfloat16) return ForwardScratch<Bfloat16Operand>(args, nullptr).bytes;
-  return ForwardScratch<float>(args, nullptr).bytes;
+  if (few_queries(args)) return args.num_threads * FewScratch(args, nullptr).bytes;
+  if (args.dtype == DType::bfloat16) return args.num_threads * ForwardScratch<Bfloat16Operand>(args, nullptr).bytes;
+  return args.num_threads * ForwardScratch<float>(args, nullptr).bytes;
 }
 
 void attention_forward(const AttentionArgs& args) {
@@ -867,8 +867,8 @@ void attention_forward(const AttentionArgs& args) {
 }
 
 size_t attention_backward_workspace(const AttentionArgs& args) {
-  if (args.dtype == DType::bfloat16) return BackwardScratch<Bfloat16Operand>(args, nullptr).bytes;
-  return BackwardScratch<float>(args, nullptr).bytes;
+  if (args.dtype == DType::bfloat16) return args.num_threads * BackwardScratch<Bfloat16Operand>(args, nullptr).bytes;
+  return args.num_threads * BackwardScratch<float>(args, nullptr).bytes;
 }
 
 void attention_backward(const AttentionArgs& args) {

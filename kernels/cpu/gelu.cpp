@@ -149,6 +149,10 @@ void gelu_forward(const GeluArgs& args) {
   });
 }
 
+size_t gelu_backward_workspace(const GeluArgs& args) {
+  return args.bias ? row_chunks(args.rows) * args.width * sizeof(float) : 0;
+}
+
 void gelu_backward(const GeluArgs& args) {
   with_type(args.dtype, [&](auto zero) {
     using T = decltype(zero);

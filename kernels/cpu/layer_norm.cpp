@@ -143,6 +143,10 @@ void layer_norm_forward(const LayerNormArgs& args) {
   });
 }
 
+size_t layer_norm_backward_workspace(const LayerNormArgs& args) {
+  return row_chunks(args.rows) * 2 * args.width * sizeof(float);
+}
+
 void layer_norm_backward(const LayerNormArgs& args) {
   with_type(args.dtype, [&](auto zero) { backward<decltype(zero)>(args); });
 }

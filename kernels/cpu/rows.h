@@ -1,11 +1,15 @@
 // What layer_norm.cpp and gelu.cpp share.
 #pragma once
 
-#include "kernels/cpu/kernels.h"
+#include "kernels/kernels.h"
 #include "kernels/cpu/simd.h"
 
 namespace gptcore {
 namespace GPTCORE_ISA {
+
+// Sums over rows (grad_weight, grad_bias) are taken in this many chunks and the chunks added in order, so that the
+// result depends on the shape alone and never on the number of threads.
+static inline constexpr int64_t row_chunks(int64_t rows) { return rows < 64 ? 1 : rows < 2048 ? rows / 64 : 32; }
 
 // body(T()) for the storage type T that dtype names.
 template <class Body>

@@ -1,4 +1,4 @@
-// What the CPU kernels are called with, and the table of them that every instruction set fills in.
+// What the kernels are called with, and the table of them that every instruction set and every kind of GPU fills in.
 //
 // Plain structs of pointers and sizes: a kernel knows nothing of Python or PyTorch. Strides count elements. The caller
 // (csrc/) has checked every shape, stride and range; the kernels trust their arguments.
@@ -9,7 +9,7 @@
 
 namespace gptcore {
 
-enum class DType { float32, bfloat16, float16, int32, int64, other };
+enum class DType { float32, bfloat16, float16, int32, int64, uint8, other };
 
 // One document (or one batch row): its queries attend to its keys and to nothing else.
 struct Segment {
@@ -26,9 +26,13 @@ struct AttentionArgs {
   DType dtype;
   HeadsView query, key, value, out;
   float* lse;  // (batch, query_heads, query_len), natural log
-  int64_t query_heads, kv_heads, query_len, head_dim;  // query_len: of the tensor, the row length of lse and delta
-  const Segment* segments;
+  int64_t batch, query_heads, kv_heads, query_len, kv_len, head_dim;  // of the tensors: a segment may be shorter
+  const Segment* segments;  // CPU
   int64_t num_segments;
+  // GPU: the same as it was given, in the GPU's memory, since reading it on the host would wait for the GPU: boundaries
+  // over batch x length, or over one row for all rows if the last is that row's length. Null: every row is a segment.
+  const int64_t *cu_query, *cu_key;
+  int64_t num_boundaries;
   float scale;
   bool causal;
   int64_t window_left, window_right;  // negative: no limit
@@ -37,8 +41,10 @@ struct AttentionArgs {
   // Backward only.
   HeadsView grad_out, grad_query, grad_key, grad_value;
   const float* grad_lse;  // may be null
-  char* workspace;        // num_threads x attention_*_workspace bytes, aligned to 64
-  int num_threads;
+  char* workspace;        // attention_*_workspace bytes, aligned to 64
+  int num_threads;        // CPU
+  void* stream;           // GPU
+  bool allow_tf32;        // GPU: float32 products may be rounded to 10 bits, for tensor cores
 };
 
 struct LayerNormArgs {
@@ -55,8 +61,9 @@ struct LayerNormArgs {
   const void *grad_out, *grad_sum;  // grad_sum may be null
   void *grad_x;
   float *grad_weight, *grad_bias;   // grad_bias may be null
-  float* workspace;                 // row_chunks(rows) x 2 x width partial sums
-  int num_threads;
+  float* workspace;                 // layer_norm_backward_workspace bytes: partial sums over rows
+  int num_threads;                  // CPU
+  void* stream;                     // GPU
 };
 
 struct GeluArgs {
@@ -70,8 +77,9 @@ struct GeluArgs {
   const void* grad_out;
   void* grad_x;
   float* grad_bias;  // null without a bias
-  float* workspace;  // row_chunks(rows) x width partial sums
-  int num_threads;
+  float* workspace;  // gelu_backward_workspace bytes: partial sums over rows
+  int num_threads;   // CPU
+  void* stream;      // GPU
 };
 
 struct CrossEntropyArgs {
@@ -110,20 +118,19 @@ struct GradNormArgs {
   int num_threads;
 };
 
-// Sums over rows (grad_weight, grad_bias) are taken in this many chunks and the chunks added in order, so that the
-// result depends on the shape alone and never on the number of threads.
-static inline constexpr int64_t row_chunks(int64_t rows) { return rows < 64 ? 1 : rows < 2048 ? rows / 64 : 32; }
-
-struct CpuKernels {
-  const char* isa;
-  size_t (*attention_forward_workspace)(const AttentionArgs&);  // bytes a thread
+struct Kernels {
+  const char* name;  // of the CPU's instruction set, or "cuda" or "simt"
+  size_t (*attention_forward_workspace)(const AttentionArgs&);  // bytes
   void (*attention_forward)(const AttentionArgs&);
   size_t (*attention_backward_workspace)(const AttentionArgs&);
   void (*attention_backward)(const AttentionArgs&);
   void (*layer_norm_forward)(const LayerNormArgs&);
+  size_t (*layer_norm_backward_workspace)(const LayerNormArgs&);
   void (*layer_norm_backward)(const LayerNormArgs&);
   void (*gelu_forward)(const GeluArgs&);
+  size_t (*gelu_backward_workspace)(const GeluArgs&);
   void (*gelu_backward)(const GeluArgs&);
+  // The CPU's alone.
   void (*cross_entropy)(const CrossEntropyArgs&);
   void (*adamw)(const AdamWArgs&);
   void (*grad_norm)(const GradNormArgs&);

@@ -1,0 +1,81 @@
+// Where and how a call runs, which kernels run it, and the scratch memory they get.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+
+#include "csrc/checks.h"
+
+namespace gptcore {
+
+// From Python: the number of threads on the CPU; on a GPU a tuple (stream, allocate, allow_tf32) of a CUDA stream's
+// handle, the function that makes a uint8 tensor of so many bytes there, and torch.backends.cuda.matmul.allow_tf32.
+struct Execution {
+  int num_threads = 1;
+  void* stream = nullptr;
+  pybind11::object allocate;  // null on the CPU
+  bool allow_tf32 = false;
+};
+
+// The kernels for tensors on the device of this one. Throws ValueError if this module has none.
+const Kernels& kernels_for(const TensorView& tensor, const Execution& execution);
+
+// Scratch memory of one call. On the CPU it is aligned to a cache line and freed with the call; on a GPU PyTorch's
+// allocator owns it, which gives it to nobody else before the stream has passed this call.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) {
+    bytes = (bytes + 63) / 64 * 64;
+    memory_.reset(static_cast<char*>(std::aligned_alloc(64, bytes ? bytes : 64)));
+    if (!memory_) throw std::bad_alloc();  // MemoryError in Python
+  }
+  Workspace(const Execution& execution, const TensorView& like, size_t bytes) {
+    if (!execution.allocate) {
+      *this = Workspace(bytes);
+      return;
+    }
+    if (bytes == 0) return;
+    tensor_ = execution.allocate(bytes);
+    view_ = tensor_.cast<TensorView>();
+    check_device(*view_, "workspace", like);
+    check_contiguous(*view_, "workspace");
+    if (view_->bytes() < static_cast<int64_t>(bytes))
+      refuse("the workspace has ", view_->bytes(), " bytes, expected ", bytes);
+  }
+  template <class T = char>
+  T* as() const { return view_ ? view_->as<T>() : reinterpret_cast<T*>(memory_.get()); }
+  const std::optional<TensorView>& view() const { return view_; }
+
+ private:
+  std::unique_ptr<char[], decltype(&std::free)> memory_{nullptr, &std::free};
+  pybind11::object tensor_;
+  std::optional<TensorView> view_;
+};
+
+}  // namespace gptcore
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<gptcore::Execution> {
+  PYBIND11_TYPE_CASTER(gptcore::Execution, const_name("Execution"));
+
+  bool load(handle source, bool) {
+    if (!isinstance<tuple>(source)) {
+      if (!PyLong_Check(source.ptr())) throw type_error("execution is neither a number of threads nor a tuple");
+      value.num_threads = gptcore::check_threads(source.cast<int64_t>());
+      return true;
+    }
+    auto parts = reinterpret_borrow<tuple>(source);
+    if (parts.size() != 3) throw type_error("execution has " + std::to_string(parts.size()) + " parts, expected 3");
+    value.stream = reinterpret_cast<void*>(parts[0].cast<uintptr_t>());
+    value.allocate = parts[1];
+    value.allow_tf32 = parts[2].cast<bool>();
+    return true;
+  }
+  static handle cast(const gptcore::Execution&, return_value_policy, handle) = delete;
+};
+
+}  // namespace pybind11::detail
