@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
-from gptcore.files import PathLike
+from gptcore.files import PathLike, cache_folder
 from gptcore.shards import Shard, read_shard, write_shard
 from gptcore.tokenizer import Tokenizer, check_text_file, read_blocks, split_documents
 
@@ -33,13 +33,6 @@ Feature = torch.Tensor | Sequence[int] | Mapping[str, Any]
 
 _FORMAT = 2  # of the ids in the cache: how a text is cut into documents and ended
 _IGNORED = -100  # the label that the loss leaves out
-
-
-def cache_folder(cache_dir: PathLike | None = None) -> Path:
-    """Where caches are kept: `cache_dir`, else $GPTCORE_CACHE, else $XDG_CACHE_HOME/gptcore, else ~/.cache/gptcore."""
-    if folder := cache_dir or os.environ.get("GPTCORE_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptcore"
 
 
 class TokenDataset(Dataset[Any]):

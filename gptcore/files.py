@@ -18,6 +18,13 @@ import torch
 PathLike = str | os.PathLike[str]
 
 
+def cache_folder(cache_dir: PathLike | None = None) -> Path:
+    """Where caches are kept: `cache_dir`, else $GPTCORE_CACHE, else $XDG_CACHE_HOME/gptcore, else ~/.cache/gptcore."""
+    if folder := cache_dir or os.environ.get("GPTCORE_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptcore"
+
+
 def sync(path: Path) -> None:
     """Flush one file, or the entries of one folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -185,6 +185,7 @@ def _adamw_cpu(
     torch.autograd.graph.increment_version(parameters)  # so that a backward pass that needs the old ones says so
 
 
-for name, norm, update in (("torch", _grad_norm_torch, _adamw_torch), ("cpu", _grad_norm_cpu, _adamw_cpu)):
-    registry.BACKENDS[name].implementations |= {"grad_norm": norm, "adamw": update}
+registry.BACKENDS["cpu"].implementations |= {"grad_norm": _grad_norm_cpu, "adamw": _adamw_cpu}
+for name in registry.WITH_TORCH:
+    registry.BACKENDS[name].implementations |= {"grad_norm": _grad_norm_torch, "adamw": _adamw_torch}
 registry.BACKENDS["cpu"].narrower |= dict.fromkeys(("grad_norm", "adamw"), (torch.float32,))

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from gptcore import data
 from gptcore.corpus import write_standard_library_corpus
-from gptcore.data import DataCollatorForLanguageModeling, TextDataset, cache_folder, epoch_order, split
+from gptcore.data import DataCollatorForLanguageModeling, TextDataset, epoch_order, split
+from gptcore.files import cache_folder
 from gptcore.tokenizer import Tokenizer
 
 WORDS = (

@@ -197,7 +197,6 @@ def _linear_cross_entropy_cpu(
     return loss
 
 
-# On a GPU, and on its stand-ins, the loss is left to PyTorch: gptcore has a kernel for the CPU alone.
-for _name in ("torch", "cuda", "triton", "simt"):
+for _name in registry.WITH_TORCH:
     registry.BACKENDS[_name].implementations["linear_cross_entropy"] = _linear_cross_entropy_torch
 registry.BACKENDS["cpu"].implementations["linear_cross_entropy"] = _linear_cross_entropy_cpu

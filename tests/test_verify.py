@@ -1,0 +1,94 @@
+"""A kernel's check on its first use: with the CPU's kernels in the place of a GPU's, right ones and wrong ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptcore.ops import registry, verify
+
+TENSORS = {"attention": torch.zeros(1, 1, 1, 64), "layer_norm": torch.zeros(1, 8), "gelu": torch.zeros(1, 8)}
+
+
+@pytest.fixture(autouse=True)
+def _forgetful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTCORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(verify, "_results", {})
+
+
+def failure(op: str, dtype: torch.dtype, run: Callable[..., Any] | None = None) -> str | None:
+    kernel = run or registry.BACKENDS["cpu"].implementations[op]
+    return verify.failure("cpu", op, TENSORS[op].to(dtype), kernel, registry.BACKENDS["torch"].implementations[op])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", TENSORS)
+def test_right_kernels_pass_and_are_remembered(op: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert failure(op, dtype) is None
+    (key,) = json.loads((tmp_path / "verified.json").read_text())
+    assert f"cpu {op} {dtype}" in key
+    verify._results.clear()
+    assert failure(op, dtype, run=lambda *_: pytest.fail("called again")) is None
+
+
+def test_a_broken_file_is_no_reason_to_fail(tmp_path: Path) -> None:
+    (tmp_path / "verified.json").write_text("{")
+    assert failure("gelu", torch.float32) is None
+
+
+WRONG: dict[str, Callable[[Callable[..., Any], tuple[Any, ...]], Any]] = {
+    "scaled": lambda run, args: tuple(t * 1.01 for t in run(*args)),
+    "one element": lambda run, args: tuple(t.index_fill(-1, torch.tensor([3]), 0.5) for t in run(*args)),
+    "nan": lambda run, args: tuple(t * math.nan for t in run(*args)),
+    "refuses": lambda run, args: (_ for _ in ()).throw(RuntimeError("an illegal instruction")),
+    "gradient": lambda run, args: tuple(_Doubled.apply(t) for t in run(*args)),
+}
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_kernel_is_named_and_left_alone(wrong: str, tmp_path: Path) -> None:
+    run = registry.BACKENDS["cpu"].implementations["attention"]
+
+    def broken(*args: Any) -> Any:
+        return WRONG[wrong](run, args)
+
+    with pytest.warns(UserWarning, match=r"the kernel cpu attention torch.float32 head_dim 64 is wrong on cpu"):
+        reason = failure("attention", torch.float32, broken)
+    assert reason is not None
+    assert "illegal" in reason or "relative error" in reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        assert failure("attention", torch.float32, broken) == reason
+    assert not (tmp_path / "verified.json").exists()
+
+
+def test_the_next_backend_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the table of backends does with the verdict; no tensor of a GPU is needed for that."""
+    monkeypatch.setattr(registry, "VERIFIED", ("cpu",))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(verify, "failure", lambda *_: "it is wrong here")
+    x = torch.zeros(2, 4)
+    assert registry.chosen("gelu", x) == ("torch", registry.chosen("gelu", x)[1])
+    assert "not cpu: it is wrong here" in registry.chosen("gelu", x)[1]
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run gelu: it is wrong here"):
+        registry.select("gelu", "cpu", x)
