@@ -50,7 +50,8 @@ def _gpu(device: torch.device) -> str:
     if device.type != "cuda":
         return str(device)
     gpu = torch.cuda.get_device_properties(device)
-    driver, version = torch._C._cuda_getDriverVersion(), _C.build_info()["version"]
+    version = _C.build_info()["version"]
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     return f"{gpu.name}, sm_{gpu.major}{gpu.minor}, driver {driver}, torch {torch.__version__}, gptcore {version}"
 
 
