@@ -3,6 +3,7 @@
 #include "csrc/checks.h"
 #include "csrc/device_tensors.h"
 #include "csrc/ops.h"
+#include "csrc/pages.h"
 
 namespace gptcore {
 namespace {
@@ -166,6 +167,7 @@ void attention_forward(const TensorView& query, const TensorView& key, const Ten
                               {"lse", lse, Access::write},
                               {"workspace", workspace.view(), Access::write}};
   pybind11::gil_scoped_release release;
+  prefer_huge_pages(out);
   kernels.attention_forward(args);
 }
 
@@ -207,6 +209,7 @@ void attention_backward(const TensorView& grad_out, const OptionalView& grad_lse
                               {"grad_value", grad_value, Access::write},
                               {"workspace", workspace.view(), Access::write}};
   pybind11::gil_scoped_release release;
+  for (const auto* grad : {&grad_query, &grad_key, &grad_value}) prefer_huge_pages(*grad);
   kernels.attention_backward(args);
 }
 

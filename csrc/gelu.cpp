@@ -1,6 +1,7 @@
 #include "csrc/checks.h"
 #include "csrc/device_tensors.h"
 #include "csrc/ops.h"
+#include "csrc/pages.h"
 
 namespace gptcore {
 namespace {
@@ -28,6 +29,7 @@ void gelu_forward(const TensorView& x, const OptionalView& bias, const TensorVie
   const Kernels& kernels = kernels_for(x, execution);
   DeviceTensors tensors{{"x", x, Access::read}, {"bias", bias, Access::read}, {"out", out, Access::write}};
   pybind11::gil_scoped_release release;
+  prefer_huge_pages(out);
   kernels.gelu_forward(args);
 }
 
@@ -47,6 +49,7 @@ void gelu_backward(const TensorView& grad_out, const TensorView& x, const Option
                         {"bias", bias, Access::read},         {"grad_x", grad_x, Access::write},
                         {"grad_bias", grad_bias, Access::write}, {"workspace", workspace.view(), Access::write}};
   pybind11::gil_scoped_release release;
+  prefer_huge_pages(grad_x);
   kernels.gelu_backward(args);
 }
 

@@ -1,6 +1,7 @@
 #include "csrc/checks.h"
 #include "csrc/device_tensors.h"
 #include "csrc/ops.h"
+#include "csrc/pages.h"
 
 namespace gptcore {
 
@@ -40,6 +41,8 @@ void layer_norm_forward(const TensorView& x, const OptionalView& residual, const
                         {"out", out, Access::write},      {"sum", sum, Access::write},
                         {"mean", mean, Access::write},    {"rstd", rstd, Access::write}};
   pybind11::gil_scoped_release release;
+  prefer_huge_pages(out);
+  prefer_huge_pages(sum);
   kernels.layer_norm_forward(args);
 }
 
@@ -74,6 +77,7 @@ void layer_norm_backward(const TensorView& grad_out, const OptionalView& grad_su
                         {"grad_x", grad_x, Access::write},          {"grad_weight", grad_weight, Access::write},
                         {"grad_bias", grad_bias, Access::write},    {"workspace", workspace.view(), Access::write}};
   pybind11::gil_scoped_release release;
+  prefer_huge_pages(grad_x);
   kernels.layer_norm_backward(args);
 }
 
