@@ -35,7 +35,8 @@ def transformers_gpt2(model: GPT) -> Any:
 def train_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """One step, as one writes it with either optimizer: loss, gradients, clipping to 1, update. bfloat16: autocast."""
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-        loss: Tensor = model(input_ids=ids, labels=ids).loss
+        only_loss = {"logits_to_keep": 0} if isinstance(model, GPT) else {}  # as our Trainer asks for it
+        loss: Tensor = model(input_ids=ids, labels=ids, **only_loss).loss
     loss.backward()
     if isinstance(optimizer, AdamW):
         optimizer.step(grad_scale=min(1.0, 1.0 / (optimizer.grad_norm() + 1e-6)))

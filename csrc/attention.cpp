@@ -34,7 +34,11 @@ std::vector<int64_t> read_boundaries(const TensorView& cu, const char* name, int
   return bounds;
 }
 
-HeadsView heads(const TensorView& t) { return {t.data, t.strides[0], t.strides[1], t.strides[2]}; }
+// A dimension of one element is never stepped along; its stride could be anything, and spoil the test for alignment.
+HeadsView heads(const TensorView& t) {
+  auto stride = [&](int dim) { return t.shape[dim] == 1 ? 0 : t.strides[dim]; };
+  return {t.data, stride(0), stride(1), stride(2)};
+}
 
 void check_heads(const TensorView& t, const char* name, const TensorView& query) {
   check_device(t, name, query);
@@ -62,6 +66,11 @@ AttentionArgs common_args(const TensorView& query, const TensorView& key, const 
   if (head_dim < 1 || head_dim > 256) refuse("head_dim is ", head_dim, ", expected 1 to 256");
   if (kv_heads < 1 || query_heads % kv_heads)
     refuse("query has ", query_heads, " heads, which is not a multiple of the ", kv_heads, " heads of key and value");
+  // Kernels count heads, and the rows of a group of heads, in 32 bits.
+  for (int64_t size : {batch * query_heads, query_len * (query_heads / kv_heads), kv_len})
+    if (size > INT32_MAX)
+      refuse("query has shape ", shape_text(query.shape, 4), " and key ", shape_text(key.shape, 4),
+             ", expected batch x heads, query_len x heads / kv_heads and kv_len below 2^31");
   if (!std::isfinite(static_cast<float>(options.scale)))
     refuse("scale is ", options.scale, ", expected a number that is finite in float32");
   if (!(options.dropout_p >= 0 && options.dropout_p < 1))

@@ -147,6 +147,13 @@ print(*{os.path.realpath(path) for path in re.findall(r"\\S*/lib[a-z]*omp\\d?[-.
     assert len(runtimes) == 1, runtimes
 
 
+@pytest.mark.parametrize("shape", [(2**16, 2**15, 1, 8), (1, 1, 2**31, 8)], ids=str)
+def test_sizes_beyond_32_bits_are_refused(shape: tuple[int, ...]) -> None:
+    x, lse = torch.zeros(1).expand(shape), torch.zeros(1).expand(shape[:3])
+    with pytest.raises(ValueError, match=r"expected batch x heads, .* below 2\^31"):
+        _C.attention_forward(x, x, x, x, lse, None, None, 0.1, False, -1, -1, 0.0, 0, 1)
+
+
 def test_other_python_threads_run_during_a_kernel() -> None:
     x = torch.randn(1, 4, 3000, 64)
     times: list[float] = []
