@@ -22,11 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore import _C, ops
+from gptcore.ops import native
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = (F32, BF16, F16)
 # The argument `backend`, and for the CPU's kernels the instruction set. A new backend is one more line here.
 BACKENDS = {"torch": ("torch", None), **{f"cpu-{isa}": ("cpu", isa) for isa in _C.supported_isas()}}
+# A GPU's kernels, on the CPU: in a model of a GPU, or in Triton's interpreter (TRITON_INTERPRET=1). A case takes a
+# thousand times as long there, so they run smaller grids, made for the edges of a GPU's tiles.
+SLOW = [name for name in ("simt", "triton") if ops.backends()[name] is None]
+BACKENDS |= {name: (name, None) for name in SLOW}
 NATIVE = [name for name in BACKENDS if name != "torch"]  # those that have kernels, whose bits can be compared
 
 
@@ -49,6 +54,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=NATIVE)
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running(request.param) as argument:
+        yield argument
+
+
+@pytest.fixture(params=[name for name in NATIVE if name != "triton"])
+def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Those whose native functions can be called by themselves."""
     with running(request.param) as argument:
         yield argument
 
@@ -78,6 +90,13 @@ def covering(**axes: list[Any]) -> list[dict[str, Any]]:
         missing -= pairs[best]
         found.append({axis: axes[axis][i] for axis, i in candidates[best].items()})
     return found
+
+
+def over(cases: list[Any], few: list[Any]) -> pytest.MarkDecorator:
+    """Every backend with every case; the slow ones with `few` instead."""
+    pairs = [(name, case) for name in BACKENDS for case in dict.fromkeys(few if name in SLOW else cases)]
+    ids = [f"{name}-{name_of(case)}" for name, case in pairs]
+    return pytest.mark.parametrize(("backend", "case"), pairs, indirect=["backend"], ids=ids)
 
 
 def name_of(case: Any) -> str:
@@ -334,7 +353,24 @@ GRID += [  # nothing to see, nobody to see it
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", dict.fromkeys(GRID), ids=name_of)
+# A GPU's tiles have 16 to 128 rows and 8 to 64 columns, and widths of 32, 64, 96, 128 and 256.
+TILES = [
+    Attention(causal=mask[0], window=mask[1], **axes)
+    for axes in covering(
+        head_dim=[1, 13, 31, 32, 33, 64, 65, 96, 100, 128, 130, 255, 256],
+        lengths=[(1, 1), (15, 17), (16, 16), (65, 63), (64, 64), (63, 130), (129, 127), (1, 200), (130, 1), (33, 97)],
+        mask=MASKS,
+        heads=[(1, 1), (6, 2), (3, 3)],
+        dtype=list(DTYPES),
+        scale=[None, -0.3, 0.0, 2.0],
+    )
+    for mask in [axes.pop("mask")]
+]
+TILES += [case for case in GRID if case.documents and case.head_dim == 5][::3]
+TILES += [case for case in GRID if case.dropout_p or case.magnitude != 1.0 or 0 in (*case.lengths, case.batch)]
+
+
+@over(GRID, TILES)
 def test_attention(backend: str, case: Attention) -> None:
     check_attention(case, backend)
 
@@ -517,7 +553,7 @@ LAYER_NORMS += [LayerNorm(width=48, rows=rows, data="shifted") for rows in (0, 2
 LAYER_NORMS += [LayerNorm(eps=eps) for eps in (0.0, 1e-12, 1.0)]
 
 
-@pytest.mark.parametrize("case", dict.fromkeys(LAYER_NORMS), ids=name_of)
+@over(LAYER_NORMS, [case for case in LAYER_NORMS if case.rows * case.width < 20_000 or case.width == 65536])
 def test_layer_norm(backend: str, case: LayerNorm) -> None:
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Any:
         return ops.layer_norm(x, weight, bias, eps=case.eps, residual=residual, backend=backend)
@@ -611,7 +647,7 @@ GELUS = [
 ]
 
 
-@pytest.mark.parametrize("case", GELUS, ids=name_of)
+@over(GELUS, [case for case in GELUS if math.prod(case.shape) < 10_000])
 def test_gelu(backend: str, case: Gelu) -> None:
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
         return ops.gelu(x, bias=bias, approximate=case.approximate, backend=backend)
@@ -751,13 +787,15 @@ def poisoned(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [1, 7, 16, 33, 100])
-def test_attention_writes_every_element_and_nothing_else(kernel: str, head_dim: int, dtype: torch.dtype) -> None:
+def test_attention_writes_every_element_and_nothing_else(compiled: str, head_dim: int, dtype: torch.dtype) -> None:
     q, k, v, grad_out = (randn(2, 2, n, head_dim, seed=s, dtype=dtype) for s, n in enumerate((67, 45, 45, 67)))
     (out, around_out), lse = poisoned(*q.shape, dtype=dtype), torch.full(q.shape[:3], math.nan)
-    settings = (None, None, 0.3, True, -1, -1, 0.0, 0, 2)
-    _C.attention_forward(q, k, v, out, lse, *settings)
+    with threads(2):
+        settings = (None, None, 0.3, True, -1, -1, 0.0, 0, native.execution(compiled, q))
+    module = native.kernels(compiled, "attention")
+    module.attention_forward(q, k, v, out, lse, *settings)
     gradients, around = zip(*(poisoned(*t.shape, dtype=dtype) for t in (q, k, v)), strict=True)
-    _C.attention_backward(grad_out, None, q, k, v, out, lse, *gradients, *settings)
+    module.attention_backward(grad_out, None, q, k, v, out, lse, *gradients, *settings)
     assert not lse.isnan().any()
     for inner, outer in zip((out, *gradients), (around_out, *around), strict=True):
         assert not inner.isnan().any()
@@ -767,8 +805,11 @@ def test_attention_writes_every_element_and_nothing_else(kernel: str, head_dim: 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (67, 33), (2, 1000), (300, 200)])
-def test_rows_are_written_whole_and_nothing_else(kernel: str, rows: int, width: int, dtype: torch.dtype) -> None:
+def test_rows_are_written_whole_and_nothing_else(compiled: str, rows: int, width: int, dtype: torch.dtype) -> None:
     flat: list[Tensor] = []
+    module = native.kernels(compiled, "gelu")
+    with threads(2):
+        run = native.execution(compiled, torch.zeros(1))
 
     def output(*shape: int, dtype: torch.dtype = F32) -> Tensor:
         """With NaN before and behind it."""
@@ -778,19 +819,20 @@ def test_rows_are_written_whole_and_nothing_else(kernel: str, rows: int, width: 
     x, residual, grad = (randn(rows, width, seed=s, dtype=dtype) for s in range(3))
     weight, bias = randn(width, seed=3), randn(width, seed=4)
     total, mean, rstd = output(rows, width, dtype=dtype), output(rows), output(rows)
-    _C.layer_norm_forward(x, residual, weight, bias, output(rows, width, dtype=dtype), total, mean, rstd, 1e-5, 2)
-    _C.layer_norm_backward(
-        grad, residual, total, weight, mean, rstd, output(rows, width, dtype=dtype), output(width), output(width), 2
+    module.layer_norm_forward(x, residual, weight, bias, output(rows, width, dtype=dtype), total, mean, rstd, 1e-5, run)
+    module.layer_norm_backward(
+        grad, residual, total, weight, mean, rstd, output(rows, width, dtype=dtype), output(width), output(width), run
     )
     for tanh_form in (True, False):
-        _C.gelu_forward(x, bias, output(rows, width, dtype=dtype), tanh_form, 2)
-        _C.gelu_backward(grad, x, bias, output(rows, width, dtype=dtype), output(width), tanh_form, 2)
+        module.gelu_forward(x, bias, output(rows, width, dtype=dtype), tanh_form, run)
+        module.gelu_backward(grad, x, bias, output(rows, width, dtype=dtype), output(width), tanh_form, run)
     for tensor in flat:
         assert tensor[:16].isnan().all()
         assert tensor[-16:].isnan().all()
         assert not tensor[16:-16].isnan().any()
 
 
+@pytest.mark.parametrize("kernel", [name for name in NATIVE if name not in SLOW], indirect=True)
 def test_large_tensors_are_written_past_the_cache_too(kernel: str) -> None:
     x = randn(4100, 1030)  # above 16 MiB, with rows that do not begin on a vector
     for bias in (None, randn(1030, seed=1)):
