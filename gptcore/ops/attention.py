@@ -311,7 +311,7 @@ def _forward_body(
     kernels = native.kernels(backend, "attention")
     if cu_q is not None and cu_k is not None and backend != "cpu":
         _check_values(cu_q, cu_k, q, k)
-        cu_q, cu_k = cu_q.long(), cu_k.long()
+        cu_q, cu_k = cu_q.long().contiguous(), cu_k.long().contiguous()
     if backend == "triton":
         result: tuple[Tensor, Tensor] = kernels.forward(
             q, k, v, cu_q, cu_k, seed, scale, causal, left, right, dropout_p
@@ -347,7 +347,7 @@ def _backward_body(
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
     if cu_q is not None and cu_k is not None and backend != "cpu":
-        cu_q, cu_k = cu_q.long(), cu_k.long()
+        cu_q, cu_k = cu_q.long().contiguous(), cu_k.long().contiguous()
     if backend == "triton":
         result: tuple[Tensor, Tensor, Tensor] = kernels.backward(
             grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, seed, scale, causal, left, right, dropout_p
