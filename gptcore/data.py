@@ -26,8 +26,9 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from gptcore.files import PathLike, cache_folder
+from gptcore.pretokenize import check_text_file, read_blocks, split_documents
 from gptcore.shards import Shard, read_shard, write_shard
-from gptcore.tokenizer import Tokenizer, check_text_file, read_blocks, split_documents
+from gptcore.tokenizer import Tokenizer
 
 Feature = torch.Tensor | Sequence[int] | Mapping[str, Any]
 

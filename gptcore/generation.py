@@ -51,6 +51,10 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int | None = None,
+    min_new_tokens: int = 0,
+    num_return_sequences: int = 1,
     eos_token_id: int | None = None,
     seed: int | None = None,
     attention_mask: Tensor | None = None,
@@ -59,10 +63,17 @@ def generate(
 ) -> Tensor:
     """Continue each prompt by `max_new_tokens` tokens: (B, T) -> (B, T + max_new_tokens) int64, prompts included.
 
+    With num_return_sequences, B rows become B * num_return_sequences.
+
     input_ids: a (B, T) tensor, in which attention_mask (B, T) marks padding on the left by zeros; or a list of B lists
         of token ids of any lengths, which are padded on the left to the longest, T.
     do_sample: False takes the likeliest token; True draws one from softmax(logits / temperature), limited to the top_k
         likeliest tokens, then to the fewest likeliest ones whose probability reaches top_p (Holtzman et al. 2020).
+    repetition_penalty: the logit of each token that is in the row already is divided by it, or multiplied where it is
+        negative (after Keskar et al. 2019, section 4.1); 1 does nothing.
+    no_repeat_ngram_size: so many tokens in succession never come twice in a row, prompt included; None sets no limit.
+    min_new_tokens: the end token is not among the first so many.
+    num_return_sequences: rows drawn for each prompt, one after another; more than one needs do_sample=True.
     eos_token_id: a row is filled with padding (config.pad_token_id, or the end token) after it. None means
         config.eos_token_id; -1 means that nothing ends a row.
     seed: of the draws, which never touch PyTorch's global generators; None means a new one each time. Greedy tokens are
@@ -74,6 +85,7 @@ def generate(
     that cannot be served, and FloatingPointError where the model computes logits that are not finite.
     """
     _check_options(max_new_tokens, do_sample, temperature, top_k, top_p, seed)
+    _check_limits(repetition_penalty, no_repeat_ngram_size, min_new_tokens, num_return_sequences, do_sample)
     config = model.config
     if eos_token_id is None:
         eos_token_id = -1 if config.eos_token_id is None else config.eos_token_id
@@ -84,6 +96,7 @@ def generate(
         raise ValueError(f"vocab_size {vocab_size} should be between 1 and the model's {config.vocab_size} tokens")
     device = next(model.parameters()).device
     prompts, pads = _left_padded(input_ids, attention_mask, fill, device)
+    prompts, pads = (rows.repeat_interleave(num_return_sequences, 0) for rows in (prompts, pads))
     B, T = prompts.shape
     longest = T - int(pads.min())
     if longest + max_new_tokens > config.n_positions:
@@ -110,6 +123,11 @@ def generate(
                 logits = logits[:, :vocab_size]
                 if not logits.isfinite().all():
                     raise FloatingPointError(f"logits for token {t} are not finite: the model's weights are damaged")
+                logits = limited(logits, ids[:, :t], pads, repetition_penalty, no_repeat_ngram_size)
+                if t - T < min_new_tokens and 0 <= eos_token_id < logits.shape[-1]:
+                    logits[:, eos_token_id] = -torch.inf
+                if (logits.amax(-1) == -torch.inf).any():
+                    raise ValueError(f"no token is left that could be token {t}: loosen the limits on repetition")
                 token = sample(logits, generator, temperature, top_k, top_p) if do_sample else logits.argmax(-1)
                 ids[:, t] = token.masked_fill(ended, fill)
                 ended |= token == eos_token_id
@@ -137,6 +155,29 @@ def decode(model: GPT, token: Tensor, pads: Tensor, cache: KVCache) -> Tensor:
         keys = torch.stack([row * L + pads, (row + 1) * L], 1).flatten()
         segments = F.pad(queries, (1, 0)), F.pad(keys, (1, 0))
     return model(token, cu_seqlens=segments, position_ids=position_ids, cache=cache).logits[:, -1].float()
+
+
+def limited(
+    logits: Tensor, ids: Tensor, pads: Tensor, repetition_penalty: float, no_repeat_ngram_size: int | None
+) -> Tensor:
+    """Logits (B, V) after the limits on repetition, given the tokens so far (B, t), of which pads (B,) are padding."""
+    V, t = logits.shape[-1], ids.shape[1]
+    if repetition_penalty != 1.0:
+        text = torch.arange(t, device=ids.device) >= pads[:, None]
+        penalised = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
+        logits = torch.where(_among(ids, text, V), penalised, logits)
+    if no_repeat_ngram_size is not None and t >= no_repeat_ngram_size:
+        grams = ids.unfold(1, no_repeat_ngram_size, 1)  # (B, t - n + 1, n)
+        repeated = (grams[..., :-1] == ids[:, None, t - no_repeat_ngram_size + 1 :]).all(-1)
+        repeated &= torch.arange(grams.shape[1], device=ids.device) >= pads[:, None]
+        logits = logits.masked_fill(_among(grams[..., -1], repeated, V), -torch.inf)
+    return logits
+
+
+def _among(tokens: Tensor, counts: Tensor, V: int) -> Tensor:
+    """Whether each of V tokens is among those of (B, N) tokens that count: (B, V) bool."""
+    found = torch.zeros(len(tokens), V + 1, dtype=torch.bool, device=tokens.device)
+    return found.scatter_(1, tokens.clamp(max=V).masked_fill(~counts, V), True)[:, :V]
 
 
 def sample(
@@ -182,6 +223,26 @@ def _left_padded(
     longest = max(len(prompt) for prompt in input_ids)
     rows = [[fill] * (longest - len(prompt)) + [operator.index(token) for token in prompt] for prompt in input_ids]
     return torch.tensor(rows, device=device), longest - torch.tensor([len(p) for p in input_ids], device=device)
+
+
+def _check_limits(
+    repetition_penalty: float,
+    no_repeat_ngram_size: int | None,
+    min_new_tokens: int,
+    num_return_sequences: int,
+    do_sample: bool,
+) -> None:
+    if not 0 < repetition_penalty < float("inf"):
+        raise ValueError(f"repetition_penalty should be positive and finite, not {repetition_penalty}; 1 does nothing")
+    for name, value, least in (
+        ("no_repeat_ngram_size", no_repeat_ngram_size, 1),
+        ("min_new_tokens", min_new_tokens, 0),
+        ("num_return_sequences", num_return_sequences, 1),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{name} should be a whole number of at least {least}, not {value!r}")
+    if num_return_sequences > 1 and not do_sample:
+        raise ValueError(f"num_return_sequences={num_return_sequences} would be one text as often: pass do_sample=True")
 
 
 def _check_options(

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import safetensors
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def from_pretrained(
     dtype: of the weights; None keeps those of the file.
     overrides: settings to replace, as in GPT.from_pretrained("gpt2", attn_pdrop=0.0).
 
-    The files are memory-mapped and read in small parts: hardly more than the model is ever in memory.
+    Hardly more than the model is ever in memory: files are memory-mapped and read in small parts, or tensor by tensor.
     Raises FileNotFoundError, or ValueError naming the tensors that are missing, unexpected, of another shape or not
     finite, or the setting that this model does not have.
     """
@@ -138,12 +139,19 @@ def read_state_dict(model: GPT, folder: PathLike, dtype: torch.dtype | None = No
         (f"{name} {kind}" for name, kind in kinds.items() if not kind.is_floating_point),
     )
     state, damaged = {}, []
+    storages: set[int] = set()
     for name, (file, on_disk) in sources.items():
-        tensor = torch.empty(shapes[name], dtype=dtype or kinds[name])
-        as_on_disk = tensor.t() if TRANSPOSED.fullmatch(name) else tensor
-        finite = True
+        kind, finite = dtype or kinds[name], True
+        whole = None if file.mapped else file.take(on_disk)
+        if whole is not None and whole.dtype == kind and not TRANSPOSED.fullmatch(name) and _is_alone(whole, storages):
+            tensor = as_on_disk = whole
+        else:
+            tensor = torch.empty(shapes[name], dtype=kind)
+            as_on_disk = tensor.t() if TRANSPOSED.fullmatch(name) else tensor
         for start, stop in file.parts(on_disk):
-            part = as_on_disk[start:stop].copy_(file.rows(on_disk, start, stop))
+            part = as_on_disk[start:stop]
+            if tensor is not whole:
+                part.copy_(file.rows(on_disk, start, stop) if whole is None else whole[start:stop])
             finite = finite and bool(part.isfinite().all())
         state[name] = tensor
         if not finite:
@@ -162,6 +170,15 @@ def read_state_dict(model: GPT, folder: PathLike, dtype: torch.dtype | None = No
         if not same:
             raise ValueError(f"{where}: lm_head.weight differs from wte.weight, but tie_word_embeddings is true")
     return {name: state[name] for name in expected}
+
+
+def _is_alone(tensor: Tensor, storages: set[int]) -> bool:
+    """Whether a tensor is the whole of its memory, in order, and the first that has it; it is noted in `storages`."""
+    storage = tensor.untyped_storage()
+    if not tensor.is_contiguous() or storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
+        return False
+    storages.add(storage.data_ptr())
+    return True
 
 
 def _config(folder: Path, overrides: Mapping[str, Any]) -> GPTConfig:
@@ -216,7 +233,8 @@ class _WeightFile:
     """A file of tensors, read a few rows at a time through a memory map.
 
     A page that has been looked at counts as memory of this process for as long as it is mapped. So after every CHUNK
-    bytes the file is mapped anew.
+    bytes the file is mapped anew. What cannot be mapped, TensorFlow's files and those of torch.save before PyTorch 1.6,
+    comes as whole tensors, which become the model's own one by one where they can.
     """
 
     def __init__(self, path: Path) -> None:
@@ -234,19 +252,27 @@ class _WeightFile:
         """Row numbers (start, stop) that cut a tensor into parts of at most CHUNK bytes, or one row."""
         rows, *rest = self.shapes[name]
         row_size = 8 * math.prod(rest)  # a number takes 8 bytes at most
-        step = max(1, CHUNK // max(1, row_size)) if self.mapped else max(1, rows)
+        step = max(1, CHUNK // max(1, row_size))
         return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         if self.mapped and self.seen > CHUNK:
             self.close()
+        part: Tensor = self._opened()[name][start:stop]
+        self.seen += part.nbytes
+        return part
+
+    def _opened(self) -> dict[str, Any]:
         if not self.entries:
             if self._version() != self.version:
                 raise ValueError(f"{self.path} was changed while it was read; try again")
             self.entries = self._open()
-        part: Tensor = self.entries[name][start:stop]
-        self.seen += part.nbytes
-        return part
+        return self.entries
+
+    def take(self, name: str) -> Tensor:
+        """A whole tensor of a file that is not mapped, for which the file has no further use."""
+        tensor: Tensor = self._opened().pop(name)[:]
+        return tensor
 
     def close(self) -> None:
         """Let go of the file; it is opened again when more rows are asked for."""
@@ -286,13 +312,15 @@ class _WeightFile:
 class _TensorFlowVariable:
     """A variable of a TensorFlow checkpoint as a tensor on the disk: read, whole, when rows of it are asked for."""
 
-    def __init__(self, reader: Any, name: str, shape: Iterable[int]) -> None:
-        self.reader, self.name, self.shape = reader, name, tuple(shape)
+    def __init__(self, reader: Any, name: str, shape: Iterable[int], kind: Any) -> None:
+        self.reader, self.name, self.shape, self.kind = reader, name, tuple(shape), kind
 
     def get_shape(self) -> tuple[int, ...]:
         return self.shape[1:] if len(self.shape) == 3 and self.shape[0] == 1 else self.shape  # a convolution of width 1
 
     def __getitem__(self, rows: slice) -> Tensor:
+        if rows.stop == 0:
+            return torch.from_numpy(np.empty(0, self.kind.as_numpy_dtype))
         return torch.from_numpy(self.reader.get_tensor(self.name)).view(self.get_shape())[rows]
 
 
@@ -306,10 +334,13 @@ def _open_tensorflow(prefix: Path) -> dict[str, Any]:
         ) from error
     reader = tensorflow.train.load_checkpoint(str(prefix))
     kinds = {"w": "weight", "g": "weight", "b": "bias", "wte": "wte.weight", "wpe": "wpe.weight"}
+    kinds_on_disk = reader.get_variable_to_dtype_map()
     entries = {}
     for name, shape in reader.get_variable_to_shape_map().items():
         *path, kind = re.sub(r"^h(\d+)/", r"h/\1/", name.removeprefix("model/")).split("/")
-        entries[".".join([*path, kinds.get(kind, kind)])] = _TensorFlowVariable(reader, name, shape)
+        entries[".".join([*path, kinds.get(kind, kind)])] = _TensorFlowVariable(
+            reader, name, shape, kinds_on_disk[name]
+        )
     return entries
 
 

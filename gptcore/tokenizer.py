@@ -7,11 +7,10 @@ nothing is unknown. GPT-1's tokenizer (kind "gpt1") is read too, and is the one 
 it folds case, accents and white space, and what is not in its vocabulary becomes <unk>.
 
 What `tokenizers` does not take is handled here. Bytes that are not UTF-8 become their byte tokens directly, and the
-valid text on either side is encoded by itself; a lone surrogate in a str is its three bytes of "surrogatepass". Text
-longer than `PIECE` characters is encoded a piece at a time, cut where a pre-token of GPT-2 ends whatever stands before
-and after (`_SAFE_CUT`), so that the ids are those of the whole. Only where `LONGEST` characters hold no such place, say
-a run of 262,144 letters, is the run itself cut. This bounds time and memory, and it depends on the text alone:
-`encode`, `encode_batch` and `encode_stream`, in chunks of any size, always agree.
+valid text on either side is encoded by itself; a lone surrogate in a str is its three bytes of "surrogatepass". A long
+text is encoded in pieces (see `gptcore.pretokenize`), which bounds memory. The ids are those of the whole: `encode`,
+`encode_batch` and `encode_stream`, in chunks of any size, always agree. Only a word that is longer than a piece stays
+whole, and takes memory in proportion, where it is GPT-1's or the merges are not `in_order`.
 """
 
 from __future__ import annotations
@@ -30,49 +29,34 @@ from typing import Any, Literal, TypeVar, overload
 
 import tokenizers
 import torch
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, trainers
 
-from gptcore.files import PathLike, atomic_file, read_json, write_json
+from gptcore.files import PathLike, atomic_file, write_json
 from gptcore.hub import find_folder
+from gptcore.pretokenize import (
+    BROKEN,
+    BYTE_OF,
+    CHARACTERS,
+    END_OF_TEXT,
+    END_OF_WORD,
+    GPT2_WORDS,
+    SAFE_CUT,
+    STAND_IN,
+    check_text_file,
+    cut_in_word,
+    end_of_a_word,
+    in_order,
+    pieces,
+    read_blocks,
+    split_documents,
+)
+from gptcore.tokenizer_files import UNKNOWN, kind_of, read_settings, read_vocab
 
 Made = TypeVar("Made", bound="Tokenizer")
-END_OF_TEXT = "<|endoftext|>"  # stands after each document, and between the documents of a text file
-UNKNOWN = "<unk>"  # what GPT-1's vocabulary does not have
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
          "tokenizer_config.json")  # fmt: skip
-PIECE = 1 << 16  # characters that `tokenizers` sees as one text, where the text lets itself be cut
-LONGEST = 1 << 18  # and at most
+LONGEST = 1 << 18  # characters of a word that `train` sees as one
 _BATCH = 1 << 20  # characters encoded by one call, on as many threads as `tokenizers` takes
-_SAMPLE = 1 << 16  # bytes looked at to tell text from anything else
-
-# A pre-token of GPT-2 ends after a non-space before white space, and after a letter or digit before a mark: what
-# follows can never join it. All versions of Unicode agree on these letters and marks. Greedy: the last place wins.
-_SAFE_CUT = re.compile(
-    r"(?s:.+)(?:(?<=\S)(?=[ \t\r\n])|(?<=[0-9A-Za-z\u4e00-\u9fa5])(?=[!-/:-@\[-`{-~\u3001\u3002\uff0c]))"
-)
-_BROKEN = re.compile("([\udc80-\udcff]+)")  # bytes that are not UTF-8, as "surrogateescape" decodes them
-
-_GPT2_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-_GPT1_WORDS = pre_tokenizers.BertPreTokenizer()
-_GPT1_TEXT = normalizers.BertNormalizer(lowercase=True)
-_END_OF_WORD = "</w>"  # at the end of GPT-1's tokens
-_CHARACTERS = pre_tokenizers.Sequence(
-    [
-        pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's visible stand-in for each byte: itself where Latin-1 shows it, else the next character from U+0100 on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
-_STAND_IN = {byte: character for character, byte in _BYTE_OF.items()}
 
 
 def _surrogates_or_replace(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -86,97 +70,17 @@ def _surrogates_or_replace(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error("gptcore.surrogates_or_replace", _surrogates_or_replace)
 
 
-def check_text_file(path: PathLike) -> Path:
-    """Check that `path` is a text file: not empty, and its first 65,536 bytes hold no NUL and at most 10 % bad UTF-8.
-
-    Raises FileNotFoundError, or ValueError for a folder, an empty file or a binary file.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path} (looked from {Path.cwd()})")
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; name the text files themselves"
-        )
-    with open(path, "rb") as file:
-        sample = file.read(_SAMPLE)
-    if not sample:
-        raise ValueError(f"{path} is empty (0 bytes): there is no text in it")
-    nul, broken = sample.count(0), sum(map(len, _BROKEN.findall(sample.decode("utf-8", "surrogateescape"))))
-    if nul or broken > len(sample) / 10 + 3:  # the sample may end inside a character, of which it then holds 3 bytes
-        raise ValueError(
-            f"{path} is not a text file: of its first {len(sample)} bytes {nul} are NUL and {broken} are not "
-            "valid UTF-8; give UTF-8 text (`iconv -f UTF-16 -t UTF-8` converts other encodings)"
-        )
-    return path
-
-
-def read_blocks(path: PathLike, size: int = 1 << 20) -> Iterator[bytes]:
-    """The bytes of a file, `size` at a time."""
-    with open(path, "rb") as file:
-        while block := file.read(size):
-            yield block
-
-
-def split_documents(blocks: Iterable[bytes], separators: Iterable[str] = (END_OF_TEXT,)) -> Iterator[bytes | None]:
-    """The documents in a stream of bytes: some chunks, then None, for each.
-
-    A separator stands between two documents and belongs to neither, nor does a newline right after it. A document
-    without a byte is left out. How the stream is cut into blocks makes no difference to the documents.
-    """
-    names = sorted((name.encode() for name in separators), key=len, reverse=True)
-    pattern = re.compile(b"(?:" + b"|".join(map(re.escape, names)) + rb")(?:\r?\n)?")
-    longest = len(names[0]) + 2
-    rest, inside = b"", False
-    for block in itertools.chain(blocks, [None]):
-        rest += block or b""
-        settled = len(rest) if block is None else max(0, len(rest) - longest)  # what starts later may not be whole yet
-        start = 0
-        for match in pattern.finditer(rest):
-            if match.start() >= settled:
-                break
-            if match.start() > start:
-                yield rest[start : match.start()]
-                inside = True
-            if inside:
-                yield None
-            start, inside = match.end(), False
-        if settled > start:
-            yield rest[start:settled]
-            inside = True
-        rest = rest[max(start, settled) :]
-    if inside:
-        yield None
-
-
-def _pieces(chunks: Iterable[bytes | None]) -> Iterator[str | None]:
-    """The same stream as text in pieces, bad bytes as "surrogateescape"; None as it comes.
-
-    Where it is cut depends on the next LONGEST + 1 characters, which are all there: so not on the chunks.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    text = ""
-    for chunk in chunks:
-        text += decoder.decode(chunk or b"", final=chunk is None)
-        start = 0
-        while len(text) - start > (PIECE if chunk is None else LONGEST):
-            match = _SAFE_CUT.match(text, start, start + PIECE + 1) or _SAFE_CUT.match(text, start, start + LONGEST + 1)
-            end = match.end() if match else start + LONGEST
-            yield text[start:end]
-            start = end
-        text = text[start:]
-        if chunk is None:
-            if text:
-                yield text
-            yield None
-            text = ""
-
-
 def _training_text(paths: Sequence[Path], separators: Sequence[str]) -> Iterator[str]:
     """The valid text of the files in pieces, without separators: these are never learnt as text."""
+
+    def cut(beginning: str) -> int | None:
+        if match := SAFE_CUT.match(beginning):
+            return match.end()
+        return LONGEST if len(beginning) > LONGEST else None
+
     for path in paths:
-        for piece in _pieces(split_documents(read_blocks(path), separators or [END_OF_TEXT])):
-            yield from filter(None, _BROKEN.split(piece)[::2]) if piece else ()
+        for piece in pieces(split_documents(read_blocks(path), separators or [END_OF_TEXT]), cut):
+            yield from filter(None, BROKEN.split(piece)[::2]) if piece else ()
 
 
 class Tokenizer:
@@ -194,12 +98,13 @@ class Tokenizer:
         tokenizer.no_padding()
         state = json.loads(tokenizer.to_str())
         vocab = tokenizer.get_vocab()
-        self.kind = _kind_of(state, vocab)
+        self.kind = kind_of(state, vocab)
         self._tokenizer = tokenizer
         self._tokenizer.encode_special_tokens = True  # as plain text: `encode` finds those allowed by itself
         self.special_tokens: dict[str, int] = {token["content"]: token["id"] for token in state["added_tokens"]}
         # All that ids depend on, however a file spells it
-        whole = [self.kind, vocab, [list(merge) for merge in state["model"]["merges"]], self.special_tokens]
+        merges = [list(merge) for merge in state["model"]["merges"]]
+        whole = [self.kind, vocab, merges, self.special_tokens]
         self.fingerprint = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
         self._eos_token = END_OF_TEXT if END_OF_TEXT in self.special_tokens else None
         self._pad_token: str | None = None
@@ -209,10 +114,12 @@ class Tokenizer:
             if token in self.special_tokens:
                 self._bytes[i] = token.encode()
             elif self.kind == "gpt1":
-                self._bytes[i] = token.replace(_END_OF_WORD, " ").encode()
+                self._bytes[i] = token.replace(END_OF_WORD, " ").encode()
             else:
-                self._bytes[i] = bytes(map(_BYTE_OF.__getitem__, token))
-        self._byte_ids = [vocab[UNKNOWN if self.kind == "gpt1" else _STAND_IN[byte]] for byte in range(256)]
+                self._bytes[i] = bytes(map(BYTE_OF.__getitem__, token))
+        self._cuts_words = self.kind == "bpe" and in_order(merges)
+        self._longest = max(map(len, self._bytes))
+        self._byte_ids = [vocab[UNKNOWN if self.kind == "gpt1" else STAND_IN[byte]] for byte in range(256)]
         # The longest special token wins, as in `tokenizers`.
         names = sorted(map(re.escape, self.special_tokens), key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(names) or '(?!)'})".encode())
@@ -252,10 +159,10 @@ class Tokenizer:
             seen: set[str] = set()
             for text in _training_text(paths, special):
                 seen.update(text)
-            longer = ["".join(_STAND_IN[byte] for byte in c.encode()) for c in sorted(seen) if ord(c) >= 128]
-            vocab = {token: i for i, token in enumerate([*special, *sorted(_BYTE_OF), *longer])}
+            longer = ["".join(STAND_IN[byte] for byte in c.encode()) for c in sorted(seen) if ord(c) >= 128]
+            vocab = {token: i for i, token in enumerate([*special, *sorted(BYTE_OF), *longer])}
             tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
-            tokenizer.pre_tokenizer = _CHARACTERS  # and ignore_merges: one in the vocabulary is a token at once
+            tokenizer.pre_tokenizer = CHARACTERS  # and ignore_merges: one in the vocabulary is a token at once
             tokenizer.add_special_tokens(special)
         elif kind == "bpe":
             if vocab_size is None or vocab_size < base:
@@ -264,12 +171,12 @@ class Tokenizer:
                     f"not {vocab_size}; 8192 suits a few megabytes of text"
                 )
             tokenizer = tokenizers.Tokenizer(models.BPE())
-            tokenizer.pre_tokenizer = _GPT2_WORDS
+            tokenizer.pre_tokenizer = GPT2_WORDS
             trainer = trainers.BpeTrainer(
                 vocab_size=vocab_size,
                 min_frequency=2,
                 special_tokens=special,
-                initial_alphabet=sorted(_BYTE_OF),
+                initial_alphabet=sorted(BYTE_OF),
                 show_progress=False,
             )
             tokenizer.train_from_iterator(_training_text(paths, special), trainer)
@@ -304,8 +211,8 @@ class Tokenizer:
     @classmethod
     def _load(cls: type[Made], file: Path, folder: Path) -> Made:
         try:
-            made = cls._from_json(file.read_text("utf-8")) if file.name != "vocab.json" else cls(_from_vocab(folder))
-            made._configure(_settings(folder) if folder.is_dir() else {})
+            made = cls._from_json(file.read_text("utf-8")) if file.name != "vocab.json" else cls(read_vocab(folder))
+            made._configure(read_settings(folder) if folder.is_dir() else {})
             return made
         except ValueError as error:
             raise ValueError(f"{file} cannot be used: {error}") from error
@@ -468,9 +375,8 @@ class Tokenizer:
             "attention_mask": padded([[1] * len(row) for row in rows], 0),
         }
         if return_offsets_mapping:
-            result["offset_mapping"] = padded(
-                [self._offsets(text, row) for text, row in zip(texts, rows, strict=True)], (0, 0)
-            )
+            offsets = [self._offsets(text, row, allowed_special) for text, row in zip(texts, rows, strict=True)]
+            result["offset_mapping"] = padded(offsets, (0, 0))
         if _tensors(return_tensors):
             if len(lengths := {len(row) for row in result["input_ids"]}) > 1:
                 raise ValueError(f"rows of {min(lengths)} to {max(lengths)} tokens make no tensor: give padding=True")
@@ -481,12 +387,13 @@ class Tokenizer:
             }
         return {name: value[0] for name, value in result.items()} if single else dict(result)
 
-    def _offsets(self, text: Any, ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Of each token the characters [start, end) that its bytes are part of."""
-        if self.kind == "gpt1" or not isinstance(text, str):
-            reason = "GPT-1's folds the text" if isinstance(text, str) else "they count characters"
-            raise ValueError(f"offsets are for str and byte-level tokenizers: {reason}")
+    def _offsets(self, text: Any, ids: Sequence[int], allowed_special: bool | None) -> list[tuple[int, int]]:
+        """Of each token the characters [start, end) that its bytes, or GPT-1's folded characters, come from."""
+        if not isinstance(text, str):
+            raise ValueError("offsets are for str: they count characters")
         data = _to_bytes(text)
+        if self.kind == "gpt1":
+            return self._folded_offsets(data, allowed_special)[: len(ids)]
         character = list(itertools.accumulate(int(byte & 0xC0 != 0x80) for byte in data))  # of each byte, from 1
         offsets: list[tuple[int, int]] = []
         start = 0
@@ -496,16 +403,37 @@ class Tokenizer:
             start = end
         return offsets
 
+    def _folded_offsets(self, data: bytes, allowed_special: bool | None) -> list[tuple[int, int]]:
+        offsets: list[tuple[int, int]] = []
+        thirds = 0  # of the characters so far: a lone surrogate is three bytes, between which a piece may end
+        for i, part in enumerate(self._split_special(data, allowed_special)):
+            if i % 2:
+                offsets.append((thirds // 3, thirds // 3 + len(part.decode())))
+                thirds += 3 * len(part.decode())
+                continue
+            for piece in pieces([part, None], self._cut):
+                for j, run in enumerate(BROKEN.split(piece or "")):
+                    if j % 2:
+                        offsets += [(at // 3, at // 3 + 1) for at in range(thirds, thirds + len(run))]
+                        thirds += len(run)
+                    else:
+                        found = self._tokenizer.encode(run, add_special_tokens=False).offsets
+                        offsets += [(thirds // 3 + start, thirds // 3 + end) for start, end in found]
+                        thirds += 3 * len(run)
+        return offsets
+
+    def _split_special(self, data: bytes, allowed: bool | None) -> list[bytes]:
+        """Text, special token, text, ..., text; all of it text unless special tokens are allowed."""
+        return self._special.split(data) if (self.special_in_text if allowed is None else allowed) else [data]
+
     def encode_batch(self, texts: Iterable[str | bytes], allowed_special: bool | None = None) -> list[list[int]]:
         """`encode` of each text, on several threads."""
         if isinstance(texts, str | bytes):
             raise TypeError("encode_batch takes a list of texts; encode takes one")
-        if allowed_special is None:
-            allowed_special = self.special_in_text
-        split = [self._special.split(_to_bytes(t)) if allowed_special else [_to_bytes(t)] for t in texts]
+        split = [self._split_special(_to_bytes(text), allowed_special) for text in texts]
         stream = self.encode_stream(chunk for parts in split for part in parts[::2] for chunk in (part, None))
         results = []
-        for parts in split:  # text, special token, text, ..., text
+        for parts in split:
             ids: list[int] = []
             for i, part in enumerate(parts):
                 if i % 2:
@@ -524,7 +452,7 @@ class Tokenizer:
         """
         batch: list[str | None] = []
         size = 0
-        for piece in _pieces(chunks):
+        for piece in pieces(chunks, self._cut):
             batch.append(piece)
             size += len(piece or "") + 1
             if size >= _BATCH:
@@ -532,8 +460,20 @@ class Tokenizer:
                 batch, size = [], 0
         yield from self._encode_pieces(batch)
 
-    def _encode_pieces(self, pieces: Sequence[str | None]) -> Iterator[list[int] | None]:
-        split = [None if piece is None else _BROKEN.split(piece) for piece in pieces]  # valid, broken, valid, ...
+    def _cut(self, beginning: str) -> int | None:
+        """A place where no token goes across, whatever follows `beginning`; None if there is none to be found."""
+        if self.kind == "char":
+            return len(beginning) - 1
+        if match := SAFE_CUT.match(beginning):
+            return match.end()
+        if self.kind == "gpt1":  # its words are those of a text that is changed first
+            return None
+        if place := end_of_a_word(beginning):
+            return place
+        return cut_in_word(beginning[:-3], self._tokenizer.model, self._longest) if self._cuts_words else None
+
+    def _encode_pieces(self, batch: Sequence[str | None]) -> Iterator[list[int] | None]:
+        split = [None if piece is None else BROKEN.split(piece) for piece in batch]  # valid, broken, valid, ...
         valid = [run for runs in split if runs for run in runs[::2]]
         encodings = iter(self._tokenizer.encode_batch_fast(valid, add_special_tokens=False))
         for runs in split:
@@ -593,119 +533,3 @@ def _side(side: str) -> str:
     if side not in ("left", "right"):
         raise ValueError(f"padding_side {side!r} should be 'left' or 'right'")
     return side
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """What transformers wrote about special tokens: by now in tokenizer_config.json, formerly in a file of its own."""
-    found: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            found |= read_json(folder / name)
-    return {key: value["content"] if isinstance(value, dict) and "content" in value else value
-            for key, value in found.items()}  # fmt: skip
-
-
-def _from_vocab(folder: Path) -> tokenizers.Tokenizer:
-    """A tokenizer of vocab.json and merges.txt: GPT-2's if the vocabulary has all bytes, else GPT-1's."""
-    vocab = read_json(folder / "vocab.json")
-    special = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
-    gpt2 = _BYTE_OF.keys() <= vocab.keys()
-    settings: dict[str, Any] = {} if gpt2 else {"unk_token": UNKNOWN, "end_of_word_suffix": _END_OF_WORD}
-    try:
-        merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))[1]
-        tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, **settings))
-    except Exception as error:  # `tokenizers` raises nothing more precise
-        raise ValueError(f"with merges.txt it is not a whole vocabulary: {error}") from error
-    if gpt2:
-        tokenizer.pre_tokenizer, tokenizer.decoder = _GPT2_WORDS, decoders.ByteLevel()
-    else:
-        tokenizer.normalizer, tokenizer.pre_tokenizer = _GPT1_TEXT, _GPT1_WORDS
-        tokenizer.decoder = decoders.BPEDecoder(suffix=_END_OF_WORD)
-    in_vocabulary = [token for token in (END_OF_TEXT, UNKNOWN) if token in vocab and (token == END_OF_TEXT) == gpt2]
-    for token in [*in_vocabulary, *sorted(special, key=special.__getitem__)]:
-        tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
-        if token in special and tokenizer.token_to_id(token) != special[token]:
-            raise ValueError(
-                f"added_tokens.json gives {token!r} the id {special[token]}, but it is the "
-                f"{tokenizer.token_to_id(token)}th of the vocabulary"
-            )
-    return tokenizer
-
-
-def _kind_of(state: dict[str, Any], vocab: dict[str, int]) -> str:
-    """ "bpe", "char" or "gpt1". Raises ValueError unless a tokenizer.json is one of these, to the last setting."""
-    model = state["model"]
-    if model["type"] != "BPE":
-        raise ValueError(f"its model is {model['type']}, not a byte-level BPE")
-    if model.get("end_of_word_suffix") == _END_OF_WORD:
-        kind = _check_gpt1(state)
-    else:
-        kind = _check_byte_level(state, vocab)
-    if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError(f"its {len(vocab)} tokens must have the ids 0 to {len(vocab) - 1}, each once, but do not")
-    return kind
-
-
-def _check_gpt1(state: dict[str, Any]) -> str:
-    """Raise ValueError unless a tokenizer.json with GPT-1's end of words is GPT-1's in all else. Returns the kind."""
-    expected = {
-        "normalizer": json.loads(_GPT1_TEXT.__getstate__()),
-        "pre_tokenizer": json.loads(_GPT1_WORDS.__getstate__()),
-        "unk_token": UNKNOWN,
-    }
-    found = state | state["model"]
-    for name, value in expected.items():
-        if found[name] != value:
-            raise ValueError(f"its {name} is {found[name]!r}, but GPT-1's is {value!r}")
-    for name in ("dropout", "continuing_subword_prefix", "fuse_unk", "byte_fallback", "ignore_merges"):
-        if found.get(name):
-            raise ValueError(f"its {name} is {found[name]!r}, but GPT-1's is unset")
-    _check_special(state)
-    if UNKNOWN not in [token["content"] for token in state["added_tokens"]]:
-        raise ValueError(f"its special tokens must have {UNKNOWN!r} among them, for what is not in the vocabulary")
-    return "gpt1"
-
-
-def _check_special(state: dict[str, Any]) -> None:
-    for token in state["added_tokens"]:
-        normalized = token["normalized"] and state["normalizer"] is not None
-        if not token["special"] or token["lstrip"] or token["rstrip"] or token["single_word"] or normalized:
-            raise ValueError(f"its added token must be special, and neither strip nor normalise: {token}")
-
-
-def _check_byte_level(state: dict[str, Any], vocab: dict[str, int]) -> str:
-    """Raise ValueError unless a tokenizer.json round-trips every text, and no plain text can become a special token.
-
-    Returns the kind, "bpe" or "char".
-    """
-    model = state["model"]
-    kinds = {repr(_plain(words.__getstate__())): words is _CHARACTERS for words in (_GPT2_WORDS, _CHARACTERS)}
-    by_character = kinds.get(repr(_plain(json.dumps(state["pre_tokenizer"]))))
-    if by_character is None:
-        raise ValueError(
-            f"its pre-tokenizer is {state['pre_tokenizer']}, but must be GPT-2's ByteLevel (with its regex, without a "
-            "prefix space) or the characters of kind 'char'"
-        )
-    unset = ["normalizer", "dropout", "continuing_subword_prefix", "end_of_word_suffix"]
-    for name in unset if by_character else [*unset, "ignore_merges"]:
-        if found := (state | model)[name]:
-            raise ValueError(f"its {name} is {found!r}, but must be unset for exact and repeatable ids")
-    if by_character and not model["ignore_merges"]:
-        raise ValueError("its ignore_merges must be true for kind 'char': a character is a token at once")
-    special = [token["content"] for token in state["added_tokens"]]
-    _check_special(state)
-    if missing := [byte for byte in range(256) if _STAND_IN[byte] not in vocab]:
-        raise ValueError(f"{len(missing)} of the 256 bytes are not in its vocabulary (the first is {missing[0]:#04x})")
-    if strange := [token for token in vocab if token not in special and not (token and _BYTE_OF.keys() >= set(token))]:
-        raise ValueError(f"{len(strange)} of its tokens are not made of bytes, such as {strange[0]!r}")
-    reachable = {left + right for left, right in model["merges"]} | _BYTE_OF.keys()
-    for name in special:
-        spelt = bytes(map(_BYTE_OF.__getitem__, name)) if _BYTE_OF.keys() >= set(name) else b""
-        if name in reachable or (by_character and len(spelt.decode("utf-8", "ignore")) == 1):
-            raise ValueError(f"plain text can become its special token {name!r}; choose another")
-    return "char" if by_character else "bpe"
-
-
-def _plain(pre_tokenizer: str | bytes) -> Any:
-    """A pre-tokenizer's JSON without trim_offsets, on which no id depends."""
-    return json.loads(pre_tokenizer, object_hook=lambda entry: {k: v for k, v in entry.items() if k != "trim_offsets"})

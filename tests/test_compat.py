@@ -113,6 +113,33 @@ def test_greedy_generation_is_that_of_transformers(folder: Path) -> None:
     assert torch.equal(ours.generate(**batch, **options), theirs.generate(**batch, do_sample=False, **options))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.8},
+        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 3, "repetition_penalty": 1.1},
+        {"no_repeat_ngram_size": 0},
+        {"min_new_tokens": 5},
+        {"min_length": 12, "no_repeat_ngram_size": 2},
+    ],
+)
+def test_limits_on_repetition_and_length_are_those_of_transformers(folder: Path, options: dict[str, Any]) -> None:
+    ours = compat.GPT2LMHeadModel.from_pretrained(folder / "gpt2")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(str(folder / "gpt2")).eval()
+    ids = torch.tensor([[1, 2, 3, 1, 2], [7, 7, 7, 7, 7], [9, 50, 8, 50, 9]])
+    plain = ours.generate(ids, max_length=30)
+    eos = int(plain[0, 6])  # an end that comes early unless it may not
+    options = {**options, "max_length": 30, "pad_token_id": 0, "eos_token_id": eos}
+    expected = theirs.generate(ids, do_sample=False, attention_mask=torch.ones_like(ids), **options)
+    found = ours.generate(ids, **options)
+    assert torch.equal(found, expected)
+    if options.get("no_repeat_ngram_size") != 0:
+        assert not torch.equal(found, ours.generate(ids, max_length=30, pad_token_id=0, eos_token_id=eos))
+
+
 def test_set_seed_decides_what_is_drawn(folder: Path) -> None:
     model = compat.GPT2LMHeadModel.from_pretrained(folder / "gpt2")
     ids = torch.tensor([[1, 2, 3]])
@@ -132,7 +159,7 @@ def test_what_is_not_supported_says_so(folder: Path) -> None:
     ids = torch.tensor([[1, 2, 3]])
     calls: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"max_length": 9, "num_beams": 4, "early_stopping": True}, TypeError, "not have early_stopping, num_beams"),
-        ({"max_length": 9, "no_repeat_ngram_size": 2}, TypeError, "not have no_repeat_ngram_size"),
+        ({"max_length": 9, "min_length": 5, "min_new_tokens": 2}, ValueError, "min_length or min_new_tokens"),
         ({}, ValueError, "give max_length or max_new_tokens"),
         ({"max_length": 9, "max_new_tokens": 2}, ValueError, "one of them, not 9 and 2"),
         ({"max_length": 3}, ValueError, "the prompts have 3 tokens already"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -125,6 +127,43 @@ def test_generation_under_bfloat16_autocast() -> None:
         assert model.generate(PROMPTS, 4).shape == (4, 12)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"repetition_penalty": 2.0}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 9}],
+)
+def test_limits_see_no_padding_and_no_other_row(options: dict) -> None:
+    eos, pad = (int(small().generate([prompt], n)[0, -1]) for prompt, n in ((PROMPTS[0], 3), ([4], 1)))
+    model = small(eos_token_id=eos, pad_token_id=pad)  # both are tokens that come by themselves
+    batch = model.generate(PROMPTS, 20, **options)
+    assert not torch.equal(batch, model.generate(PROMPTS, 20))
+    for row, prompt in enumerate(PROMPTS):
+        assert torch.equal(batch[row, 8 - len(prompt) :], model.generate([prompt], 20, **options)[0])
+
+
+def test_no_run_of_tokens_comes_twice_in_what_is_drawn() -> None:
+    model = small(eos_token_id=None)
+    drawn = model.generate(PROMPTS, 24, do_sample=True, top_k=3, seed=0, no_repeat_ngram_size=2, num_return_sequences=3)
+    assert drawn.shape == (12, 32)
+    for row, ids in enumerate(drawn.tolist()):
+        text = ids[8 - len(PROMPTS[row // 3]) :]
+        assert text[: len(PROMPTS[row // 3])] == PROMPTS[row // 3]
+        new = list(itertools.pairwise(text))[len(PROMPTS[row // 3]) - 1 :]
+        assert len(set(new)) == len(new)
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_limits_on_repetition_take_a_prompt_beyond_the_vocabulary_of_the_tokenizer() -> None:
+    new = small().generate([[96, 5, 96]], 9, vocab_size=90, repetition_penalty=1.5, no_repeat_ngram_size=1)[0, 3:]
+    assert (new < 90).all()
+    assert len({5, *new.tolist()}) == 10
+
+
+def test_where_no_token_is_left_says_so() -> None:
+    model = small(vocab_size=5, eos_token_id=None)
+    with pytest.raises(ValueError, match="no token is left that could be token 5: loosen the limits"):
+        model.generate([[0, 1]], 9, no_repeat_ngram_size=1)
+
+
 # ---- sampling
 
 
@@ -195,6 +234,11 @@ def test_a_drawn_token_is_always_one_of_the_allowed(
         (PROMPTS, {"temperature": 0.7}, ValueError, "pass do_sample=True"),
         (PROMPTS, {"top_k": 5}, ValueError, "pass do_sample=True"),
         (PROMPTS, {"top_p": 0.5}, ValueError, "pass do_sample=True"),
+        (PROMPTS, {"repetition_penalty": 0.0}, ValueError, "repetition_penalty should be positive"),
+        (PROMPTS, {"no_repeat_ngram_size": 0}, ValueError, "no_repeat_ngram_size should be a whole number"),
+        (PROMPTS, {"min_new_tokens": -1}, ValueError, "min_new_tokens should be a whole number of at least 0, not -1"),
+        (PROMPTS, {"num_return_sequences": 0}, ValueError, "num_return_sequences should be a whole number"),
+        (PROMPTS, {"num_return_sequences": 2}, ValueError, "would be one text as often: pass do_sample=True"),
         (PROMPTS, {"eos_token_id": 97}, ValueError, "eos_token_id 97 is outside the vocabulary of 97 tokens"),
         ([], {}, ValueError, "each prompt needs a token or more"),
         ([[1], []], {}, ValueError, "each prompt needs a token or more"),

@@ -6,6 +6,7 @@ again, generate. What these do not have raises an error; nothing is accepted and
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -36,6 +37,10 @@ __all__ = [
     "set_seed",
 ]
 
+_OPTIONS = {
+    name for name, option in inspect.signature(GPT.generate).parameters.items() if option.kind is option.KEYWORD_ONLY
+}
+
 
 def __getattr__(name: str) -> Any:
     raise AttributeError(f"gptcore.compat.transformers has no {name}; it has {', '.join(__all__)}")
@@ -65,40 +70,40 @@ class GPT2LMHeadModel(GPT):
         max_length: int | None = None,
         *,
         max_new_tokens: int | None = None,
-        num_return_sequences: int = 1,
+        min_length: int | None = None,
         pad_token_id: int | None = None,
         **options: Any,
     ) -> Tensor:
         """Continue prompts (B, T) int64: (B * num_return_sequences, up to max_length), prompts included.
 
         max_length: tokens in all, or max_new_tokens: tokens to add.
-        num_return_sequences: texts drawn for each prompt; more than one needs do_sample=True.
+        min_length: tokens in all before which no text ends, or the option min_new_tokens.
         pad_token_id: what stands after a text that has ended; None means as in GPT.generate.
-        options: attention_mask, do_sample, temperature, top_k, top_p, eos_token_id and use_cache as in GPT.generate.
-            As in transformers, top_k is 50 unless given (0 means no limit), and draws follow set_seed.
+        options: do_sample, repetition_penalty, no_repeat_ngram_size and all others of GPT.generate. As in transformers,
+            top_k is 50 unless given, 0 means no limit, and draws follow set_seed. Other than in transformers,
+            a token does not count as repeated because it is the padding.
 
         Raises TypeError for an argument of transformers that gptcore does not have.
         """
-        known = {"attention_mask", "do_sample", "temperature", "top_k", "top_p", "eos_token_id", "use_cache", "seed"}
-        if unknown := sorted(options.keys() - known):
-            raise TypeError(f"generate does not have {', '.join(unknown)}; its options are {', '.join(sorted(known))}")
+        if unknown := sorted(options.keys() - _OPTIONS):
+            raise TypeError(
+                f"generate does not have {', '.join(unknown)}; its options are {', '.join(sorted(_OPTIONS))}"
+            )
         if (max_length is None) == (max_new_tokens is None):
             raise ValueError(f"give max_length or max_new_tokens, one of them, not {max_length} and {max_new_tokens}")
         T = input_ids.shape[-1]
         new = max_new_tokens if max_new_tokens is not None else max_length - T  # type: ignore[operator]
         if new < 1:
             raise ValueError(f"max_length {max_length} leaves nothing to generate: the prompts have {T} tokens already")
+        if min_length is not None:
+            if "min_new_tokens" in options:
+                raise ValueError("give min_length or min_new_tokens, one of them")
+            options["min_new_tokens"] = max(0, min_length - T)
+        options["no_repeat_ngram_size"] = options.get("no_repeat_ngram_size") or None
         if options.get("do_sample"):
             options["top_k"] = options.get("top_k", 50) or None
             options.setdefault("seed", int(torch.randint(2**63 - 1, ())))
-        elif num_return_sequences > 1:
-            raise ValueError(f"num_return_sequences={num_return_sequences} would be one text as often: do_sample=True")
-        repeated = {"input_ids": input_ids, "attention_mask": options.pop("attention_mask", None)}
-        repeated = {
-            name: None if rows is None else rows.repeat_interleave(num_return_sequences, 0)
-            for name, rows in repeated.items()
-        }
-        ids = super().generate(**repeated, max_new_tokens=new, **options)
+        ids = super().generate(input_ids, new, **options)
         eos = options["eos_token_id"] if options.get("eos_token_id") is not None else self.config.eos_token_id
         ends = ids[:, T:].eq(-1 if eos is None else eos).int()
         ended = ends.cumsum(1) > ends  # after the first end of each text

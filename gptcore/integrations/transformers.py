@@ -4,7 +4,8 @@
 attention under the name "gptcore", for any causal model: from_pretrained(..., attn_implementation="gptcore").
 
 There is no dense mask in our attention, so a mask is read once per forward pass into segments (see `segments_of`).
-Where a token is padding, its output is 0, while transformers computes something that nobody looks at.
+Padding before a text sees nothing, and its output is 0, as with transformers' "sdpa" (its "eager" takes the mean of all
+values there). Padding after a text sees the text; these few queries PyTorch's attention does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptcore import ops
@@ -26,11 +28,16 @@ except ImportError as error:
 
 NAME = "gptcore"
 _BEFORE = "_gptcore_replaced_attention"  # attribute of a model that `apply` changed: the attention that it had
+_HOOK = "_gptcore_hook"
 Segments = tuple[Tensor, Tensor]
+Reading = tuple[Segments, tuple[int, int] | None, Tensor | None]
 
 
 def register() -> None:
-    """Make attn_implementation="gptcore" known to transformers; once or more often is the same."""
+    """Make attn_implementation="gptcore" known to transformers; once or more often is the same.
+
+    transformers' GPT-2 drops output_attentions=True without a word unless its attention is "eager"; `apply` refuses it.
+    """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_mask)
 
@@ -38,8 +45,9 @@ def register() -> None:
 def apply(model: PreTrainedModel) -> PreTrainedModel:
     """Put our attention, layer norm and GELU into a GPT-2 of transformers, in place; returns the model.
 
-    Parameters, buffers and hooks are left alone. Raises TypeError for a model that is no GPT-2, ValueError for one
-    whose activation is no GELU or that has been changed already.
+    Parameters, buffers and hooks are left alone. From then on output_attentions=True is a ValueError: our attention has
+    no weights to show. Raises TypeError for a model that is no GPT-2, ValueError for one whose activation is no GELU or
+    that has been changed already.
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if not isinstance(model, PreTrainedModel) or kind != "gpt2":
@@ -57,6 +65,7 @@ def apply(model: PreTrainedModel) -> PreTrainedModel:
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     setattr(model, _BEFORE, before)
+    setattr(model, _HOOK, model.base_model.register_forward_pre_hook(_refuse_weights, with_kwargs=True))
     _exchange(model, _OURS)
     return model
 
@@ -66,9 +75,17 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     if not hasattr(model, _BEFORE):
         raise ValueError("gptcore's operations are not in this model: there is nothing to restore")
     model.set_attn_implementation(getattr(model, _BEFORE))
+    getattr(model, _HOOK).remove()
     delattr(model, _BEFORE)
+    delattr(model, _HOOK)
     _exchange(model, {ours: theirs for theirs, ours in _OURS.items()})
     return model
+
+
+def _refuse_weights(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A GPT-2 of transformers would drop the argument without a word, but for its eager attention."""
+    if kwargs.get("output_attentions") or model.config.output_attentions:
+        raise ValueError("gptcore's attention has no output_attentions: restore(model), and use 'eager' for this")
 
 
 def _exchange(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:
@@ -132,14 +149,21 @@ def attention_forward(
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"gptcore's attention has no {name}: use attn_implementation='eager' for this")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    window = segments = None
+    window = segments = after = None
     if attention_mask is not None:
-        segments, window = _read_once(attention_mask, causal, query.shape[0], query.shape[2], key.shape[2])
+        segments, window, after = _read_once(attention_mask, causal, query.shape[0], query.shape[2], key.shape[2])
     elif causal and query.shape[2] not in (1, key.shape[2]):
         raise ValueError(f"{query.shape[2]} queries for {key.shape[2]} keys need a mask that says how they are aligned")
     out = ops.attention(
         query, key, value, causal=causal, scale=scaling, window=window, cu_seqlens=segments, dropout_p=dropout
     )
+    if after is not None and attention_mask is not None:
+        out, seen = out.clone(), attention_mask == 0 if attention_mask.is_floating_point() else attention_mask.bool()
+        for row in after.any(1).nonzero().flatten().tolist():
+            mask = seen.expand(len(query), -1, -1, -1)[row, :, after[row]]
+            out[row, :, after[row]] = F.scaled_dot_product_attention(
+                query[row, :, after[row]], key[row], value[row], mask, dropout, scale=scaling, enable_gqa=True
+            )
     return out.transpose(1, 2), None
 
 
@@ -152,7 +176,7 @@ def make_mask(**settings: Any) -> Tensor | None:
     return mask
 
 
-def _read_once(mask: Tensor, causal: bool, B: int, Q: int, K: int) -> tuple[Segments, tuple[int, int] | None]:
+def _read_once(mask: Tensor, causal: bool, B: int, Q: int, K: int) -> Reading:
     """`segments_of`, kept with the mask, as all layers of a forward pass get the same one."""
     kept = getattr(mask, "_gptcore_segments", None)
     if kept is None or kept[0] != (causal, B, Q, K, mask._version):
@@ -160,18 +184,19 @@ def _read_once(mask: Tensor, causal: bool, B: int, Q: int, K: int) -> tuple[Segm
             raise ValueError(f"attention mask of shape {tuple(mask.shape)}, expected ({B}, 1, {Q}, {K})")
         kept = ((causal, B, Q, K, mask._version), segments_of(mask.expand(B, -1, Q, K), causal))
         mask._gptcore_segments = kept  # type: ignore[attr-defined]
-    result: tuple[Segments, tuple[int, int] | None] = kept[1]
+    result: Reading = kept[1]
     return result
 
 
-def segments_of(mask: Tensor, causal: bool) -> tuple[Segments, tuple[int, int] | None]:
-    """The cu_seqlens and the window by which ops.attention does what a mask says: ((of queries, of keys), window).
+def segments_of(mask: Tensor, causal: bool) -> Reading:
+    """How ops.attention does what a mask says: cu_seqlens of queries and of keys, the window, and what it leaves out.
 
     mask: (B, H, Q, K), bool with True for what is seen; or float with 0 for that, and minus infinity or the lowest
     number of its dtype for all else.
 
     A causal mask can hold documents one after another, padding anywhere between and around them, and a sliding window.
     A token is padding if its own key is seen by no query. Without causal, all queries of a row see one run of keys.
+    What ops.attention then leaves out are the queries (B, Q) of padding that sees the text before it: `after`, or None.
 
     Raises ValueError for any other mask.
     """
@@ -233,8 +258,10 @@ def segments_of(mask: Tensor, causal: bool) -> tuple[Segments, tuple[int, int] |
             longest = max(longest, last - first)
         segment((b + 1) * Q, cu_k[-1])
         segment(cu_q[-1], (b + 1) * K)
-    boundaries = (torch.tensor(cu, device=mask.device) for cu in (cu_q, cu_k))
-    return (next(boundaries), next(boundaries)), (width - 1, 0) if causal and width < longest else None
+    segments = torch.tensor(cu_q, device=mask.device), torch.tensor(cu_k, device=mask.device)
+    window = (width - 1, 0) if causal and width < longest else None
+    after = (count > 0) & ~real
+    return segments, window, after if after.any() else None
 
 
 def _refused(why: str, where: Tensor) -> ValueError:

@@ -1,0 +1,144 @@
+"""The files that hold tokenizers, ours and others': what they say, and whether `gptcore.tokenizer` can keep its word.
+
+A tokenizer.json can describe tokenizers of very many kinds; all but the few that are known to the last setting are
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models
+
+from gptcore.files import read_json
+from gptcore.pretokenize import (
+    BYTE_OF,
+    CHARACTERS,
+    END_OF_TEXT,
+    END_OF_WORD,
+    GPT1_TEXT,
+    GPT1_WORDS,
+    GPT2_WORDS,
+    STAND_IN,
+)
+
+UNKNOWN = "<unk>"  # what GPT-1's vocabulary does not have
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What transformers wrote about special tokens: by now in tokenizer_config.json, formerly in a file of its own."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            found |= read_json(folder / name)
+    return {key: value["content"] if isinstance(value, dict) and "content" in value else value
+            for key, value in found.items()}  # fmt: skip
+
+
+def read_vocab(folder: Path) -> tokenizers.Tokenizer:
+    """A tokenizer of vocab.json and merges.txt: GPT-2's if the vocabulary has all bytes, else GPT-1's."""
+    vocab = read_json(folder / "vocab.json")
+    special = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
+    gpt2 = BYTE_OF.keys() <= vocab.keys()
+    settings: dict[str, Any] = {} if gpt2 else {"unk_token": UNKNOWN, "end_of_word_suffix": END_OF_WORD}
+    try:
+        merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))[1]
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, **settings))
+    except Exception as error:  # `tokenizers` raises nothing more precise
+        raise ValueError(f"with merges.txt it is not a whole vocabulary: {error}") from error
+    if gpt2:
+        tokenizer.pre_tokenizer, tokenizer.decoder = GPT2_WORDS, decoders.ByteLevel()
+    else:
+        tokenizer.normalizer, tokenizer.pre_tokenizer = GPT1_TEXT, GPT1_WORDS
+        tokenizer.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
+    in_vocabulary = [token for token in (END_OF_TEXT, UNKNOWN) if token in vocab and (token == END_OF_TEXT) == gpt2]
+    for token in [*in_vocabulary, *sorted(special, key=special.__getitem__)]:
+        tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+        if token in special and tokenizer.token_to_id(token) != special[token]:
+            raise ValueError(
+                f"added_tokens.json gives {token!r} the id {special[token]}, but it is the "
+                f"{tokenizer.token_to_id(token)}th of the vocabulary"
+            )
+    return tokenizer
+
+
+def kind_of(state: dict[str, Any], vocab: dict[str, int]) -> str:
+    """ "bpe", "char" or "gpt1". Raises ValueError unless a tokenizer.json is one of these, to the last setting."""
+    model = state["model"]
+    if model["type"] != "BPE":
+        raise ValueError(f"its model is {model['type']}, not a byte-level BPE")
+    if model.get("end_of_word_suffix") == END_OF_WORD:
+        kind = _check_gpt1(state)
+    else:
+        kind = _check_byte_level(state, vocab)
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise ValueError(f"its {len(vocab)} tokens must have the ids 0 to {len(vocab) - 1}, each once, but do not")
+    return kind
+
+
+def _check_gpt1(state: dict[str, Any]) -> str:
+    """Raise ValueError unless a tokenizer.json with GPT-1's end of words is GPT-1's in all else. Returns the kind."""
+    expected = {
+        "normalizer": json.loads(GPT1_TEXT.__getstate__()),
+        "pre_tokenizer": json.loads(GPT1_WORDS.__getstate__()),
+        "unk_token": UNKNOWN,
+    }
+    found = state | state["model"]
+    for name, value in expected.items():
+        if found[name] != value:
+            raise ValueError(f"its {name} is {found[name]!r}, but GPT-1's is {value!r}")
+    for name in ("dropout", "continuing_subword_prefix", "fuse_unk", "byte_fallback", "ignore_merges"):
+        if found.get(name):
+            raise ValueError(f"its {name} is {found[name]!r}, but GPT-1's is unset")
+    _check_special(state)
+    if UNKNOWN not in [token["content"] for token in state["added_tokens"]]:
+        raise ValueError(f"its special tokens must have {UNKNOWN!r} among them, for what is not in the vocabulary")
+    return "gpt1"
+
+
+def _check_special(state: dict[str, Any]) -> None:
+    for token in state["added_tokens"]:
+        normalized = token["normalized"] and state["normalizer"] is not None
+        if not token["special"] or token["lstrip"] or token["rstrip"] or token["single_word"] or normalized:
+            raise ValueError(f"its added token must be special, and neither strip nor normalise: {token}")
+
+
+def _check_byte_level(state: dict[str, Any], vocab: dict[str, int]) -> str:
+    """Raise ValueError unless a tokenizer.json round-trips every text, and no plain text can become a special token.
+
+    Returns the kind, "bpe" or "char".
+    """
+    model = state["model"]
+    kinds = {repr(_plain(words.__getstate__())): words is CHARACTERS for words in (GPT2_WORDS, CHARACTERS)}
+    by_character = kinds.get(repr(_plain(json.dumps(state["pre_tokenizer"]))))
+    if by_character is None:
+        raise ValueError(
+            f"its pre-tokenizer is {state['pre_tokenizer']}, but must be GPT-2's ByteLevel (with its regex, without a "
+            "prefix space) or the characters of kind 'char'"
+        )
+    unset = ["normalizer", "dropout", "continuing_subword_prefix", "end_of_word_suffix"]
+    for name in unset if by_character else [*unset, "ignore_merges"]:
+        if found := (state | model)[name]:
+            raise ValueError(f"its {name} is {found!r}, but must be unset for exact and repeatable ids")
+    if by_character and not model["ignore_merges"]:
+        raise ValueError("its ignore_merges must be true for kind 'char': a character is a token at once")
+    special = [token["content"] for token in state["added_tokens"]]
+    _check_special(state)
+    if missing := [byte for byte in range(256) if STAND_IN[byte] not in vocab]:
+        raise ValueError(f"{len(missing)} of the 256 bytes are not in its vocabulary (the first is {missing[0]:#04x})")
+    if strange := [token for token in vocab if token not in special and not (token and BYTE_OF.keys() >= set(token))]:
+        raise ValueError(f"{len(strange)} of its tokens are not made of bytes, such as {strange[0]!r}")
+    reachable = {left + right for left, right in model["merges"]} | BYTE_OF.keys()
+    for name in special:
+        spelt = bytes(map(BYTE_OF.__getitem__, name)) if BYTE_OF.keys() >= set(name) else b""
+        if name in reachable or (by_character and len(spelt.decode("utf-8", "ignore")) == 1):
+            raise ValueError(f"plain text can become its special token {name!r}; choose another")
+    return "char" if by_character else "bpe"
+
+
+def _plain(pre_tokenizer: str | bytes) -> Any:
+    """A pre-tokenizer's JSON without trim_offsets, on which no id depends."""
+    return json.loads(pre_tokenizer, object_hook=lambda entry: {k: v for k, v in entry.items() if k != "trim_offsets"})
