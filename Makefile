@@ -6,13 +6,13 @@
 # make sweep   what needs large packages: TensorFlow checkpoints, and llama.cpp running our GGUF files
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard csrc/*.* kernels/cpu/*.*) CMakeLists.txt setup.py pyproject.toml constraints.txt
+SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/*.* kernels/*/*.*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test check bench bench-full asan sweep clean
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -12,9 +12,10 @@ pip install --quiet --constraint constraints.txt cmake ninja pybind11
 rm -rf "$build/package"
 mkdir -p "$build/package"
 cp -R gptcore "$build/package/"
-rm -f "$build"/package/gptcore/_C*.so
-cmake -S . -B "$build" -G Ninja -DGPTCORE_SANITIZE=address,undefined -DPython_EXECUTABLE="$root/.venv/bin/python" \
-  -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$build/package/gptcore" >/dev/null
+rm -f "$build"/package/gptcore/*.so
+cmake -S . -B "$build" -G Ninja -DGPTCORE_SANITIZE=address,undefined -DGPTCORE_CUDA=OFF \
+  -DPython_EXECUTABLE="$root/.venv/bin/python" -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" \
+  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$build/package/gptcore" >/dev/null
 cmake --build "$build"
 
 cd "$build/package" # first on sys.path, so this copy of gptcore is the one that is imported
