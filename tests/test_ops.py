@@ -375,6 +375,25 @@ def test_attention(backend: str, case: Attention) -> None:
     check_attention(case, backend)
 
 
+@pytest.mark.parametrize("backend", [name for name in SLOW if name == "simt"], indirect=True)
+@pytest.mark.parametrize("head_dim", [24, 64, 100, 200])
+@pytest.mark.parametrize("lengths", [(65, 65), (1, 130), (33, 97)])
+def test_attention_in_tf32(backend: str, lengths: tuple[int, int], head_dim: int) -> None:
+    """Operands of 11 bits: a score's error is that of so many products, and so is its exponential's relative error."""
+    case = Attention(lengths=lengths, head_dim=head_dim, heads=(4, 2), batch=2)
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    try:
+        got = attention_results(functools.partial(ops.attention, return_lse=True, backend=backend), case, F32)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    ref, theirs = attention_expected(case)
+    for name in ref:
+        error = float((got[name] - ref[name]).norm() / ref[name].norm())
+        assert error <= 2**-9 * (1 + case.factor() * math.sqrt(head_dim)), f"{name}: error {error:.3g}"
+    if lengths[0] > 1:
+        assert not torch.allclose(got["out"], theirs["out"], rtol=1e-5, atol=1e-6), "these are float32 products"
+
+
 def test_philox_gives_the_words_that_its_authors_publish() -> None:
     # Random123's known answers for philox4x32-10
     assert [int(w) for w in philox((0, 0, 0, 0), 0)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
