@@ -66,11 +66,15 @@ AttentionArgs common_args(const TensorView& query, const TensorView& key, const 
   if (head_dim < 1 || head_dim > 256) refuse("head_dim is ", head_dim, ", expected 1 to 256");
   if (kv_heads < 1 || query_heads % kv_heads)
     refuse("query has ", query_heads, " heads, which is not a multiple of the ", kv_heads, " heads of key and value");
-  // Kernels count heads, and the rows of a group of heads, in 32 bits.
+  // Kernels count heads, the rows of a group of heads, and the end of a tile of keys in 32 bits.
   for (int64_t size : {batch * query_heads, query_len * (query_heads / kv_heads), kv_len})
-    if (size > INT32_MAX)
+    if (size > INT32_MAX - 256)
       refuse("query has shape ", shape_text(query.shape, 4), " and key ", shape_text(key.shape, 4),
-             ", expected batch x heads, query_len x heads / kv_heads and kv_len below 2^31");
+             ", expected batch x heads, query_len x heads / kv_heads and kv_len at most 2^31 - 257");
+  const int64_t tiles = std::max(query_len, kv_len) / 16 + 1;
+  if (execution.allocate && batch * query_heads > INT32_MAX / tiles)
+    refuse("query has shape ", shape_text(query.shape, 4), " and key ", shape_text(key.shape, 4), ", expected at most ",
+           INT32_MAX / tiles, " heads in the batch at that length: a GPU starts at most 2^31 - 1 blocks");
   if (!std::isfinite(static_cast<float>(options.scale)))
     refuse("scale is ", options.scale, ", expected a number that is finite in float32");
   if (!(options.dropout_p >= 0 && options.dropout_p < 1))
