@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <memory>
 #include <optional>
 
 #include "csrc/tensor_view.h"
@@ -21,12 +22,17 @@ struct DeviceTensor {
 };
 
 #ifdef GPTCORE_SIMT
+namespace simt { class Tensors; }
+
 // Registers the tensors for the launches until it is destroyed.
 class DeviceTensors {
  public:
   DeviceTensors(std::initializer_list<DeviceTensor> tensors);
   ~DeviceTensors();
   DeviceTensors(const DeviceTensors&) = delete;
+
+ private:
+  std::unique_ptr<simt::Tensors> tensors_;
 };
 #else
 struct DeviceTensors {

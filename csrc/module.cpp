@@ -4,17 +4,48 @@
 #include <pybind11/stl.h>
 
 #include <cstdlib>
+#include <sstream>
 
 #include "csrc/cpu_isa.h"
 #include "csrc/ops.h"
+#ifdef GPTCORE_CUDA_ARCHS
+#include "csrc/gpu/kernels.h"
+#endif
 
 namespace py = pybind11;
 using namespace gptcore;
 
 const Kernels& gptcore::kernels_for(const TensorView& tensor, const Execution& execution) {
+#ifdef GPTCORE_CUDA_ARCHS
+  if (tensor.device_type == Device::cuda) {
+    if (!execution.allocate) refuse("execution is a number of threads, expected that of a GPU for tensors on one");
+    return cuda::kernels;
+  }
+#endif
   if (tensor.device_type != Device::cpu) refuse("a tensor is on ", tensor.device(), ", expected cpu");
   if (execution.allocate) refuse("execution is that of a GPU, expected a number of threads for tensors on the CPU");
   return cpu_kernels();
+}
+
+// The architectures that the CUDA kernels are compiled for, and why none can run here; empty if one can.
+static std::vector<std::string> cuda_archs() {
+  std::vector<std::string> archs;
+#ifdef GPTCORE_CUDA_ARCHS
+  std::istringstream names(GPTCORE_CUDA_ARCHS);
+  for (std::string name; std::getline(names, name, ',');) archs.push_back(name);
+#endif
+  return archs;
+}
+static std::optional<std::string> why_no_cuda() {
+#ifdef GPTCORE_CUDA_ARCHS
+  const std::string problem = cuda_problem();
+  if (problem.empty()) return std::nullopt;
+  std::string archs;
+  for (const std::string& arch : cuda_archs()) archs += (archs.empty() ? "" : ", ") + arch;
+  return "built for " + archs + "; " + problem;
+#else
+  return "not built: " GPTCORE_CUDA_PROBLEM;
+#endif
 }
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -39,11 +70,16 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("supported_isas", &supported_isas, "Those of them that this CPU has, lowest first.");
   m.def("cpu_isa", [] { return std::string(cpu_kernels().name); }, "The instruction set in use.");
   m.def("use_cpu_isa", &use_isa, py::arg("name"), "Use this instruction set from now on. Raises ValueError.");
+  m.def("cuda_archs", &cuda_archs, "What the CUDA kernels are compiled for, such as sm_80; nothing if they are not.");
+  m.def("cuda_problem", &why_no_cuda, "Why no CUDA kernel can run on this machine, or None. Needs no driver.");
   m.def("build_info", [] {
     py::dict info;
     info["version"] = GPTCORE_VERSION;
     info["compiler"] = GPTCORE_COMPILER;
     info["openmp"] = _OPENMP;
+#ifdef GPTCORE_CUDA_ARCHS
+    info["nvcc"] = GPTCORE_NVCC_VERSION;
+#endif
     return info;
   });
 }

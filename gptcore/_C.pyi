@@ -137,5 +137,11 @@ def cpu_isa() -> str:
 def use_cpu_isa(name: str) -> None:
     """Use this instruction set from now on. Raises ValueError."""
 
+def cuda_archs() -> list[str]:
+    """What the CUDA kernels are compiled for, such as "sm_80"; nothing if they are not."""
+
+def cuda_problem() -> str | None:
+    """Why no CUDA kernel can run on this machine, or None. Needs no driver."""
+
 def build_info() -> dict[str, str | int]:
-    """version, compiler, and openmp, the date of the OpenMP standard."""
+    """version, compiler, openmp, the date of its standard, and nvcc where there are CUDA kernels."""

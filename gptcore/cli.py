@@ -1,4 +1,4 @@
-"""The command line: gptcore train | generate | evaluate | export | info.
+"""The command line: gptcore train | generate | evaluate | export | bench | info.
 
 Options are made from the fields of GPTConfig and TrainingArguments, so each is described in one place.
 """
@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 
-from gptcore import info, ops
+from gptcore import counters, info, ops
 from gptcore.callbacks import read_log
 from gptcore.checkpoint import CheckpointError, list_checkpoints
 from gptcore.config import GPTConfig
@@ -227,7 +227,7 @@ def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
     return text.encode("utf-8", errors="replace").decode()
 
 
-# ---- generate, evaluate, export, info --------------------------------------------------------------------------------
+# ---- generate, evaluate, export, bench, info --------------------------------------------------------------------------
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -278,6 +278,14 @@ def export(args: argparse.Namespace) -> int:
     else:
         export_gguf(model, tokenizer, output, args.dtype, name=Path(args.model).resolve().name)
     print(f"{output}    {sum(path.stat().st_size for path in [output, *output.rglob('*')] if path.is_file()):,} bytes")
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Count what the CUDA kernels ask of a GPU, in its model; needs no GPU."""
+    if not args.simt:
+        raise ValueError("nothing to count: say --simt; what measures time is `make bench` in gptcore's repository")
+    print(counters.table(list(counters.count())))
     return 0
 
 
@@ -377,6 +385,9 @@ def make_parser() -> Parser:
     made.add_argument("-o", "--output", required=True, help="the file or folder to write")
     made.add_argument("--overwrite", action="store_true", help="replace what is there")
 
+    made = command("bench", bench)
+    made.add_argument("--simt", action="store_true", help="count bytes, bank conflicts and tensor-core instructions")
+
     command("info", show_info)
     parser._commands = commands.choices
     return parser
@@ -393,7 +404,10 @@ def main(argv: Sequence[str] | None = None, **overrides: Any) -> int:
             if args.threads < 1:
                 raise ValueError(f"--threads is {args.threads}, expected at least 1")
             torch.set_num_threads(args.threads)
-        with ops.use(getattr(args, "backend", None) or ops.in_use()):
+        backend = getattr(args, "backend", None)
+        if backend is not None and (reason := ops.backends().get(backend)):
+            raise ValueError(f"--backend {backend} is not usable here: {reason}")
+        with ops.use(backend or ops.in_use()):
             status: int = args.run(args)
         return status
     except (OSError, ValueError, TypeError, ImportError, CheckpointError, NonFiniteError) as error:

@@ -7,6 +7,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// The namespace of what is compiled both for GPUs and for their model, csrc/simt.
+#ifdef GPTCORE_SIMT
+#define GPTCORE_GPU simulated
+#else
+#define GPTCORE_GPU cuda
+#endif
+
 namespace gptcore {
 
 enum class DType { float32, bfloat16, float16, int32, int64, uint8, other };

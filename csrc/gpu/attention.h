@@ -1,0 +1,46 @@
+// What the host side of attention's forward and backward share.
+#pragma once
+
+#include <initializer_list>
+
+#include "csrc/gpu/rows.h"
+#include "kernels/cuda/policy.h"
+#include "kernels/kernels.h"
+
+namespace gptcore {
+namespace GPTCORE_GPU {
+
+// The parameters that both kernels have, from the arguments. `tensors` are all that the kernel touches by rows.
+template <class Params>
+void set_common(Params& p, const AttentionArgs& args, std::initializer_list<HeadsView> tensors) {
+  constexpr int64_t kNoLimit = int64_t{1} << 40;  // more than any position
+  p.query = args.query, p.key = args.key, p.value = args.value, p.out = args.out;
+  p.cu_query = args.cu_query, p.cu_key = args.cu_key, p.num_boundaries = args.num_boundaries;
+  p.batch = int(args.batch), p.group = int(args.query_heads / args.kv_heads);
+  p.query_len = int(args.query_len), p.kv_len = int(args.kv_len), p.head_dim = int(args.head_dim);
+  p.before = args.window_left < 0 ? kNoLimit : args.window_left;
+  p.after = args.causal ? 0 : args.window_right < 0 ? kNoLimit : args.window_right;
+
+  const int64_t element_size = args.dtype == DType::float32 ? 4 : 2;
+  const auto whole = [&](int64_t elements) { return elements * element_size % 16 == 0; };
+  p.vectors = whole(args.head_dim);
+  for (const HeadsView& t : tensors)
+    p.vectors &= reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && whole(t.batch_stride) && whole(t.head_stride) &&
+                 whole(t.row_stride);
+
+  p.dropout = args.dropout_p > 0;
+  p.dropout_threshold = uint32_t(args.dropout_p * 4294967296.0);
+  p.keep_factor = float(1 / (1 - args.dropout_p));
+  p.seed = args.seed;
+}
+
+// body(Math()) for the way in which products of these arguments are computed.
+template <class Body>
+auto with_math(const AttentionArgs& args, Body body) {
+  if (args.dtype == DType::bfloat16) return body(bfloat16());
+  if (args.dtype == DType::float16) return body(float16());
+  return args.allow_tf32 ? body(Tf32()) : body(float());
+}
+
+}  // namespace GPTCORE_GPU
+}  // namespace gptcore

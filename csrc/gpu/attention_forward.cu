@@ -1,0 +1,106 @@
+// Chooses and launches the kernels of kernels/cuda/attention_forward.cuh.
+#include "kernels/cuda/attention_forward.cuh"
+
+#include <algorithm>
+#include <cmath>
+
+#include "csrc/gpu/attention.h"
+
+namespace gptcore {
+namespace GPTCORE_GPU {
+namespace {
+
+struct ForwardPlan {
+  bool few;
+  int width, splits;
+  int64_t blocks;  // without the splits
+  ForwardTile tile;
+};
+
+ForwardPlan plan_of(const AttentionArgs& args) {
+  const int element_size = args.dtype == DType::float32 ? 4 : 2;
+  const int64_t rows = args.query_len * (args.query_heads / args.kv_heads);
+  ForwardPlan plan{};
+  plan.width = tile_width(int(args.head_dim), element_size);
+  plan.few = rows <= forward_tile(plan.width, element_size, true).rows();
+  if (plan.few) plan.width = few_width(plan.width);
+  plan.tile = forward_tile(plan.width, element_size, plan.few);
+  plan.blocks = ceil_div(rows, plan.tile.rows()) * args.kv_heads * args.batch;
+  plan.splits = forward_splits(plan.tile, rows, plan.blocks, args.kv_len, multiprocessors());
+  return plan;
+}
+
+int64_t partial_rows(const AttentionArgs& args, const ForwardPlan& plan) {
+  return plan.splits > 1 ? plan.splits * args.batch * args.query_heads * args.query_len : 0;
+}
+
+AttentionForwardParams forward_params(const AttentionArgs& args, const ForwardPlan& plan) {
+  AttentionForwardParams p{};
+  set_common(p, args, {args.query, args.key, args.value, args.out});
+  p.kv_heads = int(args.kv_heads);
+  p.lse = args.lse;
+  p.sign = args.scale == 0 ? 0.0f : args.scale < 0 ? -1.0f : 1.0f;
+  p.scale = args.scale == 0 ? 1.0f : std::fabs(args.scale);
+  p.scale_log2 = p.scale * kLog2e;
+  p.splits = plan.splits;
+  p.width = plan.width;
+  p.partial_out = reinterpret_cast<float*>(args.workspace);
+  p.partial_softmax = reinterpret_cast<RowSoftmax*>(p.partial_out + partial_rows(args, plan) * p.width);
+  return p;
+}
+
+template <class Math, int kWidth, bool kFew>
+void launch_forward(const AttentionArgs& args, const ForwardPlan& plan, const AttentionForwardParams& p) {
+  using Shared = ForwardShared<Math, kWidth, kFew>;
+  launch({kFew ? "attention_decode" : "attention_forward", unsigned(plan.blocks * plan.splits), 1, 1, Shared::kThreads,
+          Shared::kBytes, args.stream},
+         attention_forward_kernel<Math, kWidth, kFew>, p);
+}
+
+template <class Math>
+void launch_width(const AttentionArgs& args, const ForwardPlan& plan, const AttentionForwardParams& p) {
+  if (plan.few) {
+    // Decoding waits for memory, not for products: it does without TF32.
+    using FewMath = std::conditional_t<kTf32<Math>, float, Math>;
+    switch (plan.width) {
+      case 64: return launch_forward<FewMath, 64, true>(args, plan, p);
+      case 128: return launch_forward<FewMath, 128, true>(args, plan, p);
+      default: return launch_forward<FewMath, 256, true>(args, plan, p);
+    }
+  }
+  if constexpr (sizeof(Storage<Math>) == 2) {
+    if (plan.width == 32) return launch_forward<Math, 32, false>(args, plan, p);
+    if (plan.width == 96) return launch_forward<Math, 96, false>(args, plan, p);
+  }
+  switch (plan.width) {
+    case 64: return launch_forward<Math, 64, false>(args, plan, p);
+    case 128: return launch_forward<Math, 128, false>(args, plan, p);
+    default: return launch_forward<Math, 256, false>(args, plan, p);
+  }
+}
+
+}  // namespace
+
+size_t attention_forward_workspace(const AttentionArgs& args) {
+  if (args.batch * args.query_heads * args.query_len == 0) return 0;
+  const ForwardPlan plan = plan_of(args);
+  return partial_rows(args, plan) * (plan.width * sizeof(float) + sizeof(RowSoftmax));
+}
+
+void attention_forward(const AttentionArgs& args) {
+  const int64_t rows = args.batch * args.query_heads * args.query_len;
+  if (rows == 0) return;
+  const ForwardPlan plan = plan_of(args);
+  const AttentionForwardParams p = forward_params(args, plan);
+  with_math(args, [&](auto math) {
+    using Math = decltype(math);
+    launch_width<Math>(args, plan, p);
+    if (plan.splits > 1)
+      launch({"attention_combine", unsigned(ceil_div(rows, kCombineThreads / 32)), 1, 1, kCombineThreads,
+              kCombineThreads / 32 * kMaxSplits * sizeof(float), args.stream},
+             attention_combine_kernel<Storage<Math>>, p);
+  });
+}
+
+}  // namespace GPTCORE_GPU
+}  // namespace gptcore

@@ -1,0 +1,52 @@
+// What the host side of layer norm and GELU share.
+#pragma once
+
+#include <initializer_list>
+
+#include "csrc/launch.h"
+#include "kernels/cuda/rows.cuh"
+
+namespace gptcore {
+namespace GPTCORE_GPU {
+
+// body(T()) for the storage type T that dtype names.
+template <class Body>
+void with_type(DType dtype, Body body) {
+  if (dtype == DType::float32) body(float());
+  else if (dtype == DType::bfloat16) body(bfloat16());
+  else body(float16());
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether every row is whole 16-byte vectors in each of these dense tensors; null for one that is not there.
+inline bool whole_vectors(int64_t width, std::initializer_list<const void*> tensors) {
+  bool whole = width % kChunk == 0;
+  for (const void* tensor : tensors) whole &= reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
+  return whole;
+}
+
+// Of the current device; the model is one of an A100.
+inline int multiprocessors() {
+#ifdef GPTCORE_SIMT
+  return 108;
+#else
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    throw std::runtime_error(std::string("cannot ask the GPU for its multiprocessors: ") +
+                             cudaGetErrorString(cudaGetLastError()));
+  return count;
+#endif
+}
+
+// out[c] = the sum over p of partial[p * stride + c].
+inline void launch_sum_partials(const float* partial, int64_t parts, int64_t stride, int64_t columns, float* out,
+                                void* stream) {
+  constexpr int kWarps = 8;
+  launch({"sum_partials", unsigned(ceil_div(columns, 32)), 1, 1, 32 * kWarps, 32 * kWarps * sizeof(float), stream},
+         sum_partials<kWarps>, partial, parts, stride, columns, out);
+}
+
+}  // namespace GPTCORE_GPU
+}  // namespace gptcore

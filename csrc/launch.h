@@ -1,0 +1,82 @@
+// One launch for a GPU and for its model, csrc/simt.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+
+#ifdef GPTCORE_SIMT
+#include <tuple>
+#include <utility>
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace gptcore {
+
+struct Launch {
+  const char* kernel;  // its name, for errors and counters
+  unsigned grid_x, grid_y, grid_z;
+  unsigned threads;  // of a block, which has one dimension
+  size_t shared_bytes;
+  void* stream;
+};
+
+inline std::string describe(const Launch& at) {
+  return std::string(at.kernel) + ": grid (" + std::to_string(at.grid_x) + ", " + std::to_string(at.grid_y) + ", " +
+         std::to_string(at.grid_z) + "), " + std::to_string(at.threads) + " threads a block, " +
+         std::to_string(at.shared_bytes) + " bytes of shared memory";
+}
+
+#ifdef GPTCORE_SIMT
+
+namespace simt {
+void run(const Launch& at, void (*thread)(void* call), void* call);  // runs `thread` once for each thread of the grid
+
+template <class... P>
+struct Call {
+  void (*kernel)(P...);
+  std::tuple<P...> arguments;
+
+  // The model does not know of the arguments' memory, only of the copies that the kernel gets on its stack.
+  template <size_t... I>
+  __attribute__((no_sanitize("thread"))) void invoke(std::index_sequence<I...>) { kernel(std::get<I>(arguments)...); }
+  static __attribute__((no_sanitize("thread"))) void invoke(void* call) {
+    static_cast<Call*>(call)->invoke(std::index_sequence_for<P...>{});
+  }
+};
+}  // namespace simt
+
+template <class... P, class... A>
+void launch(const Launch& at, void (*kernel)(P...), A... arguments) {
+  simt::Call<P...> call{kernel, {static_cast<P>(arguments)...}};
+  simt::run(at, &simt::Call<P...>::invoke, &call);
+}
+
+#else
+
+inline void check_launch(cudaError_t status, const Launch& at) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next call would find this error again
+  throw std::runtime_error("cannot launch " + describe(at) + ": " + cudaGetErrorString(status));
+}
+
+// Puts the kernel on the stream; does not wait for it. Raises std::runtime_error.
+template <class... P, class... A>
+void launch(const Launch& at, void (*kernel)(P...), A... arguments) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  constexpr size_t kSharedWithoutAsking = 48 * 1024;
+  if (at.shared_bytes > kSharedWithoutAsking)
+    check_launch(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(at.shared_bytes)), at);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(at.grid_x, at.grid_y, at.grid_z);
+  config.blockDim = dim3(at.threads);
+  config.dynamicSmemBytes = at.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(at.stream);
+  check_launch(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...), at);
+}
+
+#endif
+
+}  // namespace gptcore

@@ -1,0 +1,119 @@
+// gptcore._simt: the CUDA kernels on the CPU, in the model of a GPU that checks and counts what they do.
+#include <pybind11/stl.h>
+
+#include "csrc/device_tensors.h"
+#include "csrc/gpu/kernels.h"
+#include "csrc/ops.h"
+#include "csrc/simt/model.h"
+#include "kernels/cuda/policy.h"
+
+namespace py = pybind11;
+using namespace gptcore;
+
+// In examples.cu.
+namespace gptcore::GPTCORE_GPU {
+std::vector<std::string> examples();
+std::string rule_of(const std::string& example);
+void run_example(const std::string& name, bool broken, const float* x, float* out);
+void run_fragments(const std::string& op, const uint32_t* in, uint32_t* out);
+}  // namespace gptcore::GPTCORE_GPU
+
+const Kernels& gptcore::kernels_for(const TensorView& tensor, const Execution& execution) {
+  if (tensor.device_type != Device::cpu) refuse("a tensor is on ", tensor.device(), ", expected cpu");
+  if (!execution.allocate) refuse("execution is a number of threads, expected that of a GPU, whose kernels simt runs");
+  return GPTCORE_GPU::kernels;
+}
+
+namespace {
+
+py::dict as_dict(const simt::KernelCounters& kernel) {
+  const simt::Counters& c = kernel.total;
+  py::dict d;
+  d["launches"] = c.launches, d["blocks"] = c.blocks;
+  d["barriers"] = c.barriers, d["warp_barriers"] = c.warp_barriers, d["shuffles"] = c.shuffles;
+  d["mma"] = c.mma, d["load_matrix"] = c.load_matrix, d["copies"] = c.copies, d["special"] = c.special;
+  d["global_read_bytes"] = c.global_read_bytes, d["global_write_bytes"] = c.global_write_bytes;
+  d["global_read_sectors"] = c.global_read_sectors, d["global_write_sectors"] = c.global_write_sectors;
+  d["global_distinct_read_bytes"] = c.global_distinct_read_bytes;
+  d["global_distinct_write_bytes"] = c.global_distinct_write_bytes;
+  d["shared_requests"] = c.shared_requests, d["shared_passes"] = c.shared_passes;
+  d["bank_conflicts"] = c.bank_conflicts;
+  return d;
+}
+
+void configure(const std::string& order, uint64_t seed, int threads, bool count) {
+  if (threads < 0 || threads > 4096) refuse("threads is ", threads, ", expected 0 (as many as OpenMP takes) to 4096");
+  simt::Options next;
+  if (order == "forward") next.order = simt::Order::forward;
+  else if (order == "reverse") next.order = simt::Order::reverse;
+  else if (order == "random") next.order = simt::Order::random;
+  else refuse("order is '", order, "', expected forward, reverse or random");
+  next.seed = seed, next.threads = threads, next.count = count;
+  simt::options = next;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_simt, m) {
+  m.doc() = "The CUDA kernels in a model of a GPU. Use gptcore.ops with backend='simt'; see docs/simt.md.";
+  py::register_exception<simt::SimtError>(m, "SimtError", PyExc_RuntimeError);
+  bind_ops(m);
+  m.def("configure", &configure, py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 0,
+        py::arg("threads") = 0, py::arg("count") = false);
+  m.def("counters", [] {
+    py::dict all;
+    for (const auto& [name, kernel] : simt::counters()) all[py::str(name)] = as_dict(kernel);
+    return all;
+  });
+  m.def("waste", [] {
+    py::dict all;
+    for (const auto& [name, kernel] : simt::counters()) {
+      py::list lines;
+      for (const auto& [pc, waste] : kernel.waste)
+        lines.append(py::make_tuple(simt::source_line(pc), waste.bank_conflicts, waste.sectors));
+      all[py::str(name)] = lines;
+    }
+    return all;
+  });
+  m.def("reset_counters", &simt::reset_counters);
+  m.def("examples", [] {
+    py::dict all;
+    for (const std::string& name : GPTCORE_GPU::examples()) all[py::str(name)] = GPTCORE_GPU::rule_of(name);
+    return all;
+  });
+  m.def("run_example", [](const std::string& name, bool broken, const TensorView& x, const TensorView& out) {
+    check_dtype(x, "x", DType::float32, "torch.float32");
+    check_dtype(out, "out", DType::float32, "torch.float32");
+    check_shape(x, "x", {64, 4});
+    check_shape(out, "out", {128, 4});
+    check_contiguous(out, "out");
+    if (x.strides[0] != 8 || x.strides[1] != 1) refuse("x has other strides than (8, 1)");
+    const DeviceTensors tensors{{"x", x, Access::read}, {"out", out, Access::write}};
+    py::gil_scoped_release release;
+    GPTCORE_GPU::run_example(name, broken, x.as<float>(), out.as<float>());
+  }, py::arg("name"), py::arg("broken"), py::arg("x"), py::arg("out"));
+  m.def("run_fragments", [](const std::string& op, const TensorView& words, const TensorView& out) {
+    check_dtype(words, "words", DType::int32, "torch.int32");
+    check_dtype(out, "out", DType::int32, "torch.int32");
+    check_shape(words, "words", {32, 10});
+    check_shape(out, "out", {32, 4});
+    check_contiguous(words, "words");
+    check_contiguous(out, "out");
+    const DeviceTensors tensors{{"words", words, Access::read}, {"out", out, Access::write}};
+    py::gil_scoped_release release;
+    GPTCORE_GPU::run_fragments(op, words.as<uint32_t>(), out.as<uint32_t>());
+  }, py::arg("op"), py::arg("words"), py::arg("out"));
+  m.def(
+      "tiles",
+      [](int head_dim, int element_size) {
+        const int width = tile_width(head_dim, element_size);
+        const ForwardTile forward = forward_tile(width, element_size, false);
+        const BackwardTile backward = backward_tile(width, element_size, false, false);
+        py::dict tiles;
+        tiles["width"] = width;
+        tiles["forward"] = py::make_tuple(forward.rows(), forward.keys);
+        tiles["backward"] = py::make_tuple(backward.rows(), backward.columns);
+        return tiles;
+      },
+      py::arg("head_dim"), py::arg("element_size"));
+}

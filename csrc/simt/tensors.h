@@ -1,0 +1,72 @@
+// The tensors that a launch may touch, and what has happened to each piece of their memory.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace gptcore::simt {
+
+// What is remembered of a piece of memory: its last write, and its reads since. A code names who: thread + 1, or a
+// whole warp, or several. A run is one execution of one block; a stamp is the time of a warp's last barrier.
+struct Cell {
+  uint32_t write_run, read_run;
+  uint32_t write_stamp, read_stamp;
+  uint16_t writer, reader;
+  uint32_t write_pc, read_pc;
+};
+constexpr uint16_t kSeveral = 0xffff;     // threads of several warps, or of several blocks
+constexpr uint16_t kWholeWarp = 0x4000;   // + warp
+constexpr uint16_t kPendingCopy = 0x8000; // + thread + 1: an asynchronous copy that is not waited for yet
+
+struct Tensor {
+  std::string name;
+  uintptr_t begin, end;  // the bytes between its first and its last element
+  int item;              // bytes
+  std::vector<int64_t> shape, strides;
+  bool written;
+
+  Tensor(std::string name, const void* data, int item, std::vector<int64_t> shape, std::vector<int64_t> strides,
+         bool written);
+  bool contains(uintptr_t address, int64_t bytes) const;  // all of them are of elements
+  std::string element(uintptr_t address) const;           // "out[0, 3, 1]"
+
+ private:
+  struct Dim { int64_t size, stride; };
+  std::vector<Dim> dims_;  // in bytes, the furthest apart first, without those that need no step
+  int64_t run_;            // bytes that lie together in the last dimensions
+};
+
+// Tensors that overlap, as the slices of one buffer do, share the memory of what happened.
+struct Region {
+  uintptr_t begin, end;
+  std::vector<const Tensor*> tensors;
+  int granule;  // bytes of a cell
+  std::unique_ptr<Cell[], decltype(&std::free)> cells{nullptr, &std::free};  // none if nothing in it is written
+  std::vector<std::atomic<uint8_t>> touched;  // by the launch, where it is counted: kRead | kWritten for each 4 bytes
+};
+constexpr uint8_t kRead = 1, kWritten = 2;
+
+// Registers tensors for the launches of this thread, until it is destroyed. What a launch wrote, the next may read.
+class Tensors {
+ public:
+  explicit Tensors(std::vector<Tensor> tensors);
+  ~Tensors();
+  Tensors(const Tensors&) = delete;
+
+  static Tensors* current();
+  Region* find(uintptr_t address) const;
+  void forget_touched() const;
+  int64_t touched_bytes(uint8_t how) const;
+  std::string describe_outside(uintptr_t address) const;  // where an address that is in no tensor lies
+
+ private:
+  std::vector<Tensor> tensors_;
+  mutable std::vector<Region> regions_;
+  Tensors* previous_;
+};
+
+}  // namespace gptcore::simt

@@ -1,0 +1,306 @@
+// Attention backward: from q, k, v, out, the log-sum-exp and dO to dQ, dK, dV (FlashAttention, algorithm 4).
+//
+//     S = Q K^T    P = exp(scale S - LSE)    dP = dO V^T    dS = P (dP - delta)    delta = rowsum(dO O) - dLSE
+//     dV = P^T dO            dK = scale dS^T Q            dQ = scale dS K
+//
+// Every sum has one owner and one order, so the gradients are the same bits in every run. That is why there are two
+// passes: blocks that own rows of keys sum dK and dV over the queries, blocks that own rows of queries sum dQ over the
+// keys. Both compute S and dP anew: seven products where atomic additions to dQ would do with five.
+//
+// The passes are one kernel, since each is the other with queries and keys exchanged. "Rows" are what the block owns,
+// "columns" what passes by:
+//
+//                    rows: A1, A2   columns: B1, B2   S = A1 B1^T   dP = A2 B2^T    sums
+//     dQ             Q, dO          K, V                                            dQ += dS B1
+//     dK, dV         K, V           Q, dO             (S^T)         (dP^T)          dK += dS B1    dV += P B2
+//
+// A warp owns whole rows, so P and dS never leave its registers: the accumulators of S and dP are the left operands of
+// the sums. A1 and A2 stay in shared memory; B1 and B2 come through it in two stages, the next one on its way by
+// cp.async while this one is multiplied.
+#pragma once
+
+#include "kernels/cuda/policy.h"
+#include "kernels/cuda/tile.cuh"
+#include "kernels/kernels.h"
+
+namespace gptcore {
+namespace GPTCORE_GPU {
+
+struct AttentionBackwardParams {
+  HeadsView query, key, value, out, grad_out, grad_query, grad_key, grad_value;
+  const float *lse, *grad_lse;  // grad_lse may be null
+  float* delta;                 // (batch, query_heads, query_len)
+  const int64_t *cu_query, *cu_key;
+  int64_t num_boundaries;
+  int batch, query_heads, group, query_len, kv_len, head_dim;
+  float scale;
+  int64_t before, after;  // a query at position i sees the keys from i - before to i + after
+  bool vectors;           // every row of every tensor is whole 16-byte vectors
+  bool dropout;
+  uint32_t dropout_threshold;
+  float keep_factor;
+  uint64_t seed;
+};
+
+// ---- delta -----------------------------------------------------------------------------------------------------------
+
+constexpr int kDeltaThreads = 128, kDeltaLanes = 8;  // lanes to a row
+
+// delta = rowsum(dO O) - dLSE, of every query. dLSE enters like -delta, for d LSE / d S = P.
+template <class T>
+__global__ void __launch_bounds__(kDeltaThreads) attention_delta(AttentionBackwardParams p) {
+  constexpr int kPerChunk = 16 / sizeof(T);
+  const int64_t row = (int64_t)blockIdx.x * (kDeltaThreads / kDeltaLanes) + threadIdx.x / kDeltaLanes;
+  const int lane = threadIdx.x % kDeltaLanes;
+  const bool valid = row < (int64_t)p.batch * p.query_heads * p.query_len;
+  float sum = 0.0f;
+  if (valid) {
+    const int query = row % p.query_len, head = row / p.query_len % p.query_heads;
+    const int batch = row / p.query_len / p.query_heads;
+    const T* out = rows_of<const T>(p.out, batch, head, query);
+    const T* grad_out = rows_of<const T>(p.grad_out, batch, head, query);
+    for (int d = lane * kPerChunk; d < p.head_dim; d += kDeltaLanes * kPerChunk) {
+      if (p.vectors) {
+        const Vec16 a = load_vec(out + d), b = load_vec(grad_out + d);
+        T x[kPerChunk], y[kPerChunk];
+        memcpy(x, &a, 16), memcpy(y, &b, 16);
+#pragma unroll
+        for (int j = 0; j < kPerChunk; ++j) sum = fmaf(to_float(x[j]), to_float(y[j]), sum);
+      } else {
+        for (int j = d; j < d + kPerChunk && j < p.head_dim; ++j)
+          sum = fmaf(to_float(out[j]), to_float(grad_out[j]), sum);
+      }
+    }
+  }
+  for (int mask = kDeltaLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  if (valid && lane == 0) p.delta[row] = sum - (p.grad_lse ? p.grad_lse[row] : 0.0f);
+}
+
+// ---- dQ, dK, dV ------------------------------------------------------------------------------------------------------
+
+// What one launch sums. With head_dim 256 the sums of dK and dV do not fit into the registers together.
+enum class Gradients { query, key, value, key_value };
+
+template <class Math, int kWidth, Gradients kOf>
+struct BackwardShared {
+  using T = Storage<Math>;
+  static constexpr bool kKeyRows = kOf != Gradients::query;
+  static constexpr BackwardTile kTile = backward_tile(kWidth, sizeof(T), kKeyRows, kPlainFloat<Math>);
+  static constexpr int kThreads = kTile.threads(), kRows = kTile.rows();
+  static constexpr int kRowBytes = kRows * kWidth * sizeof(T), kColumnBytes = kTile.columns * kWidth * sizeof(T);
+  static constexpr int kStage = 2 * kColumnBytes + 2 * kTile.columns * sizeof(float);
+  static constexpr int kStages = 2 * kRowBytes, kRanges = kStages + 2 * kStage;
+  static constexpr int kBytes = kRanges + kRows * sizeof(Range);
+};
+
+// P or dS becomes 0 outside of what its row sees. `ranges` is the first of the warp's rows, `column` the chunk's first.
+template <int kM, int kN>
+GPTCORE_DEVICE void zero_unseen(float (&s)[kM][kN][4], const Range* ranges, int column, int lane) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Range range = ranges[m * 16 + half * 8 + lane / 4];
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int at = column + n * 8 + lane % 4 * 2 + i;
+          if (at < range.begin || at >= range.end) s[m][n][half * 2 + i] = 0.0f;
+        }
+    }
+}
+
+// Which weights of a chunk dropout keeps: of a lane's element [m][n][i], bit 4 (kN m + n) + i. One Philox decides on
+// four keys of a query. These are two elements of each of two lanes, or, where rows are keys, one of each of four: so
+// the lanes draw in turn, each for the element `mine` of its own four, and tell each other.
+template <bool kKeyRows, int kM, int kN>
+GPTCORE_DEVICE uint32_t kept_weights(const AttentionBackwardParams& p, int first_row, int first_column,
+                                     uint32_t batch_head, int lane) {
+  static_assert(kM * kN * 4 <= 32, "a bit for each element");
+  const int mine = kKeyRows ? lane / 4 % 4 : lane % 2 * 2;
+  uint32_t kept = 0;
+#pragma unroll 1
+  for (int tile = 0; tile < kM * kN; ++tile) {
+    const int row = first_row + tile / kN * 16 + lane / 4 + mine / 2 * 8;
+    const int column = first_column + tile % kN * 8 + lane % 4 * 2 + mine % 2;
+    const Philox words(kKeyRows ? row / 4 : column / 4, kKeyRows ? column : row, batch_head, p.seed);
+    uint32_t drawn = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) drawn |= uint32_t(words.w[k] >= p.dropout_threshold) << k;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t theirs = shuffle(drawn, kKeyRows ? (lane & ~12) | i * 4 : (lane & ~1) | i / 2);
+      const int key = kKeyRows ? lane / 4 % 4 : lane % 2 * 2 + i % 2;  // of the four
+      kept |= (theirs >> key & 1) << (tile * 4 + i);
+    }
+  }
+  return kept;
+}
+
+template <int kM, int kN>
+GPTCORE_DEVICE void drop(float (&s)[kM][kN][4], uint32_t kept, float keep_factor) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[m][n][i] *= kept >> ((m * kN + n) * 4 + i) & 1 ? keep_factor : 0.0f;
+}
+
+template <class Math, int kWidth, Gradients kOf>
+__global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
+                                  BackwardShared<Math, kWidth, kOf>::kTile.blocks)
+    attention_backward_kernel(AttentionBackwardParams p) {
+  using T = Storage<Math>;
+  using Shared = BackwardShared<Math, kWidth, kOf>;
+  constexpr BackwardTile kTile = Shared::kTile;
+  constexpr bool kKeyRows = Shared::kKeyRows;
+  constexpr bool kSumScores = kOf != Gradients::value;                                // dS: dQ or dK
+  constexpr bool kSumProbs = kOf == Gradients::value || kOf == Gradients::key_value;  // P: dV
+  constexpr int kThreads = Shared::kThreads, kRows = Shared::kRows, kColumns = kTile.columns, kChunk = kTile.chunk;
+  constexpr int kM = kTile.m_tiles, kN = kChunk / 8;
+
+  char* const shared = shared_memory();
+  const SharedTile<T, kWidth> a1{shared}, a2{shared + Shared::kRowBytes};
+  Range* const ranges = reinterpret_cast<Range*>(shared + Shared::kRanges);
+  const auto b1 = [&](int stage) { return SharedTile<T, kWidth>{shared + Shared::kStages + stage * Shared::kStage}; };
+  const auto b2 = [&](int stage) { return SharedTile<T, kWidth>{b1(stage).data + Shared::kColumnBytes}; };
+  const auto stats = [&](int stage) { return reinterpret_cast<float*>(b2(stage).data + Shared::kColumnBytes); };
+
+  // Which rows of which head.
+  const int row_len = kKeyRows ? p.kv_len : p.query_len, column_len = kKeyRows ? p.query_len : p.kv_len;
+  const int tiles = (row_len + kRows - 1) / kRows, heads = kKeyRows ? p.query_heads / p.group : p.query_heads;
+  const int index = blockIdx.x % tiles, head = blockIdx.x / tiles % heads, batch = blockIdx.x / tiles / heads;
+  const int first_row = (kKeyRows ? index : tiles - 1 - index) * kRows;  // under a causal mask the longest first
+  const int rows = row_len - first_row < kRows ? row_len - first_row : kRows;
+  const int first_head = kKeyRows ? head * p.group : head, query_heads = kKeyRows ? p.group : 1;
+
+  const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * kM;
+  const HeadsView &a1_view = kKeyRows ? p.key : p.query, &a2_view = kKeyRows ? p.value : p.grad_out;
+  const HeadsView &b1_view = kKeyRows ? p.query : p.key, &b2_view = kKeyRows ? p.grad_out : p.value;
+
+  // What each row sees; those beyond the end see nothing.
+  for (int i = threadIdx.x; i < kRows; i += kThreads) {
+    const Documents queries(p.cu_query, p.num_boundaries, batch, p.query_len);
+    const Documents keys(p.cu_key, p.num_boundaries, batch, p.kv_len);
+    const int row = first_row + (i < rows ? i : rows - 1);
+    const Range range = kKeyRows ? visible(row, keys, queries, p.num_boundaries, p.after, p.before)
+                                 : visible(row, queries, keys, p.num_boundaries, p.before, p.after);
+    store_words(ranges + i, i < rows ? range.begin : range.end, range.end);
+  }
+  barrier();  // the ranges are there
+
+  const int first_column = ranges[0].begin / kColumns * kColumns;
+  const int column_tiles = (ranges[kRows - 1].end - first_column + kColumns - 1) / kColumns;
+  const int steps = ranges[0].begin < ranges[kRows - 1].end ? query_heads * column_tiles : 0;
+
+  const auto load_columns = [&](int step) {
+    const int query_head = first_head + step / column_tiles, column = first_column + step % column_tiles * kColumns;
+    const int column_head = kKeyRows ? query_head : query_head / p.group, stage = step % 2;
+    const int count = column_len - column;
+    load_tile<kColumns, kThreads>(b1(stage), rows_of<const T>(b1_view, batch, column_head, column), b1_view.row_stride,
+                                  count, p.head_dim, p.vectors);
+    load_tile<kColumns, kThreads>(b2(stage), rows_of<const T>(b2_view, batch, column_head, column), b2_view.row_stride,
+                                  count, p.head_dim, p.vectors);
+    if constexpr (kKeyRows) {
+      const int64_t at = ((int64_t)batch * p.query_heads + query_head) * p.query_len + column;
+      for (int i = threadIdx.x; i < 2 * kColumns; i += kThreads)
+        copy_async<4>(stats(stage) + i, (i < kColumns ? p.lse : p.delta) + at + i % kColumns, i % kColumns < count);
+    }
+    copy_commit();
+  };
+
+  // LSE and delta of the rows, where these are queries.
+  float row_lse[kM][2] = {}, row_delta[kM][2] = {};
+  if constexpr (!kKeyRows) {
+    const int64_t at = ((int64_t)batch * p.query_heads + head) * p.query_len + first_row;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_row + m * 16 + half * 8 + lane / 4;
+        if (row < rows) row_lse[m][half] = p.lse[at + row], row_delta[m][half] = p.delta[at + row];
+      }
+  }
+
+  float sum_scores[kM][kSumScores ? kWidth / 8 : 1][4] = {}, sum_probs[kM][kSumProbs ? kWidth / 8 : 1][4] = {};
+  if (steps > 0) {
+    load_tile<kRows, kThreads>(a1, rows_of<const T>(a1_view, batch, head, first_row), a1_view.row_stride, rows,
+                               p.head_dim, p.vectors);
+    if constexpr (kSumScores)
+      load_tile<kRows, kThreads>(a2, rows_of<const T>(a2_view, batch, head, first_row), a2_view.row_stride, rows,
+                                 p.head_dim, p.vectors);
+  }
+#pragma unroll 1
+  for (int step = -1; step < steps; ++step) {
+    copy_wait<0>();
+    barrier();  // this step's columns are there, and nobody reads the last step's any more
+    if (step + 1 < steps) load_columns(step + 1);
+    if (step < 0) continue;
+    const int stage = step % 2, column = first_column + step % column_tiles * kColumns;
+#pragma unroll 1
+    for (int chunk = 0; chunk < kColumns; chunk += kChunk) {
+      const Range first = ranges[warp_row], last = ranges[warp_row + 16 * kM - 1];  // of the warp's rows
+      const int begin = column + chunk, end = begin + kChunk;
+      if (begin >= last.end || end <= first.begin) continue;
+      float s[kM][kN][4], dp[kM][kN][4];
+      multiply_transposed<Math>(s, a1, warp_row, b1(stage), chunk, lane);
+      if constexpr (kSumScores) multiply_transposed<Math>(dp, a2, warp_row, b2(stage), chunk, lane);
+
+      uint32_t kept = 0;
+      if (p.dropout) {
+        const uint32_t batch_head = batch * p.query_heads + first_head + step / column_tiles;
+        kept = kept_weights<kKeyRows, kM, kN>(p, first_row + warp_row, begin, batch_head, lane);
+        if constexpr (kSumScores) drop(dp, kept, p.keep_factor);
+      }
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        Float2 lse{}, delta{};  // of the columns, where these are queries
+        if constexpr (kKeyRows) lse = load_shared<Float2>(stats(stage) + chunk + n * 8 + lane % 4 * 2);
+        if constexpr (kKeyRows && kSumScores)
+          delta = load_shared<Float2>(stats(stage) + kColumns + chunk + n * 8 + lane % 4 * 2);
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            s[m][n][i] = probability(s[m][n][i], p.scale, kKeyRows ? lse.v[i % 2] : row_lse[m][i / 2]);
+            if constexpr (kSumScores)
+              dp[m][n][i] = s[m][n][i] * (dp[m][n][i] - (kKeyRows ? delta.v[i % 2] : row_delta[m][i / 2]));
+          }
+      }
+      if (begin < last.begin || end > first.end) {  // not every row of the warp sees every column
+        zero_unseen(s, ranges + warp_row, begin, lane);
+        if constexpr (kSumScores) zero_unseen(dp, ranges + warp_row, begin, lane);
+      }
+      if constexpr (kSumProbs) {
+        if (p.dropout) drop(s, kept, p.keep_factor);
+        multiply_add<Math>(sum_probs, s, b2(stage), chunk, lane);
+      }
+      if constexpr (kSumScores) multiply_add<Math>(sum_scores, dp, b1(stage), chunk, lane);
+    }
+  }
+
+  // A warp alone reads its rows of A1, so it may use them to bring its sums into whole vectors.
+  const auto store = [&](const auto& sums, const HeadsView& view, float factor) {
+    warp_barrier();
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int j = 0; j < kWidth / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; i += 2)
+          store_pair(a1.pair(warp_row + m * 16 + i / 2 * 8 + lane / 4, j * 8 + lane % 4 * 2), sums[m][j][i] * factor,
+                     sums[m][j][i + 1] * factor);
+    warp_barrier();
+    const auto row_at = [&](int row) {
+      return row < rows ? rows_of<T>(view, batch, head, first_row + row) : nullptr;
+    };
+    store_rows<16 * kM>(a1, warp_row, row_at, p.head_dim, p.vectors, lane);
+  };
+  if constexpr (kSumProbs) store(sum_probs, p.grad_value, 1.0f);
+  if constexpr (kSumScores) store(sum_scores, kKeyRows ? p.grad_key : p.grad_query, p.scale);
+}
+
+}  // namespace GPTCORE_GPU
+}  // namespace gptcore

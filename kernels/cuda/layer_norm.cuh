@@ -1,0 +1,336 @@
+// Layer normalisation (Ba et al. 2016, arXiv:1607.06450), with the residual addition before it fused in.
+//
+// Memory is the limit. A row is read once, lives in the registers of its warps while its sums are taken, and is written
+// once. Weight and bias are read once a thread and kept, since a thread holds the same columns of every row that it
+// sees; a block runs over many rows. A row too wide for registers goes to the *_wide kernels, which read it again for
+// each sum: from the L2 cache, mostly.
+#pragma once
+
+#include "kernels/cuda/rows.cuh"
+
+namespace gptcore {
+namespace GPTCORE_GPU {
+
+// How rows are dealt to a block.
+struct RowPlan {
+  int warps;     // to a row
+  int groups;    // of so many warps in a block: rows at a time
+  bool vectors;  // every row of every tensor is whole 16-byte vectors
+};
+
+// 512 threads leave 128 registers to each: enough for three chunks of x, weight and bias, which makes 12288 columns of
+// a block, GPT-3's width. Backward, 384 threads with 168 registers hold four chunks of x and dy as they are stored,
+// weight and two sums: the same width.
+constexpr int kForwardThreads = 512, kForwardWarps = kForwardThreads / 32, kForwardChunks = 3;
+constexpr int kBackwardThreads = 384, kBackwardWarps = kBackwardThreads / 32;
+template <class T>
+constexpr int kBackwardChunks = sizeof(T) == 2 ? 4 : 3;
+
+// The part of the block that a thread's row is, and its columns.
+struct RowThread {
+  int threads, group, thread;  // threads of a row, which row of the block's, which thread of the row's
+  GPTCORE_DEVICE explicit RowThread(const RowPlan& plan)
+      : threads(32 * plan.warps), group(threadIdx.x / threads), thread(threadIdx.x % threads) {}
+  GPTCORE_DEVICE int column(int chunk) const { return (chunk * threads + thread) * kChunk; }
+};
+
+struct Statistics {
+  float mean, rest, rstd;  // the mean is mean + rest: `rest` is by how much it was rounded
+};
+
+// From the sums over the row of x - mean and of its square. E[x^2] - mean^2 would cancel when the mean is large; and at
+// mean 100 and deviation 1 the rounding of the mean is most of the error of a float32 layer norm.
+GPTCORE_DEVICE Statistics statistics(float mean, const float (&sums)[2], float width, float eps) {
+  const float rest = sums[0] / width, variance = sums[1] / width - rest * rest;
+  return {mean, rest, rsqrt_of((variance > 0.0f ? variance : 0.0f) + eps)};
+}
+
+// X is the type of x, R that of everything from the sum on. Dynamic shared memory: 3 floats a warp.
+template <class X, class R>
+__global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(LayerNormArgs args, RowPlan plan) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const RowThread at(plan);
+  const int width = args.width;
+  float weight[kForwardChunks][kChunk], bias[kForwardChunks][kChunk];
+#pragma unroll
+  for (int j = 0; j < kForwardChunks; ++j) {
+    const int column = at.column(j);
+    load_chunk(args.weight + column, width - column, plan.vectors, weight[j]);
+    load_chunk(args.bias + column, args.bias ? width - column : 0, plan.vectors, bias[j]);
+  }
+
+  for (int64_t first = int64_t(blockIdx.x) * plan.groups; first < args.rows; first += gridDim.x * plan.groups) {
+    // Groups past the last row go along with no columns, so that all threads meet at the barriers.
+    const int64_t row = first + at.group, begin = row * width;
+    const int end = row < args.rows ? width : 0;
+    Chunk<X> x[kForwardChunks];
+#pragma unroll
+    for (int j = 0; j < kForwardChunks; ++j)
+      x[j].load(static_cast<const X*>(args.x) + begin + at.column(j), end - at.column(j), plan.vectors);
+    float v[kForwardChunks][kChunk], sum[1] = {};
+    if (args.residual) {
+      Chunk<R> stored[kForwardChunks];
+#pragma unroll
+      for (int j = 0; j < kForwardChunks; ++j) {
+        float term[kChunk];
+        x[j].get(v[j]);
+        load_chunk(static_cast<const R*>(args.residual) + begin + at.column(j), end - at.column(j), plan.vectors, term);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) v[j][i] += term[i];
+        stored[j].set(v[j]);
+        stored[j].get(v[j]);  // the statistics are those of the sum as stored, which the backward pass will see
+      }
+#pragma unroll
+      for (int j = 0; j < kForwardChunks; ++j)
+        stored[j].store(static_cast<R*>(args.sum) + begin + at.column(j), end - at.column(j), plan.vectors);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kForwardChunks; ++j) x[j].get(v[j]);
+    }
+
+#pragma unroll
+    for (int j = 0; j < kForwardChunks; ++j)
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) sum[0] += v[j][i];
+    sum_over_row(sum, plan.warps, shared);
+    const float mean = sum[0] / width;
+    float sums[2] = {};
+#pragma unroll
+    for (int j = 0; j < kForwardChunks; ++j) {
+      fill_chunk(end - at.column(j), mean, v[j]);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        const float difference = v[j][i] - mean;
+        sums[0] += difference;
+        sums[1] += difference * difference;
+      }
+    }
+    sum_over_row(sums, plan.warps, shared + kForwardWarps);  // elsewhere: others may still read the first sum
+    const Statistics of = statistics(mean, sums, width, args.eps);
+
+    const float shift = of.rest * of.rstd;
+#pragma unroll
+    for (int j = 0; j < kForwardChunks; ++j) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) v[j][i] = ((v[j][i] - mean) * of.rstd - shift) * weight[j][i] + bias[j][i];
+      store_chunk(static_cast<R*>(args.out) + begin + at.column(j), end - at.column(j), plan.vectors, v[j]);
+    }
+    if (at.thread == 0 && end > 0) args.mean[row] = mean + of.rest, args.rstd[row] = of.rstd;
+  }
+}
+
+GPTCORE_DEVICE int left(int64_t n) { return n < kChunk ? int(n) : kChunk; }
+
+// One block a row, in three passes over it.
+template <class X, class R>
+__global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(LayerNormArgs args, bool vectors) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const int64_t row = blockIdx.x, width = args.width, begin = row * width;
+  constexpr int kStride = kForwardThreads * kChunk;
+  const R* source = static_cast<const R*>(args.residual ? args.sum : args.x);
+  float v[kChunk], sum[1] = {};
+  for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {
+    load_chunk(static_cast<const X*>(args.x) + begin + c, left(width - c), vectors, v);
+    if (args.residual) {
+      float residual[kChunk];
+      load_chunk(static_cast<const R*>(args.residual) + begin + c, left(width - c), vectors, residual);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) v[i] += residual[i];
+      Chunk<R> stored;
+      stored.set(v);
+      stored.get(v);
+      stored.store(static_cast<R*>(args.sum) + begin + c, left(width - c), vectors);
+    }
+    float chunk = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) chunk += v[i];
+    sum[0] += chunk;
+  }
+  sum_over_row(sum, kForwardWarps, shared);
+  const float mean = sum[0] / width;
+  float sums[2] = {};
+  for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {
+    load_chunk(source + begin + c, left(width - c), vectors, v);
+    float chunk[2] = {};
+    fill_chunk(left(width - c), mean, v);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const float difference = v[i] - mean;
+      chunk[0] += difference;
+      chunk[1] += difference * difference;
+    }
+    sums[0] += chunk[0], sums[1] += chunk[1];
+  }
+  sum_over_row(sums, kForwardWarps, shared + kForwardWarps);
+  const Statistics of = statistics(mean, sums, width, args.eps);
+  const float shift = of.rest * of.rstd;
+  for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {
+    float weight[kChunk], bias[kChunk];
+    load_chunk(source + begin + c, left(width - c), vectors, v);
+    load_chunk(args.weight + c, left(width - c), vectors, weight);
+    load_chunk(args.bias + c, args.bias ? left(width - c) : 0, vectors, bias);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) v[i] = ((v[i] - mean) * of.rstd - shift) * weight[i] + bias[i];
+    store_chunk(static_cast<R*>(args.out) + begin + c, left(width - c), vectors, v);
+  }
+  if (threadIdx.x == 0) args.mean[row] = mean + of.rest, args.rstd[row] = of.rstd;
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+//
+// With xhat = (x - mean) * rstd and g = weight * dy:  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), and what a row
+// adds to dweight = sum of dy * xhat and to dbias = sum of dy. args.mean is rounded: the mean of the xhat that comes of
+// it, `shift`, is what must be taken from every xhat.
+struct RowMeans {
+  float shift, g, g_xhat;
+};
+GPTCORE_DEVICE RowMeans row_means(const float (&sums)[3], float width) {
+  const float shift = sums[0] / width, g = sums[1] / width;
+  return {shift, g, sums[2] / width - shift * g};
+}
+
+// A row is read once; the sums over rows stay in registers until the end, when the groups of the block add theirs up,
+// one after the other, and the last writes partial row blockIdx.x of args.workspace: (gridDim.x, 2, width).
+// Dynamic shared memory: 6 floats a warp, then a row's 2 * kChunks * kChunk floats for each of its threads.
+template <class T>
+__global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(LayerNormArgs args, RowPlan plan) {
+  constexpr int kChunks = kBackwardChunks<T>;
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const RowThread at(plan);
+  const int width = args.width;
+  float weight[kChunks][kChunk], weight_sum[kChunks][kChunk] = {}, bias_sum[kChunks][kChunk] = {};
+#pragma unroll
+  for (int j = 0; j < kChunks; ++j)
+    load_chunk(args.weight + at.column(j), width - at.column(j), plan.vectors, weight[j]);
+
+  // A fast warp writes its part of the next row's sums while a slow one still reads this row's: so they lie apart.
+  const int turns = int((args.rows - int64_t(blockIdx.x) * plan.groups - 1) / (int64_t(gridDim.x) * plan.groups)) + 1;
+  for (int turn = 0; turn < turns; ++turn) {
+    const int64_t row = (int64_t(turn) * gridDim.x + blockIdx.x) * plan.groups + at.group, begin = row * width;
+    const int end = row < args.rows ? width : 0;
+    const float mean = end > 0 ? args.mean[row] : 0.0f, rstd = end > 0 ? args.rstd[row] : 0.0f;
+    Chunk<T> x[kChunks], dy[kChunks];
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      x[j].load(static_cast<const T*>(args.x) + begin + at.column(j), end - at.column(j), plan.vectors);
+      dy[j].load(static_cast<const T*>(args.grad_out) + begin + at.column(j), end - at.column(j), plan.vectors);
+    }
+    float sums[3] = {};
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      float x_row[kChunk], dy_row[kChunk];
+      x[j].get(x_row), dy[j].get(dy_row);
+      fill_chunk(end - at.column(j), mean, x_row);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        const float xhat = (x_row[i] - mean) * rstd, g = weight[j][i] * dy_row[i];
+        sums[0] += xhat;
+        sums[1] += g;
+        sums[2] += g * xhat;
+      }
+    }
+    sum_over_row(sums, plan.warps, shared + turn % 2 * (kBackwardWarps * 3));
+    const RowMeans of = row_means(sums, width);
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      float x_row[kChunk], dy_row[kChunk], dx[kChunk];
+      x[j].get(x_row), dy[j].get(dy_row);
+      load_chunk(static_cast<const T*>(args.grad_sum) + begin + at.column(j), args.grad_sum ? end - at.column(j) : 0,
+                 plan.vectors, dx);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {  // past the row's end dy is 0, and dx is not stored
+        const float xhat = (x_row[i] - mean) * rstd - of.shift;
+        dx[i] += (weight[j][i] * dy_row[i] - of.g - xhat * of.g_xhat) * rstd;
+        weight_sum[j][i] += dy_row[i] * xhat;
+        bias_sum[j][i] += dy_row[i];
+      }
+      store_chunk(static_cast<T*>(args.grad_x) + begin + at.column(j), end - at.column(j), plan.vectors, dx);
+    }
+  }
+
+  float* sums = shared + kBackwardWarps * 6 + at.thread;
+  float* partial = args.workspace + int64_t(blockIdx.x) * 2 * width;
+  for (int group = 0; group < plan.groups; ++group) {
+    if (group == at.group) {
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) {
+        if (group > 0) {
+#pragma unroll
+          for (int i = 0; i < kChunk; ++i) {
+            weight_sum[j][i] += sums[(2 * (j * kChunk + i)) * at.threads];
+            bias_sum[j][i] += sums[(2 * (j * kChunk + i) + 1) * at.threads];
+          }
+        }
+        if (group + 1 < plan.groups) {
+#pragma unroll
+          for (int i = 0; i < kChunk; ++i) {
+            sums[(2 * (j * kChunk + i)) * at.threads] = weight_sum[j][i];
+            sums[(2 * (j * kChunk + i) + 1) * at.threads] = bias_sum[j][i];
+          }
+        } else {
+          store_chunk(partial + at.column(j), width - at.column(j), plan.vectors, weight_sum[j]);
+          store_chunk(partial + width + at.column(j), width - at.column(j), plan.vectors, bias_sum[j]);
+        }
+      }
+    }
+    if (group + 1 < plan.groups) barrier();  // the sums of this group are there for the next one
+  }
+}
+
+// One block for every gridDim.x-th row, in two passes over it; the sums over rows live in the block's partial row.
+template <class T>
+__global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(LayerNormArgs args, bool vectors) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  const int64_t width = args.width;
+  constexpr int kStride = kBackwardThreads * kChunk;
+  float *weight_sum = args.workspace + int64_t(blockIdx.x) * 2 * width, *bias_sum = weight_sum + width;
+  int turn = 0;  // as above
+  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x, turn ^= 1) {
+    const T *x_row = static_cast<const T*>(args.x) + row * width,
+            *dy_row = static_cast<const T*>(args.grad_out) + row * width;
+    const float mean = args.mean[row], rstd = args.rstd[row];
+    float x[kChunk], dy[kChunk], weight[kChunk], sums[3] = {};
+    for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {
+      load_chunk(x_row + c, left(width - c), vectors, x);
+      load_chunk(dy_row + c, left(width - c), vectors, dy);
+      load_chunk(args.weight + c, left(width - c), vectors, weight);
+      float chunk[3] = {};
+      fill_chunk(left(width - c), mean, x);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        const float xhat = (x[i] - mean) * rstd, g = weight[i] * dy[i];
+        chunk[0] += xhat;
+        chunk[1] += g;
+        chunk[2] += g * xhat;
+      }
+#pragma unroll
+      for (int i = 0; i < 3; ++i) sums[i] += chunk[i];
+    }
+    sum_over_row(sums, kBackwardWarps, shared + turn * (kBackwardWarps * 3));
+    const RowMeans of = row_means(sums, width);
+    const bool first = row == blockIdx.x;
+    for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {
+      float dx[kChunk], dweight[kChunk], dbias[kChunk];
+      load_chunk(x_row + c, left(width - c), vectors, x);
+      load_chunk(dy_row + c, left(width - c), vectors, dy);
+      load_chunk(args.weight + c, left(width - c), vectors, weight);
+      const T* grad_sum = static_cast<const T*>(args.grad_sum) + row * width + c;
+      load_chunk(grad_sum, args.grad_sum ? left(width - c) : 0, vectors, dx);
+      load_chunk(weight_sum + c, first ? 0 : left(width - c), vectors, dweight);
+      load_chunk(bias_sum + c, first ? 0 : left(width - c), vectors, dbias);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        const float xhat = (x[i] - mean) * rstd - of.shift;
+        dx[i] += (weight[i] * dy[i] - of.g - xhat * of.g_xhat) * rstd;
+        dweight[i] += dy[i] * xhat;
+        dbias[i] += dy[i];
+      }
+      store_chunk(static_cast<T*>(args.grad_x) + row * width + c, left(width - c), vectors, dx);
+      store_chunk(weight_sum + c, left(width - c), vectors, dweight);
+      store_chunk(bias_sum + c, left(width - c), vectors, dbias);
+    }
+  }
+}
+
+}  // namespace GPTCORE_GPU
+}  // namespace gptcore

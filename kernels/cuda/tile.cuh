@@ -1,0 +1,341 @@
+// What the attention kernels share: tiles in shared memory, the two matrix products of a warp, which keys a query sees,
+// and dropout.
+//
+// A warp owns whole rows of its products, and what it sums up always has the layout of mma's m16n8 accumulators. Of an
+// m x n array of 16 x 8 tiles, acc[m][n][i] of a lane is the element of
+//
+//     row 16 m + lane / 4 + 8 (i / 2),   column 8 n + 2 (lane % 4) + i % 2
+//
+// so four lanes (a quad) hold a row, and the sums of one product can be the left operand of the next without leaving
+// their registers. `Math` says how products are computed: bfloat16 and float16 on tensor cores, Tf32 on tensor cores
+// with float storage, float with plain fused multiply-adds.
+#pragma once
+
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/kernels.h"
+
+namespace gptcore {
+
+struct Tf32 {};  // float in memory, rounded to 10 bits of mantissa before it is multiplied
+template <class Math> struct StorageOf { using Type = Math; };
+template <> struct StorageOf<Tf32> { using Type = float; };
+template <class Math> using Storage = typename StorageOf<Math>::Type;
+
+template <class Math> constexpr bool kPlainFloat = false;
+template <> constexpr bool kPlainFloat<float> = true;
+template <class Math> constexpr bool kTf32 = false;
+template <> constexpr bool kTf32<Tf32> = true;
+
+template <class T>
+GPTCORE_DEVICE T* rows_of(const HeadsView& view, int batch, int head, int row) {
+  return static_cast<T*>(view.data) + batch * view.batch_stride + head * view.head_stride + row * view.row_stride;
+}
+
+// ---- tiles in shared memory -----------------------------------------------------------------------------------------
+
+// Rows of kWidth elements, in chunks of 16 bytes. The chunks of a row are permuted, so that the same chunk of eight
+// successive rows (what ldmatrix reads at once) and eight successive chunks of a row (what a copy writes at once) each
+// lie in all 32 banks.
+template <class T, int kWidth>
+struct SharedTile {
+  static constexpr int kPerChunk = 16 / sizeof(T), kChunks = kWidth / kPerChunk;
+  static_assert(kWidth % kPerChunk == 0 && kChunks % 4 == 0, "the permutation is of four or of eight chunks");
+  char* data;
+
+  // Chunk `index` + `more`, two numbers without a common bit. What varies in an unrolled loop goes into `more`: then
+  // the addresses of all its turns come from one by exclusive or. The tile must begin at a multiple of 128 bytes.
+  GPTCORE_DEVICE char* chunk(int row, int index, int more = 0) const {
+    constexpr int kPermuted = kChunks % 8 == 0 ? 8 : 4;
+    const int swizzle = kPermuted == 8 ? row % 8 : row / 2 % 4;
+    char* const at = data + (row * kChunks + (index ^ swizzle)) * 16;
+    return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(at) ^ more % kPermuted * 16) +
+           more / kPermuted * kPermuted * 16;
+  }
+  GPTCORE_DEVICE T* pair(int row, int column) const {  // of two neighbours, the first being even
+    return reinterpret_cast<T*>(chunk(row, column / kPerChunk)) + column % kPerChunk;
+  }
+};
+
+// Begins to copy kRows rows of head_dim elements; row_at(i) is row i's address, or null for a row of zeros. `vectors`
+// says that addresses and head_dim are whole multiples of 16 bytes; otherwise elements are copied at once, one by one.
+template <int kRows, int kThreads, class T, int kWidth, class RowAt>
+GPTCORE_DEVICE void load_rows(SharedTile<T, kWidth> to, RowAt row_at, int head_dim, bool vectors) {
+  constexpr int kChunks = SharedTile<T, kWidth>::kChunks, kPerChunk = 16 / sizeof(T);
+#pragma unroll 1  // or the addresses of all turns would be kept in registers across the caller's loop
+  for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
+    const int row = i / kChunks, column = i % kChunks * kPerChunk;
+    const T* const from = row_at(row);
+    if (vectors) {
+      copy_async<16>(to.chunk(row, i % kChunks), from + column, from && column < head_dim);
+    } else {
+      T* const slot = reinterpret_cast<T*>(to.chunk(row, i % kChunks));
+      for (int j = 0; j < kPerChunk; ++j) slot[j] = from && column + j < head_dim ? from[column + j] : T{};
+    }
+  }
+}
+
+// The same for rows that lie at one stride, of which `rows` exist.
+template <int kRows, int kThreads, class T, int kWidth>
+GPTCORE_DEVICE void load_tile(SharedTile<T, kWidth> to, const T* from, int64_t stride, int rows, int head_dim,
+                              bool vectors) {
+  const auto row_at = [&](int row) { return row < rows ? from + row * stride : nullptr; };
+  load_rows<kRows, kThreads>(to, row_at, head_dim, vectors);
+}
+
+// Two neighbours in one access.
+GPTCORE_DEVICE void store_words(void* to, uint32_t first, uint32_t second) {
+  *static_cast<uint64_t*>(to) = first | static_cast<uint64_t>(second) << 32;
+}
+template <class T>
+GPTCORE_DEVICE void store_pair(T* to, float first, float second) {
+  if constexpr (sizeof(T) == 2) *reinterpret_cast<uint32_t*>(to) = pack<T>(first, second);
+  else store_words(to, bits_of(first), bits_of(second));
+}
+
+// A warp stores kRows rows of a tile, from first_row; row_at(i) is the address of the tile's row i, or null.
+template <int kRows, class T, int kWidth, class RowAt>
+GPTCORE_DEVICE void store_rows(SharedTile<T, kWidth> from, int first_row, RowAt row_at, int head_dim, bool vectors,
+                               int lane) {
+  constexpr int kChunks = SharedTile<T, kWidth>::kChunks, kPerChunk = 16 / sizeof(T);
+  for (int i = lane; i < kRows * kChunks; i += 32) {
+    const int row = first_row + i / kChunks, column = i % kChunks * kPerChunk;
+    T* const to = row_at(row);
+    const char* const chunk = from.chunk(row, i % kChunks);
+    if (!to) continue;
+    if (!vectors)
+      for (int j = 0; j < kPerChunk && column + j < head_dim; ++j)
+        to[column + j] = reinterpret_cast<const T*>(chunk)[j];
+    else if (column < head_dim)
+      store_vec(to + column, load_vec(chunk));
+  }
+}
+
+// ---- products of a warp ---------------------------------------------------------------------------------------------
+
+// Fragments of one mma: A is 16 rows, B two tiles of 8 columns, both 32 bytes deep (16 half-precision numbers, 8 tf32).
+template <class T, int kWidth>
+GPTCORE_DEVICE void load_a(uint32_t (&a)[4], SharedTile<T, kWidth> tile, int row, int step, int lane) {
+  load_matrix(a, tile.chunk(row + lane % 16, lane / 16, 2 * step));
+}
+template <class T, int kWidth>  // of B^T: a row of the tile is a column of B
+GPTCORE_DEVICE void load_b(uint32_t (&b)[4], SharedTile<T, kWidth> tile, int row, int step, int lane) {
+  load_matrix(b, tile.chunk(row + lane / 16 * 8 + lane % 8, lane / 8 % 2, 2 * step));
+}
+
+GPTCORE_DEVICE void round_to_tf32(uint32_t (&r)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) r[i] = to_tf32(float_of(r[i]));
+}
+
+template <class Math>
+GPTCORE_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t b[2] = {b0, b1};
+  if constexpr (kTf32<Math>) mma_1688_tf32(d, a, b);
+  else mma_16816<Math>(d, a, b);
+}
+
+struct Float2 { float v[2]; };
+struct Float4 { float v[4]; };
+template <class Vector>
+GPTCORE_DEVICE Vector load_shared(const void* from);  // in one access
+template <>
+GPTCORE_DEVICE Float2 load_shared<Float2>(const void* from) {
+  const uint64_t both = *static_cast<const uint64_t*>(from);
+  return {{float_of(static_cast<uint32_t>(both)), float_of(static_cast<uint32_t>(both >> 32))}};
+}
+template <>
+GPTCORE_DEVICE Float4 load_shared<Float4>(const void* from) {
+  const Vec16 four = load_vec(from);
+  return {{float_of(four.w[0]), float_of(four.w[1]), float_of(four.w[2]), float_of(four.w[3])}};
+}
+
+// S = A B^T: the warp's rows of A against 8 kN rows of B, along the width of the tiles.
+template <class Math, int kM, int kN, int kWidth>
+GPTCORE_DEVICE void multiply_transposed(float (&s)[kM][kN][4], SharedTile<Storage<Math>, kWidth> a_tile, int a_row,
+                                        SharedTile<Storage<Math>, kWidth> b_tile, int b_row, int lane) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[m][n][i] = 0.0f;
+
+  if constexpr (kPlainFloat<Math>) {
+#pragma unroll 2
+    for (int c = 0; c < kWidth / 4; ++c) {
+      Float4 a[kM][2];
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) a[m][h] = load_shared<Float4>(a_tile.chunk(a_row + m * 16 + h * 8 + lane / 4, c));
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const Float4 b = load_shared<Float4>(b_tile.chunk(b_row + n * 8 + lane % 4 * 2 + h, c));
+#pragma unroll
+          for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+              s[m][n][h] += a[m][0].v[k] * b.v[k];
+              s[m][n][2 + h] += a[m][1].v[k] * b.v[k];
+            }
+        }
+    }
+  } else {
+#pragma unroll
+    for (int step = 0; step < SharedTile<Storage<Math>, kWidth>::kChunks / 2; ++step) {
+      uint32_t a[kM][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        load_a(a[m], a_tile, a_row + m * 16, step, lane);
+        if constexpr (kTf32<Math>) round_to_tf32(a[m]);
+      }
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+        uint32_t b[4];
+        load_b(b, b_tile, b_row + n * 8, step, lane);
+        if constexpr (kTf32<Math>) round_to_tf32(b);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          mma<Math>(s[m][n], a[m], b[0], b[1]);
+          mma<Math>(s[m][n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+}
+
+// acc += P B: P in registers, 8 kN columns wide, against as many rows of B.
+template <class Math, int kM, int kN, int kWidth>
+GPTCORE_DEVICE void multiply_add(float (&acc)[kM][kWidth / 8][4], const float (&p)[kM][kN][4],
+                                 SharedTile<Storage<Math>, kWidth> b_tile, int b_row, int lane) {
+  if constexpr (kPlainFloat<Math>) {
+    // Every lane needs the whole row of P that its quad holds.
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll 1
+      for (int holder = 0; holder < 4; ++holder)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float a[kM][2];
+#pragma unroll
+          for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) a[m][h] = shuffle(p[m][n][2 * h + c], lane / 4 * 4 + holder);
+#pragma unroll
+          for (int j = 0; j < kWidth / 8; ++j) {
+            const Float2 b = load_shared<Float2>(b_tile.pair(b_row + n * 8 + holder * 2 + c, j * 8 + lane % 4 * 2));
+#pragma unroll
+            for (int m = 0; m < kM; ++m)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) acc[m][j][i] += a[m][i / 2] * b.v[i % 2];
+          }
+        }
+  } else if constexpr (kTf32<Math>) {
+    // mma's k = t and t + 4 are the columns 2 t and 2 t + 1 that lane t of the quad holds: a sum has no order.
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      uint32_t a[kM][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][i] = to_tf32(p[m][n][i % 2 * 2 + i / 2]);
+#pragma unroll
+      for (int j = 0; j < kWidth / 8; ++j) {
+        const int row = b_row + n * 8 + lane % 4 * 2, column = j * 8 + lane / 4;
+        const uint32_t b0 = to_tf32(*b_tile.pair(row, column)), b1 = to_tf32(*b_tile.pair(row + 1, column));
+#pragma unroll
+        for (int m = 0; m < kM; ++m) mma<Math>(acc[m][j], a[m], b0, b1);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      uint32_t a[kM][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][i] = pack<Math>(p[m][n + i / 2][i % 2 * 2], p[m][n + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+      for (int j = 0; j < kWidth / 8; j += 2) {
+        uint32_t b[4];
+        load_matrix_trans(b, b_tile.chunk(b_row + n * 8 + lane % 16, lane / 16, j));
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          mma<Math>(acc[m][j], a[m], b[0], b[1]);
+          mma<Math>(acc[m][j + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+}
+
+// ---- what a row sees ------------------------------------------------------------------------------------------------
+
+struct alignas(8) Range {
+  int begin, end;
+};
+
+GPTCORE_DEVICE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+// The boundaries of the documents in one row of the batch; those of one row may serve all. Null: one document.
+struct Documents {
+  const int64_t* cu;
+  int64_t base, length;
+
+  GPTCORE_DEVICE Documents(const int64_t* boundaries, int64_t count, int64_t batch, int64_t len)
+      : cu(boundaries), base(boundaries && boundaries[count - 1] != len ? batch * len : 0), length(len) {}
+  GPTCORE_DEVICE int64_t boundary(int64_t i) const { return clamp(cu[i] - base, 0, length); }
+};
+
+// The columns [begin, end) that a row sees. Both ends only grow from one row to the next, documents or not, so a tile
+// of rows sees at most [begin of its first row, end of its last], and all of it sees [begin of last, end of first).
+// With rows = queries, columns = keys, a query at position i of its document sees the keys from i - before to
+// i + after. With keys and queries, before and after exchanged it is the other way round: who sees this key.
+GPTCORE_DEVICE Range visible(int row, Documents rows, Documents columns, int64_t num_boundaries, int64_t before,
+                             int64_t after) {
+  int64_t row_end = rows.length, column_begin = 0, column_end = columns.length;
+  if (rows.cu) {
+    int64_t low = 0, high = num_boundaries - 1;  // the last boundary that is not after the row begins its document
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (rows.cu[middle] <= rows.base + row ? low : high) = middle;
+    }
+    row_end = rows.boundary(low + 1);
+    column_begin = columns.boundary(low), column_end = columns.boundary(low + 1);
+  }
+  const int64_t position = row - row_end + column_end;  // the last query stands at the last key
+  const int64_t begin = clamp(position - before, column_begin, column_end);
+  return {(int)begin, (int)clamp(position + after + 1, begin, column_end)};
+}
+
+// ---- dropout --------------------------------------------------------------------------------------------------------
+
+// Philox4x32-10 (Salmon et al. 2011): the words of keys 4 i to 4 i + 3 of a query are those of the counter
+// (i, query, batch x heads + head, 0), whatever the tiling and the backend. A weight stays if its word is not below
+// dropout_p x 2^32.
+struct Philox {
+  uint32_t w[4];
+
+  GPTCORE_DEVICE Philox(uint32_t c0, uint32_t c1, uint32_t c2, uint64_t seed) {
+    uint32_t c3 = 0, k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+#pragma unroll
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      const uint32_t high0 = mul_high(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+      const uint32_t high1 = mul_high(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+      c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0;
+    }
+    w[0] = c0, w[1] = c1, w[2] = c2, w[3] = c3;
+  }
+};
+
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+
+// exp(scale s - shift): scale s is rounded as in the forward's maximum, so that where one key has all the weight, and
+// shift is its own score, the result is exactly 1 however large the scores are.
+GPTCORE_DEVICE float probability(float s, float scale, float shift) {
+  return exp2_approx(mul_rn(mul_rn(s, scale) - shift, kLog2e));
+}
+
+}  // namespace gptcore

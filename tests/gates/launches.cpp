@@ -1,0 +1,65 @@
+// Prints of every kernel "name threads shared_bytes", the most that a launch of it takes of either; tests/gates/sass.py
+// compiles it. A name is the beginning of the kernel's, without namespaces. What is never launched does no harm here.
+#include <cstdio>
+
+#include "kernels/cuda/attention_backward.cuh"
+#include "kernels/cuda/attention_forward.cuh"
+#include "kernels/cuda/gelu.cuh"
+#include "kernels/cuda/layer_norm.cuh"
+
+using namespace gptcore;
+using namespace gptcore::GPTCORE_GPU;
+
+template <class Math, int kWidth, Gradients kOf>
+void attention_backward(const char* math) {
+  using Shared = BackwardShared<Math, kWidth, kOf>;
+  std::printf("attention_backward_kernel<%s, %d, Gradients%d> %d %d\n", math, kWidth, int(kOf),
+              Shared::kTile.threads(), Shared::kBytes);
+}
+
+template <class Math, int kWidth>
+void attention(const char* math) {
+  using Forward = ForwardShared<Math, kWidth, false>;
+  using Few = ForwardShared<Math, kWidth, true>;
+  std::printf("attention_forward_kernel<%s, %d, false> %d %d\n", math, kWidth, Forward::kThreads, Forward::kBytes);
+  std::printf("attention_forward_kernel<%s, %d, true> %d %d\n", math, kWidth, Few::kThreads, Few::kBytes);
+  attention_backward<Math, kWidth, Gradients::query>(math);
+  attention_backward<Math, kWidth, Gradients::key>(math);
+  attention_backward<Math, kWidth, Gradients::value>(math);
+  attention_backward<Math, kWidth, Gradients::key_value>(math);
+}
+
+template <class Math>
+void widths(const char* math) {
+  if constexpr (sizeof(Storage<Math>) == 2) {
+    attention<Math, 32>(math);
+    attention<Math, 96>(math);
+  }
+  attention<Math, 64>(math);
+  attention<Math, 128>(math);
+  attention<Math, 256>(math);
+}
+
+template <class T>
+void layer_norm_backward(const char* type) {
+  const int groups_share = 2 * kBackwardChunks<T> * kChunk * 32 * (kBackwardWarps / 2);
+  std::printf("layer_norm_backward_kernel<%s> %d %d\n", type, kBackwardThreads,
+              int(sizeof(float)) * (6 * kBackwardWarps + groups_share));
+}
+
+int main() {
+  widths<bfloat16>("bfloat16");
+  widths<float16>("float16");
+  widths<Tf32>("Tf32");
+  widths<float>("float");
+  layer_norm_backward<bfloat16>("bfloat16");
+  layer_norm_backward<float16>("float16");
+  layer_norm_backward<float>("float");
+  std::printf("attention_delta %d 0\n", kDeltaThreads);
+  std::printf("attention_combine %d %d\n", kCombineThreads, int(kCombineThreads / 32 * kMaxSplits * sizeof(float)));
+  std::printf("layer_norm_forward %d %d\n", kForwardThreads, int(3 * kForwardWarps * sizeof(float)));
+  std::printf("layer_norm_backward_wide %d %d\n", kBackwardThreads, int(6 * kBackwardWarps * sizeof(float)));
+  std::printf("gelu_forward %d 0\n", 32 * kGeluWarps);
+  std::printf("gelu_backward %d %d\n", 32 * kGeluWarps, kGeluSharedBytes);
+  std::printf("sum_partials %d %d\n", 32 * 8, int(32 * 8 * sizeof(float)));
+}

@@ -1,0 +1,255 @@
+"""What the compiler made of every CUDA kernel, read out of the built module, and held to a table.
+
+    python -m tests.gates.sass           compare with tests/data/sass.json
+    python -m tests.gates.sass --write   write it anew, after a change that is meant
+
+For each kernel and architecture: registers a thread, bytes of stack (spilled registers lie there), shared memory and
+threads of a block, how many blocks are resident on a multiprocessor, and how often some instructions occur.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from gptcore import _C
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "tests" / "data" / "sass.json"
+DOCS = ROOT / "docs" / "kernels.md"
+MARKERS = "<!-- sass -->\n", "<!-- end of sass -->"
+MODULE = Path(_C.__file__)
+
+# Of one multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"): threads,
+# blocks, bytes of shared memory. Each has 65536 registers, given to warps by 256, and each block costs 1 KiB more.
+MULTIPROCESSOR = {
+    "sm_80": (2048, 32, 164 << 10),
+    "sm_86": (1536, 16, 100 << 10),
+    "sm_89": (1536, 24, 100 << 10),
+    "sm_90": (2048, 32, 228 << 10),
+    "sm_100": (2048, 32, 228 << 10),
+    "sm_120": (1536, 24, 100 << 10),
+}
+
+# Instructions that are counted, by what their names match.
+COUNTED = {
+    "mma": r"HMMA",  # tensor cores
+    "ldmatrix": r"LDSM",
+    "cp_async": r"LDGSTS",
+    "wide": r"(LDG|STG)\..*128",  # 16-byte accesses to global memory
+    "local": r"LDL|STL",  # accesses to the stack
+    "fp64": r"D(ADD|MUL|FMA|MMA|SETP)|.*\.F64",
+}
+FIELDS = ("registers", "stack", "shared", "threads", "blocks", *COUNTED)
+MORE_IS_WORSE = ("registers", "stack", "shared", "local", "fp64")
+LESS_IS_WORSE = ("blocks", "mma", "ldmatrix", "cp_async", "wide")
+
+COUNTED_IN_SUMMARY = ("mma", "ldmatrix", "cp_async", "wide")
+
+Row = dict[str, int]
+Table = dict[str, dict[str, Row]]  # kernel: architecture: row
+
+
+def find_tool(name: str) -> str:
+    """cuobjdump or nvdisasm: of a toolkit, of NVIDIA's wheels or of Triton's."""
+    packages = Path(sysconfig.get_path("purelib"))
+    folders = [
+        *os.environ.get("PATH", "").split(os.pathsep),
+        *(f"{os.environ[key]}/bin" for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key)),
+        "/usr/local/cuda/bin",
+        *map(str, sorted(packages.glob("nvidia/cu*/bin"))),
+        str(packages / "triton" / "backends" / "nvidia" / "bin"),
+    ]
+    found = shutil.which(name, path=os.pathsep.join(folders))
+    if found is None:
+        raise FileNotFoundError(f"no {name}; pip install nvidia-cuda-{name}")
+    return found
+
+
+def plain_names(mangled: list[str]) -> list[str]:
+    """layer_norm_forward_kernel<bfloat16, float> for each of the mangled names."""
+    lines = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    names = []
+    for line in lines.splitlines():
+        name = re.sub(r"^void |gptcore::(cuda::)?", "", line)
+        name = re.sub(r"\((\w+)\)(\d)", r"\1\2", name)  # (Gradients)0 is Gradients0
+        names.append(name[: name.index("(")])
+    return names
+
+
+def launches() -> dict[str, tuple[int, int]]:
+    """Threads and bytes of shared memory of a block, by the beginning of the kernel's name."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/launches"
+        command = ["g++", "-std=c++17", "-DGPTCORE_SIMT", "-DGPTCORE_GPU=simulated", "-w", f"-I{ROOT}"]
+        subprocess.run([*command, str(ROOT / "tests/gates/launches.cpp"), "-o", program], check=True)
+        lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = (line.rsplit(" ", 2) for line in lines)
+    return {name: (int(threads), int(shared)) for name, threads, shared in rows}
+
+
+def resident_blocks(arch: str, registers: int, threads: int, shared: int) -> int:
+    max_threads, max_blocks, max_shared = MULTIPROCESSOR[arch]
+    warps = threads // 32
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256) // warps
+    return min(by_registers, max_threads // threads, max_blocks, max_shared // (shared + 1024))
+
+
+def instructions(cubin: Path) -> dict[tuple[str, str], collections.Counter[str]]:
+    """How often each kind of COUNTED occurs, by function and architecture."""
+    text = subprocess.run([find_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    arch = cubin.suffixes[-2][1:]  # name.3.sm_90.cubin
+    counts = {}
+    for part in re.split(r"^\.text\.", text, flags=re.M)[1:]:
+        names = collections.Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", part, re.M))
+        counts[part[: part.index(":")], arch] = collections.Counter(
+            {kind: sum(n for name, n in names.items() if re.match(match, name)) for kind, match in COUNTED.items()}
+        )
+    return counts
+
+
+def measure(module: Path = MODULE) -> Table:
+    """The table of a built module."""
+    cuobjdump = find_tool("cuobjdump")
+    usage: dict[tuple[str, str], tuple[int, int]] = {}
+    arch = function = ""
+    text = subprocess.run([cuobjdump, "-res-usage", str(module)], capture_output=True, text=True, check=True).stdout
+    for line in text.splitlines():
+        if match := re.match(r"arch = (sm_\d+)", line):
+            arch = match[1]
+        elif match := re.match(r" Function (\S+):", line):
+            function = match[1]
+        elif match := re.match(r"  REG:(\d+) STACK:(\d+)", line):
+            usage[function, arch] = int(match[1]), int(match[2])
+
+    counts: dict[tuple[str, str], collections.Counter[str]] = {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        subprocess.run([cuobjdump, "-xelf", "all", str(module)], cwd=folder, capture_output=True, check=True)
+        for counted in pool.map(instructions, Path(folder).iterdir()):
+            counts |= counted
+
+    known = launches()
+    functions = sorted({function for function, _ in usage})
+    names = dict(zip(functions, plain_names(functions), strict=True))
+    table: Table = collections.defaultdict(dict)
+    for (function, arch), (registers, stack) in usage.items():
+        name = names[function]
+        fitting = [start for start in known if name.startswith(start)]
+        if not fitting:
+            raise KeyError(f"tests/gates/launches.cpp does not know {name}")
+        threads, shared = known[max(fitting, key=len)]
+        blocks = resident_blocks(arch, registers, threads, shared)
+        count = counts[function, arch]
+        row = {"registers": registers, "stack": stack, "shared": shared, "threads": threads, "blocks": blocks}
+        table[name][arch] = row | {kind: count[kind] for kind in COUNTED}
+    return {name: table[name] for name in sorted(table)}
+
+
+def problems(table: Table) -> list[str]:
+    """What no kernel may do, whatever the table in the repository says."""
+    found = []
+    for name, archs in table.items():
+        for arch, row in archs.items():
+            at = f"{name} {arch}"
+            for field in ("stack", "local", "fp64"):
+                if row[field]:
+                    found.append(f"{at}: {field} is {row[field]}, expected 0")
+            if row["blocks"] < 1:
+                found.append(f"{at}: no block fits on a multiprocessor")
+            attention = re.match(r"attention_(forward|backward)_kernel<(\w+)", name)
+            needs = ["wide"] if name.startswith(("layer_norm", "gelu")) else []
+            if attention:
+                needs += ["cp_async"] if attention[2] == "float" else ["cp_async", "mma", "ldmatrix"]
+            found += [f"{at}: {field} is 0, expected some" for field in needs if not row[field]]
+    return found
+
+
+def worsened(table: Table, before: Table) -> list[str]:
+    """Numbers that are worse than they were, and kernels that one of the tables lacks."""
+    found = [f"{name} is new" for name in table if name not in before]
+    found += [f"{name} is gone" for name in before if name not in table]
+    for name, archs in table.items():
+        for arch, row in archs.items():
+            old = before.get(name, {}).get(arch)
+            if old is None:
+                continue
+            for field in FIELDS:
+                worse = (field in MORE_IS_WORSE and row[field] > old[field]) or (
+                    field in LESS_IS_WORSE and row[field] < old[field]
+                )
+                if worse:
+                    found.append(f"{name} {arch}: {field} was {old[field]}, is {row[field]}")
+    return found
+
+
+def compiler() -> str:
+    """The nvcc that built the module: numbers of another cannot be compared."""
+    return str(_C.build_info()["nvcc"])
+
+
+def load() -> tuple[str, Table]:
+    content = json.loads(TABLE.read_text())
+    rows = content["kernels"]
+    return content["nvcc"], {
+        name: {arch: dict(zip(FIELDS, row, strict=True)) for arch, row in archs.items()} for name, archs in rows.items()
+    }
+
+
+def write(table: Table) -> None:
+    lines = []
+    for name, archs in table.items():
+        rows = ",\n".join(f'   "{arch}": {list(row.values())}' for arch, row in archs.items())
+        lines.append(f"  {json.dumps(name)}: {{\n{rows}}}")
+    kernels = ",\n".join(lines)
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(
+        f'{{"nvcc": "{compiler()}",\n "fields": {json.dumps(FIELDS)},\n "kernels": {{\n{kernels}\n }}\n}}\n'
+    )
+
+
+def summary(table: Table) -> str:
+    """The part of docs/kernels.md between the markers."""
+    heads = "kernel", "threads", "shared memory", "registers", "blocks on sm_80, sm_90", *COUNTED_IN_SUMMARY
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, archs in table.items():
+        rows = list(archs.values())
+        least, most = (pick(row["registers"] for row in rows) for pick in (min, max))
+        registers = str(most) if least == most else f"{least} to {most}"
+        blocks = ", ".join(str(archs[arch]["blocks"]) for arch in ("sm_80", "sm_90") if arch in archs)
+        first = rows[0]
+        counts = " | ".join(str(first[kind]) for kind in COUNTED_IN_SUMMARY)
+        lines.append(f"| `{name}` | {first['threads']} | {first['shared']} | {registers} | {blocks} | {counts} |")
+    return "\n".join(lines) + "\n"
+
+
+def documented(text: str, table: Table) -> str:
+    begin, end = (text.index(marker) for marker in MARKERS)
+    return text[: begin + len(MARKERS[0])] + summary(table) + text[end:]
+
+
+def main() -> int:
+    if not _C.cuda_archs():
+        print(f"this module has no CUDA kernels: {_C.cuda_problem()}", file=sys.stderr)
+        return 2
+    table = measure()
+    bad = problems(table)
+    if "--write" in sys.argv[1:]:
+        write(table)
+        DOCS.write_text(documented(DOCS.read_text(), table))
+    elif TABLE.exists():
+        bad += worsened(table, load()[1])
+    print("\n".join(bad) or f"{sum(map(len, table.values()))} rows, none worse", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""The CUDA kernels as compiled: no spills, no stack, no float64, and nothing worse than tests/data/sass.json says."""
+
+import os
+
+import pytest
+
+from gptcore import _C
+from tests.gates import sass
+
+
+@pytest.fixture(scope="module")
+def table() -> sass.Table:
+    if not _C.cuda_archs() and os.environ.get("GPTCORE_CUDA", "AUTO").upper() != "ON":
+        pytest.skip(str(_C.cuda_problem()))
+    return sass.measure()
+
+
+def test_every_kernel_is_compiled_for_every_architecture(table: sass.Table) -> None:
+    archs = {arch for arch in _C.cuda_archs() if arch.startswith("sm_")}
+    assert archs
+    assert {frozenset(rows) for rows in table.values()} == {frozenset(archs)}
+
+
+def test_no_kernel_spills_or_uses_float64_or_lacks_what_it_is_made_of(table: sass.Table) -> None:
+    assert sass.problems(table) == []
+
+
+def test_no_number_is_worse_than_the_table_says(table: sass.Table) -> None:
+    nvcc, before = sass.load()
+    if nvcc != sass.compiler():
+        pytest.skip(f"the table is for nvcc {nvcc}, the module was built by {sass.compiler()}")
+    assert sass.worsened(table, before) == []
+
+
+def test_the_documentation_shows_the_table() -> None:
+    text = sass.DOCS.read_text()
+    assert sass.documented(text, sass.load()[1]) == text
+
+
+def test_the_gate_can_fail() -> None:
+    row = dict.fromkeys(sass.FIELDS, 1) | {"stack": 0, "local": 0, "fp64": 0}
+    before = {"layer_norm": {"sm_80": row}}
+    assert sass.problems(before) == sass.worsened(before, before) == []
+    for field in (*sass.MORE_IS_WORSE, *sass.LESS_IS_WORSE):
+        change = 1 if field in sass.MORE_IS_WORSE else -1
+        after = {"layer_norm": {"sm_80": row | {field: row[field] + change}}}
+        assert sass.worsened(after, before) == [f"layer_norm sm_80: {field} was {row[field]}, is {row[field] + change}"]
+        assert sass.worsened(before, after) == []
+    for field, bad in (("stack", 8), ("local", 2), ("fp64", 1), ("wide", 0)):
+        assert len(sass.problems({"layer_norm": {"sm_80": row | {field: bad}}})) == 1
+    assert sass.worsened({}, before) == ["layer_norm is gone"]
+    assert sass.worsened(before, {}) == ["layer_norm is new"]
