@@ -83,9 +83,7 @@ def _attention_cases() -> Iterator[Case]:
 
     def visited(rows: int, columns: int, transposed: bool = False) -> tuple[int, int]:
         """How many columns pass by in all, and how many tiles of them; transposed: queries pass by keys."""
-        seen = [
-            (S - begin // columns * columns if transposed else min(S, begin + rows)) for begin in range(0, S, rows)
-        ]
+        seen = [(S - begin // columns * columns if transposed else min(S, begin + rows)) for begin in range(0, S, rows)]
         return sum(seen), sum(-(-count // columns) for count in seen)
 
     def product(rows: int, columns: int) -> int:

@@ -47,7 +47,7 @@ def describe() -> dict[str, str]:
         "in use": chosen,
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} (torch.set_num_threads)",
         "openmp": openmp,
-        "cuda": "not built: this version has kernels for the CPU only",
+        "cuda": _C.cuda_problem() or f"built for {', '.join(_C.cuda_archs())}",
     }
     for name, reason in ops.backends().items():
         lines[f"backend {name}"] = "usable" if reason is None else f"not usable: {reason}"

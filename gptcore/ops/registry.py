@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gptcore import _C
 from gptcore.ops import verify
 
 
@@ -48,10 +49,6 @@ WITH_TORCH = ("torch", "cuda", "triton", "simt")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _why_no_cuda() -> str | None:
-    return "not built: this version has kernels for the CPU only"
-
-
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return 'triton is not installed; pip install "gptcore[triton]"'
@@ -72,7 +69,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cuda", devices=("cuda",), dtypes=FLOATS, unusable=_why_no_cuda()),
+        Backend("cuda", devices=("cuda",), dtypes=FLOATS, unusable=_C.cuda_problem()),
         Backend("cpu", devices=("cpu",), dtypes=FLOATS),
         Backend("triton", devices=("cpu",) if INTERPRETED else ("cuda",), dtypes=FLOATS, unusable=_why_no_triton()),
         Backend("torch", devices=(), dtypes=(*FLOATS, torch.float64)),
