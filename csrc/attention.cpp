@@ -75,8 +75,8 @@ AttentionArgs common_args(const TensorView& query, const TensorView& key, const 
   if (execution.allocate && batch * query_heads > INT32_MAX / tiles)
     refuse("query has shape ", shape_text(query.shape, 4), " and key ", shape_text(key.shape, 4), ", expected at most ",
            INT32_MAX / tiles, " heads in the batch at that length: a GPU starts at most 2^31 - 1 blocks");
-  if (!std::isfinite(static_cast<float>(options.scale)))
-    refuse("scale is ", options.scale, ", expected a number that is finite in float32");
+  if (!(std::abs(options.scale) <= 1e38))  // log2(e) times it is finite in float32
+    refuse("scale is ", options.scale, ", expected a finite number of at most 1e38");
   if (!(options.dropout_p >= 0 && options.dropout_p < 1))
     refuse("dropout_p is ", options.dropout_p, ", expected 0 <= dropout_p < 1");
 

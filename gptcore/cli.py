@@ -227,7 +227,7 @@ def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
     return text.encode("utf-8", errors="replace").decode()
 
 
-# ---- generate, evaluate, export, bench, info --------------------------------------------------------------------------
+# ---- generate, evaluate, export, bench, info -------------------------------------------------------------------------
 
 
 def generate(args: argparse.Namespace) -> int:

@@ -79,6 +79,9 @@ def _attention_cases() -> Iterator[Case]:
     from gptcore import _simt
 
     tiles = _simt.tiles(D, 2)
+    forward, tile = tiles["forward"], tiles["backward"]
+    assert isinstance(forward, tuple)
+    assert isinstance(tile, tuple)
     row, stats = D * 2, 4  # bytes of a row of a tensor, and of its LSE or delta
 
     def visited(rows: int, columns: int, transposed: bool = False) -> tuple[int, int]:
@@ -91,18 +94,17 @@ def _attention_cases() -> Iterator[Case]:
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, S, D).bfloat16().requires_grad_() for _ in range(3))
-    columns, count = visited(*tiles["forward"])
+    columns, count = visited(*forward)
     yield Case(
         "attention forward",
         run=lambda: ops.attention(q.detach(), k.detach(), v.detach(), backend="simt"),
         prepare=None,
         once=S * (4 * row + stats),
         schedule=S * (2 * row + stats) + columns * 2 * row,
-        mma=count * 2 * product(*tiles["forward"]),
+        mma=count * 2 * product(*forward),
         copies=BATCH * HEADS,
     )
     saved: list[Tensor] = []
-    tile = tiles["backward"]
     by_query, by_key = visited(*tile), visited(*tile, transposed=True)
     delta = S * (2 * row + stats)
     queries = S * (3 * row + 2 * stats) + by_query[0] * 2 * row

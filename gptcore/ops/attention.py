@@ -98,8 +98,8 @@ def attention(
     _check(q, k, v)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    elif not abs(scale) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"scale is {scale}, expected a finite number, in float32 too")
+    elif not abs(scale) <= 1e38:  # log2(e) times it is finite in float32
+        raise ValueError(f"scale is {scale}, expected a finite number of at most 1e38")
     left, right = _check_window(window)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, expected 0 <= dropout_p < 1")

@@ -41,14 +41,18 @@ template <> struct Operand<bfloat16> { using Wide = uint32_t; static constexpr i
 template <class T> using Wide = typename Operand<T>::Wide;
 template <class T> constexpr int kStep = Operand<T>::kStep;
 
-GPTCORE_INLINE void multiply_add(Vec& acc, const float* a, Vec b) { acc += splat(*a) * b; }
+GPTCORE_INLINE void multiply_add(Vec& acc, Vec a, Vec b) { acc += a * b; }
+GPTCORE_INLINE Vec splat_wide(const float* p) { return splat(*p); }
 GPTCORE_INLINE Vec load_wide(const float* p) { return load(p); }
 
 #if defined(__AVX512BF16__)
-GPTCORE_INLINE void multiply_add(Vec& acc, const bfloat16* a, UintVec b) {
+GPTCORE_INLINE void multiply_add(Vec& acc, UintVec a, UintVec b) {
+  acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+GPTCORE_INLINE UintVec splat_wide(const bfloat16* p) {
   int32_t pair;
-  memcpy(&pair, a, sizeof pair);
-  acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+  memcpy(&pair, p, sizeof pair);
+  return (UintVec)_mm512_set1_epi32(pair);
 }
 GPTCORE_INLINE UintVec load_wide(const uint32_t* p) { return bit_cast<UintVec>(load((const float*)p)); }
 #endif
@@ -65,7 +69,8 @@ void tile(const T* a, int64_t lda, const Wide<T>* b, int64_t steps, float* c, in
     decltype(load_wide(b)) row[Vectors];
     GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) row[v] = load_wide(b + k * kPanel + v * kLanes);
     GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
-      GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) multiply_add(acc[r][v], a + r * lda + k * kStep<T>, row[v]);
+      GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v)
+        multiply_add(acc[r][v], splat_wide(a + r * lda + k * kStep<T>), row[v]);
   }
   GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
     GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) store(c + r * ldc + v * kLanes, acc[r][v]);
@@ -387,11 +392,16 @@ S* row(const HeadsView& view, int64_t batch, int64_t head, int64_t index) {
   return static_cast<S*>(view.data) + batch * view.batch_stride + head * view.head_stride + index * view.row_stride;
 }
 
-// log2(e) x |scale| goes into the exponent; the sign of scale goes into Q, so that the largest score stays the largest.
+// scale = sign x size. The sign goes into Q, so that the largest score stays the largest; scores and their maxima are
+// kept without the size. Only differences of scores are multiplied by size x log2(e), since a product with a large
+// score is rounded by more than an exponent can bear.
 struct Scale {
-  float log2, sign;
+  float sign, size, size_log2;
   explicit Scale(float scale)
-      : log2(scale == 0 ? 1.0f : fabsf(scale) * kLog2e), sign(scale == 0 ? 0.0f : scale < 0 ? -1.0f : 1.0f) {}
+      : sign(scale == 0 ? 0.0f : scale < 0 ? -1.0f : 1.0f), size(scale == 0 ? 1.0f : fabsf(scale)),
+        size_log2(size * kLog2e) {}
+
+  float lse(float max, float sum) const { return sum == 0 ? -kInfinity : max * size + logf(sum); }
 };
 
 // ---- forward ----------------------------------------------------------------------------------------------------------
@@ -401,7 +411,7 @@ struct ForwardScratch {
   T *key, *value;         // K (keys x depth), V^T (blocks x head_dim x kBlockN)
   Wide<T>*query, *probs;  // Q^T (steps x kPanel), P^T (kBlockN / kStep x kPanel)
   float *scores, *out;    // S^T (kBlockN x kPanel), O^T (head_dim x kPanel)
-  float *max, *sum;       // of each lane, in units of log2
+  float *max, *sum;       // of each lane: of the scores, and of exp2((score - max) x size_log2)
   size_t bytes;
 
   ForwardScratch(const AttentionArgs& args, char* base) {
@@ -420,18 +430,18 @@ struct ForwardScratch {
   }
 };
 
-// The accuracy that exp2 needs: P is rounded to T.
-template <class T> constexpr int kExpDegree = kStep<T> == 1 ? 6 : 4;
+// The accuracy that exp2 needs: P is rounded to T, but the LSE is float32.
+template <class T> constexpr int kExpDegree = kStep<T> == 1 ? 6 : 5;
 
-// How far the maximum of a lane may lag behind its scores, in units of log2: probabilities then go up to 2^8 before the
-// division by their sum, and what was accumulated hardly ever needs to be scaled (FlashAttention-4).
+// How far the maximum of a lane may lag behind its scores, as a power of two: probabilities then go up to 2^8 before
+// the division by their sum, and what was accumulated hardly ever needs to be scaled (FlashAttention-4).
 constexpr float kMaxLag = 8.0f;
 
 // One step of the online softmax for one vector of queries over `count` keys: scores become probabilities relative to
 // the maximum; if that has to rise, what was accumulated under the old one is scaled down.
 template <class T>
 void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, int64_t key, int64_t count, bool first,
-                   float scale_log2, int64_t head_dim, Dropout* dropout, float keep_factor) {
+                   float size_log2, int64_t head_dim, Dropout* dropout, float keep_factor) {
   float* scores = scratch.scores + v * kLanes;
   Vec block_max = splat(-kInfinity);
   if (panel.masked(key, count))
@@ -444,11 +454,11 @@ void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, 
     for (int64_t j = 0; j < count; ++j) block_max = max(block_max, load(scores + j * kPanel));
   if (count % kStep<T>) store(scores + count * kPanel, splat(-kInfinity));  // completes the last pair
 
-  Vec old_max = load(scratch.max + v * kLanes), new_max = max(old_max, block_max * scale_log2);
+  Vec old_max = load(scratch.max + v * kLanes), new_max = max(old_max, block_max);
   Vec sum = load(scratch.sum + v * kLanes);
-  if (any(new_max > old_max + kMaxLag)) {
+  if (any((new_max - old_max) * size_log2 > kMaxLag)) {
     // A lane that has seen no key yet has a maximum of -inf, and -inf - -inf would be NaN.
-    Vec shrink = exp2(old_max - (new_max == -kInfinity ? splat(0.0f) : new_max));
+    Vec shrink = exp2((old_max - (new_max == -kInfinity ? splat(0.0f) : new_max)) * size_log2);
     sum *= shrink;
     for (int64_t d = 0; d < head_dim && !first; ++d) {
       float* out = scratch.out + d * kPanel + v * kLanes;
@@ -460,7 +470,7 @@ void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, 
   for (int64_t j = 0; j < count; j += kStep<T>) {
     Vec p[2] = {};
     for (int s = 0; s < kStep<T>; ++s) {
-      p[s] = exp2<kExpDegree<T>>(load(scores + (j + s) * kPanel) * scale_log2 - shift);
+      p[s] = exp2<kExpDegree<T>>((load(scores + (j + s) * kPanel) - shift) * size_log2);
       sum += p[s];
       if (dropout) p[s] = dropout->keeps(v, key + j + s) ? p[s] * keep_factor : splat(0.0f);
     }
@@ -490,9 +500,10 @@ void forward_panel(const AttentionArgs& args, const ForwardScratch<T>& scratch, 
     const bool first = key == first_key;
     multiply_left_right<T>(packed_key, size.depth, scratch.query, left, count, size.steps, panel.rows, scratch.scores);
     for (int v = 0; v < panel.vectors(); ++v)
-      softmax_block<T>(scratch, panel, v, key, v < kPanelVectors / 2 ? left : count, first, scale.log2, args.head_dim,
-                       args.dropout_p > 0 ? &dropout : nullptr, (float)(1 / (1 - args.dropout_p)));
-    add_left_right<T>(packed_value, kBlockN, scratch.probs, args.head_dim, left, count, panel.rows, scratch.out, !first);
+      softmax_block<T>(scratch, panel, v, key, v < kPanelVectors / 2 ? left : count, first, scale.size_log2,
+                       args.head_dim, args.dropout_p > 0 ? &dropout : nullptr, (float)(1 / (1 - args.dropout_p)));
+    add_left_right<T>(packed_value, kBlockN, scratch.probs, args.head_dim, left, count, panel.rows, scratch.out,
+                      !first);
   }
 
   for (int v = 0; v < panel.vectors(); ++v) {
@@ -506,7 +517,7 @@ void forward_panel(const AttentionArgs& args, const ForwardScratch<T>& scratch, 
                  args.head_dim, 1.0f);
   float* lse = args.lse + (segment.batch * args.query_heads + head) * args.query_len + query_row;
   for (int64_t i = 0; i < panel.rows; ++i)
-    lse[i] = scratch.sum[i] == 0 ? -kInfinity : (scratch.max[i] + log2f(scratch.sum[i])) * kLn2;
+    lse[i] = scale.lse(scratch.max[i], scratch.sum[i]);
 }
 
 // A task is a key-value head of a segment and a run of its query panels, for which it packs the keys that they see.
@@ -546,10 +557,11 @@ void forward(const AttentionArgs& args) {
 // ---- forward for few queries: decoding ----------------------------------------------------------------------------------
 //
 // With a handful of queries the time is that of reading K and V once from memory, and packing would read and write them
-// again. So here keys are used where they lie: dot products along head_dim, kLanes keys at a time, turned into a vector of
-// scores by a transpose.
+// again. So here keys are used where they lie: dot products along head_dim, kLanes keys at a time, turned into a vector
+// of scores by a transpose.
 
 constexpr int kFewRows = 8;  // query heads of the group x queries
+constexpr int kMaxHeadDim = 256;
 
 bool few_queries(const AttentionArgs& args) {
   const int64_t group = args.query_heads / args.kv_heads;
@@ -571,6 +583,12 @@ struct FewScratch {
     bytes = arena.used;
   }
 };
+
+// One query in float32, times `sign`, with zeros up to a whole vector.
+template <class S>
+void load_query(float* to, const S* query, int64_t head_dim, float sign) {
+  for (int64_t d = 0; d < head_dim; d += kLanes) store(to + d, load_up_to(query + d, head_dim - d) * sign);
+}
 
 // scores[j] = query . key j for j < count; what is beyond, up to a whole vector, is a copy of the last.
 template <class S>
@@ -622,12 +640,8 @@ void forward_few(const AttentionArgs& args) {
       float max[kFewRows], sum[kFewRows];
       for (int64_t r = 0; r < rows; ++r) {  // row r: head r / query_len of the group, query r % query_len
         const int64_t head = kv_head * group + r / segment.query_len, query = r % segment.query_len;
-        pack_rows(scratch.query + r * scratch.width, scratch.width,
-                  row<S>(args.query, segment.batch, head, segment.query_begin + query), 0, 1, args.head_dim,
-                  scratch.width);
-        for (int64_t d = 0; d < scratch.width; d += kLanes)
-          store(scratch.query + r * scratch.width + d,
-                load(scratch.query + r * scratch.width + d) * (scale.sign * scale.log2));
+        load_query(scratch.query + r * scratch.width,
+                   row<S>(args.query, segment.batch, head, segment.query_begin + query), args.head_dim, scale.sign);
         memset(scratch.out + r * scratch.width, 0, scratch.width * sizeof(float));
         max[r] = -kInfinity, sum[r] = 0.0f;
       }
@@ -640,16 +654,17 @@ void forward_few(const AttentionArgs& args) {
           dot_keys(scratch.query + r * scratch.width, row<S>(args.key, segment.batch, kv_head, first),
                    args.key.row_stride, count, args.head_dim, scratch.scores);
           Vec block_max = splat(-kInfinity), block_sum = Vec{};
-          for (int64_t j = 0; j < count; j += kLanes) block_max = gptcore::GPTCORE_ISA::max(block_max, load(scratch.scores + j));
+          for (int64_t j = 0; j < count; j += kLanes)
+            block_max = gptcore::GPTCORE_ISA::max(block_max, load(scratch.scores + j));
           float new_max = max[r];
           for (int i = 0; i < kLanes; ++i) new_max = block_max[i] > new_max ? block_max[i] : new_max;
           const float shift = new_max == -kInfinity ? 0.0f : new_max;
           for (int64_t j = 0; j < count; j += kLanes) {
-            Vec p = exp2(load(scratch.scores + j) - shift);
+            Vec p = exp2((load(scratch.scores + j) - shift) * scale.size_log2);
             block_sum += lane_index() < (int32_t)(count - j) ? p : Vec{};
             store(scratch.scores + j, p);
           }
-          const float shrink = exp2f(max[r] - shift);
+          const float shrink = exp2f((max[r] - shift) * scale.size_log2);
           sum[r] = sum[r] * shrink + sum_lanes(block_sum), max[r] = new_max;
           add_values(scratch.scores, row<S>(args.value, segment.batch, kv_head, first), args.value.row_stride, count,
                      args.head_dim, shrink, scratch.out + r * scratch.width);
@@ -659,8 +674,7 @@ void forward_few(const AttentionArgs& args) {
         const int64_t query = segment.query_begin + r % segment.query_len;
         unpack_rows(row<S>(args.out, segment.batch, head, query), 0, scratch.out + r * scratch.width, 0, 1,
                     args.head_dim, sum[r] == 0 ? 0.0f : 1.0f / sum[r]);
-        args.lse[(segment.batch * args.query_heads + head) * args.query_len + query] =
-            sum[r] == 0 ? -kInfinity : (max[r] + log2f(sum[r])) * kLn2;
+        args.lse[(segment.batch * args.query_heads + head) * args.query_len + query] = scale.lse(max[r], sum[r]);
       }
     }
   }
@@ -678,7 +692,7 @@ struct BackwardScratch {
   T *probs, *grad_scores;              // P^T, dS^T as left operands; for T = float the same memory
   Wide<T>* grad_scores_wide;           // dS^T as right operand; likewise
   float* grad_query;                   // dQ^T (head_dim x kPanel)
-  float *lse_log2, *delta;             // of each lane
+  float *lse, *delta;                  // of each lane
   size_t bytes;
 
   BackwardScratch(const AttentionArgs& args, char* base) {
@@ -704,7 +718,7 @@ struct BackwardScratch {
       grad_scores_wide = arena.take<Wide<T>>(kBlockN / kStep<T> * kPanel);
     }
     grad_query = arena.take<float>(args.head_dim * kPanel);
-    lse_log2 = arena.take<float>(kPanel);
+    lse = arena.take<float>(kPanel);
     delta = arena.take<float>(kPanel);
     bytes = arena.used;
   }
@@ -713,17 +727,19 @@ struct BackwardScratch {
 // From scores and dP to P and dS = P (dP - delta), with P recomputed from the saved LSE (FlashAttention, algorithm 4).
 template <class T>
 void softmax_backward_block(const BackwardScratch<T>& scratch, const Panel& panel, int64_t key, int64_t left,
-                            int64_t count, float scale_log2, Dropout* dropout, float keep_factor) {
+                            int64_t count, float size, Dropout* dropout, float keep_factor) {
   const bool masked = panel.masked(key, count);
   for (int v = 0; v < kPanelVectors; ++v) {
-    const Vec lse_log2 = load(scratch.lse_log2 + v * kLanes);
+    const Vec lse = load(scratch.lse + v * kLanes);
     const Vec delta = load(scratch.delta + v * kLanes);
     const int64_t seen_count = v < kPanelVectors / 2 ? left : count;
     for (int64_t j = 0; j < seen_count; j += kStep<T>) {
       Vec ds[2] = {};
       for (int s = 0; s < kStep<T> && j + s < seen_count; ++s) {
         const int64_t at = (j + s) * kPanel + v * kLanes;
-        Vec p = exp2<kExpDegree<T>>(load(scratch.scores + at) * scale_log2 - lse_log2), dp = load(scratch.grad_probs + at);
+        // Rounded like the maximum in the LSE, so that equal numbers cancel to the last digit.
+        Vec score = rounded(load(scratch.scores + at) * size);
+        Vec p = exp2<kExpDegree<T>>((score - lse) * kLog2e), dp = load(scratch.grad_probs + at);
         if (masked) {
           IntVec seen = panel.sees(v, key + j + s);
           p = seen ? p : splat(0.0f), dp = seen ? dp : splat(0.0f);
@@ -742,7 +758,8 @@ void softmax_backward_block(const BackwardScratch<T>& scratch, const Panel& pane
   }
 }
 
-// Packs one panel of queries: Q and dO both ways, and of each query its LSE and delta = rowsum(dO O) - dLSE.
+// Packs one panel of queries: Q and dO both ways, and of each query its LSE and delta = rowsum(dO O) - dLSE. The sum
+// takes the order in which dP = dO V^T is summed: where a query sees one key alone, dP - delta is exactly zero.
 template <class S, class T>
 void pack_panel(const AttentionArgs& args, const BackwardScratch<T>& scratch, const Segment& segment, int64_t head,
                 const Panel& panel) {
@@ -754,16 +771,22 @@ void pack_panel(const AttentionArgs& args, const BackwardScratch<T>& scratch, co
   pack_panel_columns<S, T>(scratch.grad_out, grad_out, args.grad_out.row_stride, rows, args.head_dim, 1.0f);
   pack_panel_rows<S, T>(scratch.query_rows, query, args.query.row_stride, rows, args.head_dim);
   pack_panel_rows<S, T>(scratch.grad_out_rows, grad_out, args.grad_out.row_stride, rows, args.head_dim);
+  Wide<T>* out_columns = (Wide<T>*)scratch.grad_query;  // not in use yet
+  pack_panel_columns<S, T>(out_columns, out, args.out.row_stride, rows, args.head_dim, 1.0f);
+  for (int64_t v = 0; v < kPanel; v += kLanes) {
+    Vec delta = {};
+    for (int64_t k = 0; k < Sizes<T>(args).steps; ++k)
+      multiply_add(delta, load_wide(out_columns + k * kPanel + v), load_wide(scratch.grad_out + k * kPanel + v));
+    store(scratch.delta + v, delta);
+  }
   const int64_t lse_row = (segment.batch * args.query_heads + head) * args.query_len + at;
   for (int64_t i = 0; i < kPanel; ++i) {
-    scratch.lse_log2[i] = kInfinity, scratch.delta[i] = 0.0f;  // probability zero: right for idle lanes
-    if (i >= rows || args.lse[lse_row + i] == -kInfinity) continue;
-    Vec products = Vec{};
-    for (int64_t d = 0; d < args.head_dim; d += kLanes)
-      products += load_up_to(out + i * args.out.row_stride + d, args.head_dim - d) *
-                  load_up_to(grad_out + i * args.grad_out.row_stride + d, args.head_dim - d);
-    scratch.lse_log2[i] = args.lse[lse_row + i] * kLog2e;
-    scratch.delta[i] = sum_lanes(products) - (args.grad_lse ? args.grad_lse[lse_row + i] : 0.0f);
+    if (i < rows && args.lse[lse_row + i] != -kInfinity) {
+      scratch.lse[i] = args.lse[lse_row + i];
+      if (args.grad_lse) scratch.delta[i] -= args.grad_lse[lse_row + i];
+    } else {
+      scratch.lse[i] = kInfinity, scratch.delta[i] = 0.0f;  // probability zero: right for idle lanes
+    }
   }
 }
 
@@ -781,17 +804,33 @@ void add_to_rows(const AttentionArgs& args, const T* a, const Wide<T>* b, int64_
   }
 }
 
+// S^T of the few queries of `forward_few`, added up in its order: its LSE does not fit other roundings of large scores.
+template <class S>
+void few_scores(const AttentionArgs& args, const Segment& segment, int64_t head, const Panel& panel, int64_t key,
+                int64_t count, float* scores) {
+  const int64_t kv_head = head / (args.query_heads / args.kv_heads);
+  for (int64_t i = 0; i < panel.rows; ++i) {
+    alignas(64) float query[kMaxHeadDim], products[kBlockN];
+    load_query(query, row<S>(args.query, segment.batch, head, segment.query_begin + panel.first + i), args.head_dim,
+               Scale(args.scale).sign);
+    dot_keys(query, row<S>(args.key, segment.batch, kv_head, segment.key_begin + key), args.key.row_stride, count,
+             args.head_dim, products);
+    for (int64_t j = 0; j < count; ++j) scores[j * kPanel + i] = products[j];
+  }
+}
+
 // One block of keys against the panel: the five products.
-template <class T>
-void backward_block(const AttentionArgs& args, const BackwardScratch<T>& scratch, const Panel& panel, int64_t key,
-                    int64_t count, Dropout* dropout) {
+template <class S, class T>
+void backward_block(const AttentionArgs& args, const BackwardScratch<T>& scratch, const Segment& segment, int64_t head,
+                    const Panel& panel, int64_t key, int64_t count, bool few, Dropout* dropout) {
   const Sizes<T> size(args);
   const int64_t left = panel.left_count<T>(key, count);
   multiply_left_right<T>(scratch.key + key * size.depth, size.depth, scratch.query, left, count, size.steps, kPanel,
                          scratch.scores);
-  multiply_left_right<T>(scratch.value + key * size.depth, size.depth, scratch.grad_out, left, count, size.steps, kPanel,
-                         scratch.grad_probs);
-  softmax_backward_block<T>(scratch, panel, key, left, count, Scale(args.scale).log2, dropout,
+  if (few) few_scores<S>(args, segment, head, panel, key, count, scratch.scores);
+  multiply_left_right<T>(scratch.value + key * size.depth, size.depth, scratch.grad_out, left, count, size.steps,
+                         kPanel, scratch.grad_probs);
+  softmax_backward_block<T>(scratch, panel, key, left, count, Scale(args.scale).size, dropout,
                             (float)(1 / (1 - args.dropout_p)));
   add_to_rows<T>(args, scratch.probs, scratch.grad_out_rows, left, count, scratch.grad_value + key * size.width);
   add_to_rows<T>(args, scratch.grad_scores, scratch.query_rows, left, count, scratch.grad_key + key * size.width);
@@ -804,6 +843,7 @@ void backward_block(const AttentionArgs& args, const BackwardScratch<T>& scratch
 template <class S, class T>
 void backward(const AttentionArgs& args) {
   const Sizes<T> size(args);
+  const bool few = few_queries(args);
   const size_t bytes = BackwardScratch<T>(args, nullptr).bytes;
   const int64_t pairs = args.num_segments * args.kv_heads, group = args.query_heads / args.kv_heads;
 #pragma omp parallel num_threads(args.num_threads) if (args.num_threads > 1 && pairs > 1)
@@ -828,8 +868,8 @@ void backward(const AttentionArgs& args) {
           pack_panel<S, T>(args, scratch, segment, head, panel);
           memset(scratch.grad_query, 0, args.head_dim * kPanel * sizeof(float));
           for (int64_t key = panel.key_begin / kBlockN * kBlockN; key < panel.key_end; key += kBlockN)
-            backward_block<T>(args, scratch, panel, key, smaller(kBlockN, panel.key_end - key),
-                              args.dropout_p > 0 ? &dropout : nullptr);
+            backward_block<S, T>(args, scratch, segment, head, panel, key, smaller(kBlockN, panel.key_end - key), few,
+                                 args.dropout_p > 0 ? &dropout : nullptr);
           unpack_columns(row<S>(args.grad_query, segment.batch, head, segment.query_begin + query),
                          args.grad_query.row_stride, scratch.grad_query, panel.rows, args.head_dim, args.scale);
         }

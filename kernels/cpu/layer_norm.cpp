@@ -61,7 +61,7 @@ GPTCORE_INLINE void normalize_row(const LayerNormArgs& args, const T* row, T* ou
     if (args.bias) v += load_up_to(args.bias + i, n - i);
     store_up_to(out + i, v, n - i);
   }
-  *mean_out = mean + rest, *rstd_out = rstd;
+  *mean_out = mean, *rstd_out = rstd;
 }
 
 GPTCORE_INLINE int threads_for(const LayerNormArgs& args) {
@@ -113,7 +113,8 @@ GPTCORE_INLINE void backward_row(const LayerNormArgs& args, int64_t r, float* we
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t left = n - i;
     Vec xhat = (load_up_to(x + i, left) - mean) * rstd - shift, dy = load_up_to(grad_out + i, left);
-    Vec dx = (load_up_to(args.weight + i, left) * dy - mean_g - xhat * mean_g_xhat) * rstd;
+    Vec g = rounded(load_up_to(args.weight + i, left) * dy);  // not fused with the difference: mean_g is of rounded g
+    Vec dx = (g - mean_g - xhat * mean_g_xhat) * rstd;
     if (grad_sum) dx += load_up_to(grad_sum + i, left);
     store_up_to(grad_x + i, dx, left);
     store_up_to(weight_partial + i, load_up_to(weight_partial + i, left) + dy * xhat, left);
