@@ -34,4 +34,4 @@ sweep: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist out *.egg-info gptcore/_C*.so
+	rm -rf .venv build dist out *.egg-info gptcore/_C*.so gptcore/_simt*.so

@@ -100,7 +100,8 @@ inline void check_distinct(const TensorView& t, const char* name) {
   if (t.size() == 0) return;
   std::pair<int64_t, int64_t> dims[kMaxDims];  // (stride, shape), by stride
   for (int i = 0; i < t.ndim; ++i) dims[i] = {t.strides[i], t.shape[i]};
-  std::sort(dims, dims + std::min(t.ndim, kMaxDims));
+  for (int i = 1; i < t.ndim; ++i)
+    for (int j = i; j > 0 && dims[j] < dims[j - 1]; --j) std::swap(dims[j], dims[j - 1]);
   int64_t last = 0;  // the furthest element of the dimensions so far
   for (int i = 0; i < t.ndim; ++i) {
     if (dims[i].second == 1) continue;
