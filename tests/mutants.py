@@ -196,7 +196,8 @@ def layer_norm(dtype: torch.dtype, rows: int, width: int, bias: bool, residual: 
         from gptcore import ops
 
         torch.manual_seed(0)
-        x = torch.randn(rows, width).to(dtype).requires_grad_()
+        mean = 1e6 if dtype == F32 else 3.0  # one that matters, also to the backward, which corrects for a wrong one
+        x = (torch.randn(rows, width) + mean).to(dtype).requires_grad_()
         parameters = [torch.randn(width, requires_grad=True) for _ in range(1 + bias)]
         added = [torch.randn(rows, width).to(residual).requires_grad_()] if residual else []
         out = ops.layer_norm(x, *parameters, residual=added[0] if added else None, backend="simt")

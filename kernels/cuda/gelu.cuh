@@ -87,7 +87,7 @@ struct GeluThread {
     last = (slice + 1) * plan.rows_per_block;
     if (last > plan.rows) last = plan.rows;
   }
-  static GPTCORE_DEVICE int clamp(int64_t n) { return n > kChunk ? kChunk : n < 0 ? 0 : int(n); }
+  static GPTCORE_DEVICE int clamp(int64_t n) { return n > kChunk ? kChunk : int(n); }
   // How many elements of the chunk are there in a row of the bias, and in a row of the tensor.
   GPTCORE_DEVICE int columns(const GeluPlan& plan) const { return clamp(plan.width - column); }
   GPTCORE_DEVICE int left(const GeluPlan& plan, int64_t row) const {
