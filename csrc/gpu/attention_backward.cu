@@ -46,7 +46,7 @@ void launch_width(const AttentionArgs& args, const AttentionBackwardParams& p) {
 
 template <class Math>
 void launch_all(const AttentionArgs& args, const AttentionBackwardParams& p) {
-  constexpr int kRowsOfBlock = kDeltaThreads / kDeltaLanes;
+  constexpr int kRowsOfBlock = kDeltaThreads / kDeltaLanes<Storage<Math>>;
   const int64_t blocks = ceil_div(args.batch * args.query_heads * args.query_len, kRowsOfBlock);
   if (blocks > 0)
     launch({"attention_delta", unsigned(blocks), 1, 1, kDeltaThreads, 0, args.stream},

@@ -44,14 +44,19 @@ struct AttentionBackwardParams {
 
 // ---- delta -----------------------------------------------------------------------------------------------------------
 
-constexpr int kDeltaThreads = 128, kDeltaLanes = 8;  // lanes to a row
+constexpr int kDeltaThreads = 128;
+// Lanes to a row. One for float: it sums in the order in which multiply_transposed sums dP, so that dP - delta is exactly
+// 0 where one key has all the weight, and the gradient of a large score is no rounding error.
+template <class T>
+constexpr int kDeltaLanes = sizeof(T) == 4 ? 1 : 8;
 
 // delta = rowsum(dO O) - dLSE, of every query. dLSE enters like -delta, for d LSE / d S = P.
 template <class T>
 __global__ void __launch_bounds__(kDeltaThreads) attention_delta(AttentionBackwardParams p) {
   constexpr int kPerChunk = 16 / sizeof(T);
-  const int64_t row = (int64_t)blockIdx.x * (kDeltaThreads / kDeltaLanes) + threadIdx.x / kDeltaLanes;
-  const int lane = threadIdx.x % kDeltaLanes;
+  constexpr int kLanes = kDeltaLanes<T>;
+  const int64_t row = (int64_t)blockIdx.x * (kDeltaThreads / kLanes) + threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes;
   const bool valid = row < (int64_t)p.batch * p.query_heads * p.query_len;
   float sum = 0.0f;
   if (valid) {
@@ -59,20 +64,20 @@ __global__ void __launch_bounds__(kDeltaThreads) attention_delta(AttentionBackwa
     const int batch = row / p.query_len / p.query_heads;
     const T* out = rows_of<const T>(p.out, batch, head, query);
     const T* grad_out = rows_of<const T>(p.grad_out, batch, head, query);
-    for (int d = lane * kPerChunk; d < p.head_dim; d += kDeltaLanes * kPerChunk) {
+    for (int d = lane * kPerChunk; d < p.head_dim; d += kLanes * kPerChunk) {
       if (p.vectors) {
         const Vec16 a = load_vec(out + d), b = load_vec(grad_out + d);
         T x[kPerChunk], y[kPerChunk];
         memcpy(x, &a, 16), memcpy(y, &b, 16);
 #pragma unroll
-        for (int j = 0; j < kPerChunk; ++j) sum = fmaf(to_float(x[j]), to_float(y[j]), sum);
+        for (int j = 0; j < kPerChunk; ++j) sum += to_float(x[j]) * to_float(y[j]);
       } else {
         for (int j = d; j < d + kPerChunk && j < p.head_dim; ++j)
-          sum = fmaf(to_float(out[j]), to_float(grad_out[j]), sum);
+          sum += to_float(out[j]) * to_float(grad_out[j]);
       }
     }
   }
-  for (int mask = kDeltaLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
   if (valid && lane == 0) p.delta[row] = sum - (p.grad_lse ? p.grad_lse[row] : 0.0f);
 }
 
