@@ -1,0 +1,118 @@
+"""GELU in Triton, with the bias before it, forward and backward.
+
+Memory is what it costs: the backward reads x again and computes the curve anew.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptcore.kernels.launch import Tile, launch, processors
+from gptcore.kernels.numerics import narrow
+from gptcore.kernels.rows import block_of, sum_rows
+
+SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def _curve(x, TANH_FORM: tl.constexpr):
+    """What x is multiplied with, and its derivative."""
+    if TANH_FORM:
+        square = tl.minimum(x * x, 1e4)  # the curve is 0 or 1 long before; the square of a large x would overflow
+        # (1 + tanh u) / 2 is the sigmoid of 2u, which does not cancel where x is far below zero.
+        curve = tl.sigmoid(x * SQRT_8_OVER_PI * (1.0 + 0.044715 * square))
+        return curve, curve * (1.0 - curve) * (1.0 + 3.0 * 0.044715 * square) * SQRT_8_OVER_PI
+    else:
+        return 0.5 + 0.5 * tl.erf(x * SQRT_HALF), tl.exp(-0.5 * x * x) * INV_SQRT_2PI
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    x,  # * (rows, width)
+    bias,  # *float32 (width,) or None
+    out,  # * (rows, width): written
+    rows,
+    width,
+    TANH_FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    blocks = tl.cdiv(width, COLUMNS)
+    row = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    inside = (row < rows) & (column < width)
+    at = row.to(tl.int64) * width + column
+    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        wide += tl.load(bias + column, mask=column < width, other=0.0)
+    curve, _slope = _curve(wide, TANH_FORM)
+    tl.store(out + at, narrow(wide * curve, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "programs"])
+def _backward_kernel(
+    grad_out,  # * (rows, width)
+    x,  # * (rows, width)
+    bias,  # *float32 (width,) or None
+    grad_x,  # * (rows, width): written
+    partials,  # *float32 (programs, width): sums of grad_x over the rows of a program, written if there is a bias
+    rows,
+    width,
+    programs,  # that share the rows
+    TANH_FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    program = tl.program_id(0) % programs
+    column = (tl.program_id(0) // programs * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    if bias is not None:
+        bias_tile = tl.load(bias + column, mask=column < width, other=0.0)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(program * ROWS, rows, programs * ROWS):
+        row = (first + tl.arange(0, ROWS))[:, None]
+        inside = (row < rows) & (column < width)
+        at = row.to(tl.int64) * width + column
+        wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if bias is not None:
+            wide += bias_tile
+        curve, slope = _curve(wide, TANH_FORM)
+        grad = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32) * (curve + wide * slope)
+        tl.store(grad_x + at, narrow(grad, grad_x.dtype.element_ty), mask=inside)
+        total += grad
+    if bias is not None:
+        tl.store(partials + program.to(tl.int64) * width + column, tl.sum(total, 0)[None, :], mask=column < width)
+
+
+def _tile(width: int) -> Tile:
+    columns = block_of(width, 1024)
+    return Tile(max(1, 1024 // columns), columns, 4, 2)
+
+
+def forward(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
+    """out; x is dense, (rows, width), and bias float32."""
+    rows, width = x.shape
+    out = torch.empty_like(x)
+    launch(
+        _forward_kernel, [_tile(width)], ("ROWS", "COLUMNS"),
+        lambda tile: triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns),
+        x, bias, out, rows, width, like=x, TANH_FORM=tanh_form,
+    )  # fmt: skip
+    return out
+
+
+def backward(grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh_form: bool) -> tuple[Tensor, Tensor]:
+    """grad_x and grad_bias, empty without a bias."""
+    (rows, width), tile = x.shape, _tile(x.shape[1])
+    grad_x, blocks = torch.empty_like(x), triton.cdiv(width, tile.columns)
+    programs = min(triton.cdiv(rows, tile.rows), max(1, 16 * processors(x.device) // max(1, blocks)))
+    partials = x.new_empty((programs, width) if bias is not None else (0, 0), dtype=torch.float32)
+    launch(
+        _backward_kernel, [tile], ("ROWS", "COLUMNS"), lambda tile: programs * blocks,
+        grad_out, x, bias, grad_x, partials, rows, width, programs, like=x, TANH_FORM=tanh_form,
+    )  # fmt: skip
+    return grad_x, x.new_empty(0) if bias is None else sum_rows(partials)

@@ -1,0 +1,124 @@
+"""How the kernels are started: with which tile, on which device.
+
+Tiles come from tables, so that no call ever waits for a tuner that nobody asked for. GPTCORE_TRITON_AUTOTUNE=1 asks for
+one: the first call of each kernel with some dtype and head_dim then times every tile of its table, for some
+seconds, and keeps the best in a file, from which later processes read it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+OPTIONS = {"enable_fp_fusion": True}  # Triton's versions differ in the default
+
+
+class Tile(NamedTuple):
+    """Two sizes of a tile of work, named by the kernel; and how the compiler is to run it."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def architecture(device: torch.device) -> str:
+    """The line of the tables for this device: of an architecture whose instructions and shared memory it has."""
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def processors(device: torch.device) -> int:
+    """How many programs can run at the same time, at the least."""
+    return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def view(tensor: Tensor) -> tuple[Any, ...]:
+    """A tensor as kernels take it: with its strides but the last, which is 1."""
+    return (tensor, *tensor.stride()[:-1])
+
+
+def launch(
+    kernel: Any,
+    tiles: Sequence[Tile],
+    names: tuple[str, ...],
+    programs: Callable[[Tile], int],
+    *arguments: Any,
+    like: Tensor,
+    **constants: Any,
+) -> None:
+    """Start a kernel with the first of these tiles, or if tuning was asked for, with the best.
+
+    Args:
+        names: what the kernel calls the two sizes of a tile.
+        programs: how many programs a tile makes; none are started for empty tensors.
+        like: a tensor whose device and dtype are those of the call.
+        constants: what else the kernel is compiled for.
+    """
+
+    def run(tile: Tile) -> None:
+        sizes = dict(zip(names, tile, strict=False))
+        kernel[(programs(tile),)](
+            *arguments, **sizes, **constants, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS
+        )
+
+    if programs(tiles[0]) == 0:
+        return
+    with torch.cuda.device_of(like):  # Triton starts kernels on the current device
+        tile = tiles[0]
+        if len(tiles) > 1 and os.environ.get("GPTCORE_TRITON_AUTOTUNE") == "1":
+            versions = f"triton {triton.__version__}", torch.cuda.get_device_name(like.device)
+            tile = tuned(", ".join(map(str, (kernel.__name__, *versions, like.dtype, constants))), tiles, run)
+        run(tile)
+
+
+# ---- tuning ----------------------------------------------------------------------------------------------------------
+
+
+def _cache_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptcore" / "triton-tiles.json"
+
+
+def _read(file: Path) -> dict[str, Tile]:
+    try:
+        return {key: Tile(*tile) for key, tile in json.loads(file.read_text()).items()}
+    except (FileNotFoundError, ValueError, TypeError):  # none yet, or not ours: tuned anew
+        return {}
+
+
+def milliseconds(run: Callable[[], None]) -> float:
+    """How long a kernel takes; infinity where the device has not the registers or the shared memory for it."""
+    try:
+        return float(triton.testing.do_bench(run))
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+_chosen: dict[str, Tile] = {}
+
+
+def tuned(key: str, tiles: Sequence[Tile], run: Callable[[Tile], None]) -> Tile:
+    """The fastest of these tiles, from the file if it is there, else measured and added to it."""
+    if key not in _chosen:
+        file = _cache_file()
+        known = _read(file)
+        if known.get(key) not in tiles:
+            known[key] = min(dict.fromkeys(tiles), key=lambda tile: milliseconds(lambda: run(tile)))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_name(f"{file.name}.{os.getpid()}")
+            part.write_text(json.dumps(known, indent=1))
+            part.replace(file)
+        _chosen[key] = known[key]
+    return _chosen[key]

@@ -1,0 +1,228 @@
+"""Layer norm in Triton, with the residual connection before it, forward and backward.
+
+A row is cut into blocks, so that few lanes idle at widths that are no power of two, and stays in registers from its
+first reading to its last. Rows too wide for that are read again, from the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptcore.kernels.launch import Tile, launch, processors
+from gptcore.kernels.numerics import narrow
+from gptcore.kernels.rows import block_of, sum_rows
+
+# The widest rows that stay in registers: the forward holds the row; the backward two rows and two sums over rows.
+HELD_FORWARD, HELD_BACKWARD = 32768, 8192
+LANE = 32  # numbers of each that a lane then holds
+
+
+@triton.jit
+def _columns(i, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    columns = (i * BLOCK + tl.arange(0, BLOCK))[None, :]
+    return columns, columns < WIDTH
+
+
+@triton.jit
+def _load(matrix, row, rows, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Block i of some rows in float32, zero outside."""
+    columns, inside = _columns(i, WIDTH, BLOCK)
+    return tl.load(matrix + row * WIDTH + columns, mask=(row < rows) & inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(matrix, tile, row, rows, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    columns, inside = _columns(i, WIDTH, BLOCK)
+    tile = narrow(tile, matrix.dtype.element_ty)
+    tl.store(matrix + row * WIDTH + columns, tile, mask=(row < rows) & inside)
+
+
+@triton.jit
+def _sum(x, residual, total, row, rows, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Block i of x + residual as it is stored: the statistics are of that, since the backward knows nothing else."""
+    tile = _load(x, row, rows, i, WIDTH, BLOCK)
+    if residual is None:
+        return tile
+    else:
+        return narrow(tile + _load(residual, row, rows, i, WIDTH, BLOCK), total.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    x,  # * (rows, WIDTH)
+    weight,  # *float32 (WIDTH,)
+    bias,  # *float32 (WIDTH,) or None
+    residual,  # * (rows, WIDTH) or None
+    out,  # * (rows, WIDTH): written
+    total,  # * (rows, WIDTH): x + residual, written if there is a residual
+    mean,  # *float32 (rows,): written
+    rstd,  # *float32 (rows,): 1 / standard deviation, written
+    rows,
+    eps,
+    WIDTH: tl.constexpr,
+    HELD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    held = ()
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in tl.static_range(BLOCKS):
+        tile = _sum(x, residual, total, row, rows, i, WIDTH, BLOCK)
+        if residual is not None:
+            _store(total, tile, row, rows, i, WIDTH, BLOCK)
+        acc += tile
+        held = held + (tile,)
+    first_mean = tl.sum(acc, 1)[:, None] / WIDTH
+
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in tl.static_range(BLOCKS):
+        tile = held[i] if HELD else _sum(x, residual, total, row, rows, i, WIDTH, BLOCK)
+        columns, inside = _columns(i, WIDTH, BLOCK)
+        centred = tl.where(inside, tile - first_mean, 0.0)
+        sums += centred
+        squares += centred * centred
+    shift = tl.sum(sums, 1)[:, None] / WIDTH  # by which rounding put the mean beside its place
+    row_mean = first_mean + shift
+    variance = tl.maximum(tl.sum(squares, 1)[:, None] / WIDTH - shift * shift, 0.0)
+    row_rstd = 1.0 / tl.sqrt_rn(variance + eps)
+    tl.store(mean + row, row_mean, mask=row < rows)
+    tl.store(rstd + row, row_rstd, mask=row < rows)
+
+    for i in tl.static_range(BLOCKS):
+        tile = held[i] if HELD else _sum(x, residual, total, row, rows, i, WIDTH, BLOCK)
+        columns, inside = _columns(i, WIDTH, BLOCK)
+        tile = (tile - row_mean) * row_rstd * tl.load(weight + columns, mask=inside, other=0.0)
+        if bias is not None:
+            tile += tl.load(bias + columns, mask=inside, other=0.0)
+        _store(out, tile, row, rows, i, WIDTH, BLOCK)
+
+
+@triton.jit
+def _normal(
+    total, grad_out, weight, row_mean, row_rstd, row, rows, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Of block i: the normalised rows, their gradient, and that times weight."""
+    columns, inside = _columns(i, WIDTH, BLOCK)
+    grad = _load(grad_out, row, rows, i, WIDTH, BLOCK)
+    x_hat = (_load(total, row, rows, i, WIDTH, BLOCK) - row_mean) * row_rstd
+    return x_hat, grad, grad * tl.load(weight + columns, mask=inside, other=0.0)
+
+
+@triton.jit
+def _add(partials, tile, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    columns, inside = _columns(i, WIDTH, BLOCK)
+    before = tl.load(partials + columns, mask=inside, other=0.0)
+    tl.store(partials + columns, before + tl.sum(tile, 0)[None, :], mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _backward_kernel(
+    grad_out,  # * (rows, WIDTH)
+    grad_total,  # * (rows, WIDTH): the gradient that reaches the sum besides, or None
+    total,  # * (rows, WIDTH): what was normalised
+    weight,  # *float32 (WIDTH,)
+    mean,  # *float32 (rows,)
+    rstd,  # *float32 (rows,)
+    grad_x,  # * (rows, WIDTH): written
+    weight_partials,  # *float32 (programs, WIDTH): gradients from the rows of a program, zero before, written
+    bias_partials,  # *float32 (programs, WIDTH): likewise, or None
+    rows,
+    WIDTH: tl.constexpr,
+    HELD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    weight_partials += program.to(tl.int64) * WIDTH
+    if bias_partials is not None:
+        bias_partials += program.to(tl.int64) * WIDTH
+    weight_sums, bias_sums = (), ()
+    for _ in tl.static_range(BLOCKS if HELD else 0):
+        weight_sums = weight_sums + (tl.zeros((ROWS, BLOCK), tl.float32),)
+        bias_sums = bias_sums + (tl.zeros((ROWS, BLOCK), tl.float32),)
+
+    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        row_mean = tl.load(mean + row, mask=row < rows, other=0.0)
+        row_rstd = tl.load(rstd + row, mask=row < rows, other=0.0)
+        # dx = rstd (g - mean(g) - n mean(g n)), where n is the normalised row and g = dy weight
+        sums = tl.zeros((ROWS, BLOCK), tl.float32)
+        products = tl.zeros((ROWS, BLOCK), tl.float32)
+        x_hats, gs, new_weight_sums, new_bias_sums = (), (), (), ()
+        for i in tl.static_range(BLOCKS):
+            x_hat, grad, g = _normal(total, grad_out, weight, row_mean, row_rstd, row, rows, i, WIDTH, BLOCK)
+            sums += g
+            products += g * x_hat
+            x_hats, gs = x_hats + (x_hat,), gs + (g,)
+            if HELD:
+                new_weight_sums = new_weight_sums + (weight_sums[i] + grad * x_hat,)
+                new_bias_sums = new_bias_sums + (bias_sums[i] + grad,)
+            else:
+                _add(weight_partials, grad * x_hat, i, WIDTH, BLOCK)
+                if bias_partials is not None:
+                    _add(bias_partials, grad, i, WIDTH, BLOCK)
+        weight_sums, bias_sums = new_weight_sums, new_bias_sums
+        mean_g = tl.sum(sums, 1)[:, None] / WIDTH
+        mean_product = tl.sum(products, 1)[:, None] / WIDTH
+        for i in tl.static_range(BLOCKS):
+            if HELD:
+                x_hat, g = x_hats[i], gs[i]
+            else:
+                x_hat, grad, g = _normal(total, grad_out, weight, row_mean, row_rstd, row, rows, i, WIDTH, BLOCK)
+            tile = row_rstd * (g - mean_g - x_hat * mean_product)
+            if grad_total is not None:
+                tile += _load(grad_total, row, rows, i, WIDTH, BLOCK)
+            _store(grad_x, tile, row, rows, i, WIDTH, BLOCK)
+        if not HELD:
+            tl.debug_barrier()  # the next row reads the partial sums, perhaps in other threads than those that wrote
+
+    for i in tl.static_range(BLOCKS if HELD else 0):
+        _add(weight_partials, weight_sums[i], i, WIDTH, BLOCK)
+        if bias_partials is not None:
+            _add(bias_partials, bias_sums[i], i, WIDTH, BLOCK)
+
+
+def _tile(width: int, held: bool) -> Tile:
+    """Rows at a time, and the block: eight numbers of it a lane."""
+    block = block_of(width, 256 if width <= 1024 else 65536 if held else 4096)
+    rows = max(1, 1024 // block)
+    warps = triton.next_power_of_2(rows * triton.cdiv(width, block) * block // (32 * LANE)) if held else 16
+    return Tile(rows, block, min(32, max(4, warps)), 1)
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, x + residual (empty without a residual), mean and rstd; matrices are dense, weight and bias float32."""
+    (rows, width), like = x.shape, x if residual is None else residual
+    out, total = torch.empty_like(like), like.new_empty(0 if residual is None else like.shape)
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    held = width <= HELD_FORWARD
+    launch(
+        _forward_kernel, [_tile(width, held)], ("ROWS", "BLOCK"), lambda tile: triton.cdiv(rows, tile.rows),
+        x, weight, bias, residual, out, total, mean, rstd, rows, eps, like=x, WIDTH=width, HELD=held,
+    )  # fmt: skip
+    return out, total, mean, rstd
+
+
+def backward(
+    grad_out: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_x, which is also that of the residual, grad_weight, and grad_bias, empty without a bias."""
+    (rows, width), held = total.shape, total.shape[1] <= HELD_BACKWARD
+    tile, grad_x = _tile(width, held), torch.empty_like(total)
+    programs = min(triton.cdiv(rows, tile.rows), 2 * processors(total.device))
+    partials = [weight.new_zeros(programs, width) for _ in range(1 + bias)]
+    launch(
+        _backward_kernel, [tile], ("ROWS", "BLOCK"), lambda tile: programs,
+        grad_out, grad_total, total, weight, mean, rstd, grad_x, partials[0], partials[1] if bias else None, rows,
+        like=total, WIDTH=width, HELD=held,
+    )  # fmt: skip
+    return grad_x, sum_rows(partials[0]), sum_rows(partials[1]) if bias else weight.new_empty(0)

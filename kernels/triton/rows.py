@@ -1,0 +1,47 @@
+"""What kernels over the rows of a matrix share: how a row is cut into blocks, and sums over all rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptcore.kernels.launch import INTERPRETED, Tile, launch
+
+
+def block_of(width: int, largest: int) -> int:
+    """The largest power of two whose multiples exceed a width by at most an eighth: no more lanes than that idle."""
+    block = min(triton.next_power_of_2(max(1, width)), largest)
+    while block > 128 and triton.cdiv(width, block) * block * 8 > width * 9:
+        block //= 2
+    return block
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sum_kernel(
+    partials,  # *float32 (count, width)
+    total,  # *float32 (width,): their sum, written
+    count,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, count, ROWS):
+        rows = (first + tl.arange(0, ROWS))[:, None]
+        inside = (rows < count) & (columns < width)
+        acc += tl.load(partials + rows.to(tl.int64) * width + columns, mask=inside, other=0.0)
+    out = tl.sum(acc, 0)[None, :]
+    tl.store(total + columns, out, mask=columns < width)
+
+
+def sum_rows(partials: Tensor) -> Tensor:
+    """The sum of the rows, always in the same order."""
+    count, width = partials.shape
+    total = partials.new_empty(width)
+    launch(
+        _sum_kernel, [Tile(32, 1024 if INTERPRETED else 32, 4, 2)], ("ROWS", "COLUMNS"),
+        lambda tile: triton.cdiv(width, tile.columns), partials, total, count, width, like=partials,
+    )  # fmt: skip
+    return total

@@ -1,0 +1,300 @@
+"""The Triton kernels, in Triton's interpreter: the grid of test_ops.py thinned out, since a case takes a second here.
+
+What they compile to for GPUs is checked by triton_table.py, in a process of its own without the interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_ops as grid
+import torch
+
+# These run here again, with the fixtures below.
+from test_ops import (  # noqa: F401
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    Attention,
+    Gelu,
+    LayerNorm,
+    covering,
+    leaves,
+    randn,
+    test_a_bad_row_stays_a_row,
+    test_a_limit_beyond_every_key_is_no_limit,
+    test_a_second_derivative_is_refused,
+    test_autocast,
+    test_both_backends_refuse_alike,
+    test_boundaries_of_one_row_hold_for_every_row,
+    test_boundaries_that_are_none,
+    test_dropout_draws_anew_for_each_call,
+    test_functional_call,
+    test_gelu_of_every_16_bit_number,
+    test_inputs_are_left_alone,
+    test_merging_the_heads_of_an_output_is_free,
+    test_only_the_gradients_that_are_needed,
+    test_slices_of_one_projection_and_expanded_tensors,
+    test_strides_do_not_change_a_bit,
+    test_the_gradient_of_the_log_sum_exp_alone,
+    test_zero_keeps_its_sign,
+)
+from torch import Tensor
+
+from gptcore import GPT, GPTConfig, ops
+
+pytestmark = pytest.mark.skipif(
+    ops.backends()["triton"] is not None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason=f"triton: {ops.backends()['triton'] or 'compiled, not interpreted'}",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _patched_once() -> Iterator[None]:
+    """The interpreter patches triton.language at each call of each function, half of its time: here once a launch."""
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch_once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module in patched:
+            return interpreter._LangPatchScope()
+        patched.add(module)
+        return patch(function)
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield
+
+
+@pytest.fixture
+def backend() -> str:
+    return "triton"
+
+
+@pytest.fixture
+def kernel() -> str:
+    return "triton"
+
+
+# ---- the grid --------------------------------------------------------------------------------------------------------
+
+# The interpreter's tiles are 128 x 64 and 64 x 128.
+LENGTHS = [(1, 1), (13, 13), (63, 64), (65, 63), (65, 130), (128, 128), (129, 127), (1, 130), (130, 1), (7, 193)]
+ATTENTION = [
+    Attention(causal=mask[0], window=mask[1], **axes)
+    for axes in covering(
+        lengths=LENGTHS,
+        mask=grid.MASKS,
+        head_dim=[1, 3, 16, 17, 64, 96, 255, 256],
+        heads=[(1, 1), (2, 1), (3, 3)],
+        dtype=list(DTYPES),
+        scale=[None, -0.3, 0.0],
+    )
+    for mask in [axes.pop("mask")]
+]
+ATTENTION += [case for case in grid.GRID if case.documents is not None][::4]
+ATTENTION += [case for case in grid.GRID if case.dropout_p]
+ATTENTION += [case for case in grid.GRID if case.magnitude != 1.0 and case.causal]
+ATTENTION += [case for case in grid.GRID if 0 in case.lengths or case.batch == 0]
+ATTENTION += [Attention(lengths=(66, 130), heads=(6, 2), batch=2, head_dim=24, dtype=dtype) for dtype in DTYPES]
+
+
+@pytest.mark.parametrize("case", dict.fromkeys(ATTENTION), ids=grid.name_of)
+def test_attention(case: Attention) -> None:
+    grid.check_attention(case, "triton")
+
+
+LAYER_NORMS = [
+    LayerNorm(**axes)
+    for axes in covering(
+        width=[1, 7, 64, 127, 768, 1000, 1600, 4096],
+        rows=[1, 5, 65],
+        data=["normal", "shifted", "constant", "tiny", "large"],
+        dtype=list(DTYPES),
+        bias=[True, False],
+        residual=[None, "same", "float32"],
+    )
+    if not (axes["data"] == "large" and axes["dtype"] == F16)  # sums beyond 65504
+]
+LAYER_NORMS += [LayerNorm(width=65536, rows=4, dtype=BF16, residual=residual) for residual in (None, "float32")]
+LAYER_NORMS += [LayerNorm(rows=0), LayerNorm(eps=0.0), LayerNorm(rows=300)]
+
+
+@pytest.mark.parametrize("case", dict.fromkeys(LAYER_NORMS), ids=grid.name_of)
+def test_layer_norm(case: LayerNorm) -> None:
+    grid.test_layer_norm("triton", case)
+
+
+@pytest.mark.parametrize("case", grid.GELUS, ids=grid.name_of)
+def test_gelu(case: Gelu) -> None:
+    grid.test_gelu("triton", case)
+
+
+def test_dropout_drops_what_the_reference_drops() -> None:
+    q, v = torch.zeros(2, 2, 70, 64), torch.eye(64).expand(2, 2, 64, 64)
+    for p in (0.1, 0.75):
+        weights = []
+        for backend, dtype in (("torch", F32), ("triton", F32), ("triton", BF16)):
+            torch.manual_seed(7)
+            k = torch.zeros_like(v)
+            tensors = (t.to(dtype) for t in (q, k, v))
+            weights.append(ops.attention(*tensors, causal=False, dropout_p=p, backend=backend))
+        assert 0 < int((weights[0] == 0).sum()) < weights[0].numel()
+        for ours in weights[1:]:
+            assert torch.equal(ours == 0, weights[0] == 0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_bad_key_stays_with_those_who_see_it(bad: float) -> None:
+    q, k, v = (randn(1, 2, 130, 16, seed=s) for s in range(3))
+    clean = ops.attention(q, k, v, backend="triton")
+    k[0, 0, 70, 3] = bad
+    same = (ops.attention(q, k, v, backend="triton") == clean).all(-1)
+    assert same[0, 1].all()
+    assert same[0, 0, :70].all()
+
+
+def test_the_same_bits_again_and_every_element_written() -> None:
+    tensors = grid.ordinary()
+    settings = {"dropout_p": 0.2, "window": (30, 3), "cu_seqlens": torch.tensor([0, 50, 70])}
+    first = grid.run_all("triton", *tensors, **settings)
+    torch.use_deterministic_algorithms(True)  # it fills new tensors with NaN
+    try:
+        again = grid.run_all("triton", *tensors, **settings)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not any(t.isnan().any() for t in first)
+    grid.assert_same_bits(first, again)
+
+
+# ---- with others -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("one", "other"), [("cpu", "triton"), ("triton", "cpu")])
+def test_a_forward_by_one_backend_and_a_backward_by_another(one: str, other: str) -> None:
+    native = torch.ops.gptcore
+    q, k, v, grad = (randn(2, heads, 70, 24, seed=s) for s, heads in enumerate((4, 2, 2, 4)))
+    cu, seed = torch.tensor([0, 30, 70]), torch.tensor([2**40 + 3])
+    for settings in ((None, None, None, 0.3, True, -1, -1, 0.0), (cu, cu, seed, 0.3, False, 20, 3, 0.2)):
+        gradients = []
+        for backend in (one, other):
+            out, lse = native.attention_forward(q, k, v, *settings, backend)
+            gradients.append(native.attention_backward(grad, lse, q, k, v, out, lse, *settings, other))
+        for mixed, pure in zip(*gradients, strict=True):
+            torch.testing.assert_close(mixed, pure, rtol=1e-5, atol=1e-5)
+    x, weight = randn(65, 300), randn(300, seed=1)
+    results = []
+    for backend in (one, other):
+        _, total, mean, rstd = native.layer_norm_forward(x, weight, weight, x, 1e-5, backend)
+        results.append(native.layer_norm_backward(x, None, total, weight, mean, rstd, True, other))
+    for mixed, pure in zip(*results, strict=True):
+        torch.testing.assert_close(mixed, pure, rtol=1e-5, atol=1e-5)
+
+
+def losses(backend: str) -> list[float]:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50, n_positions=32, n_layer=2, n_head=2, n_embd=32))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = torch.randint(50, (2, 32), generator=torch.Generator().manual_seed(1))
+    found = []
+    with ops.use(backend):
+        for _ in range(10):
+            loss = model(tokens, labels=tokens).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(float(loss.detach()))
+    return found
+
+
+def test_a_tiny_gpt_trains_ten_steps_like_the_reference() -> None:
+    ours, reference = losses("triton"), losses("torch")
+    assert reference[-1] < reference[0] - 0.5
+    assert ours == pytest.approx(reference, abs=1e-3)
+
+
+def test_torch_compile_finds_one_graph() -> None:
+    def block(q: Tensor, k: Tensor, v: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        out = ops.attention(q, k, v, dropout_p=0.5, backend="triton").transpose(1, 2).flatten(2)
+        out, total = ops.layer_norm(out, weight, residual=x, backend="triton")
+        return ops.gelu(out, bias=weight, backend="triton") + total
+
+    tensors = leaves(*(randn(2, heads, 9, 8, seed=heads) for heads in (4, 2, 2)), randn(2, 9, 32), randn(32))
+    torch._dynamo.reset()
+    results = []
+    for run in (torch.compile(block, fullgraph=True, backend="aot_eager"), block):
+        torch.manual_seed(1)
+        out = run(*tensors)
+        results.append([out, *torch.autograd.grad(out.sum(), tensors)])
+    for ours, eager in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+def test_tuning_takes_the_fastest_and_remembers_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from gptcore.kernels import launch
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(launch, "_chosen", {})
+    slow, fast, never = (launch.Tile(n, n, 4, 2) for n in (16, 32, 64))
+    times = {slow: 2.0, fast: 1.0, never: float("inf")}
+    ran: list[Any] = []
+
+    def milliseconds(run: Callable[[], None]) -> float:
+        run()
+        return times[ran[-1]]
+
+    monkeypatch.setattr(launch, "milliseconds", milliseconds)
+    choose = functools.partial(launch.tuned, "a kernel", run=ran.append)
+    assert choose(tiles=[slow, fast, never]) == fast
+    assert ran == [slow, fast, never]
+    launch._chosen.clear()
+    assert choose(tiles=[slow, fast, never]) == fast
+    assert len(ran) == 3  # read from the file
+    launch._chosen.clear()
+    assert choose(tiles=[slow, never]) == slow  # no longer in the table: measured again
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text("{broken")
+    launch._chosen.clear()
+    assert choose(tiles=[slow, fast]) == fast
+    assert json.loads(file.read_text()) == {"a kernel": list(fast)}
+
+
+def test_few_lanes_idle() -> None:
+    from gptcore.kernels.rows import block_of
+
+    for width, largest in itertools.product([*range(1, 300), 768, 1600, 12288, 40000, 65536], (256, 4096, 65536)):
+        block = block_of(width, largest)
+        padded = -(-width // block) * block
+        assert padded <= max(width * 9 // 8, -(-width // 128) * 128), (width, largest)
+        assert padded // block <= 16 or largest < width, (width, largest)
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_compiled_kernels_holds() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("triton_table.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,228 @@
+"""What the Triton kernels become for each GPU, seen without one: registers, spills, shared memory, tensor-core use.
+
+Every row of the tile tables is compiled as `forward` and `backward` would launch it, and compared with
+data/triton.json. `python tests/triton_table.py --write` writes that file, and its digest in docs/kernels-triton.md.
+Run it without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+
+from gptcore.kernels import attention, gelu, layer_norm, tiles
+
+HERE = Path(__file__).parent
+TABLE, PAGE = HERE / "data" / "triton.json", HERE.parent / "docs" / "kernels-triton.md"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB that a block can have; sm_86 of the first
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+# ---- the cases -------------------------------------------------------------------------------------------------------
+
+
+def attend(dtype: torch.dtype, head_dim: int, dropout_p: float = 0.0, documents: bool = False) -> None:
+    q, k, v = (torch.zeros(2, heads, 64, head_dim, dtype=dtype) for heads in (4, 2, 2))
+    cu = torch.tensor([0, 64, 128]) if documents else None
+    seed = torch.tensor([2**40 + 1]) if dropout_p else None
+    settings = (cu, cu, seed, 0.5, True, -1, -1, dropout_p)
+    out, lse = attention.forward(q, k, v, *settings)
+    attention.backward(out, None, q, k, v, out, lse, *settings)
+
+
+def normalise(dtype: torch.dtype, width: int) -> None:
+    x, weight = torch.zeros(64, width, dtype=dtype), torch.ones(width)
+    _, total, mean, rstd = layer_norm.forward(x, weight, weight, x, 1e-5)
+    layer_norm.backward(x, x, total, weight, mean, rstd, True)
+
+
+def curve(dtype: torch.dtype, width: int, tanh_form: bool) -> None:
+    x, bias = torch.zeros(64, width, dtype=dtype), torch.zeros(width)
+    gelu.forward(x, bias, tanh_form)
+    gelu.backward(x, x, bias, tanh_form)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    **{
+        f"{str(dtype)[6:]} head_dim {head_dim}": functools.partial(attend, dtype, head_dim)
+        for dtype, head_dims in ((BF16, (64, 128, 256)), (F16, (64,)), (F32, (64, 128, 256)))
+        for head_dim in head_dims
+    },
+    "bfloat16 head_dim 64 dropout documents": functools.partial(attend, BF16, 64, 0.1, True),
+    "bfloat16 head_dim 128 dropout": functools.partial(attend, BF16, 128, 0.1),
+    "bfloat16 head_dim 256 dropout": functools.partial(attend, BF16, 256, 0.1),
+    **{
+        f"{str(dtype)[6:]} width {width}": functools.partial(normalise, dtype, width)
+        for dtype, widths in ((BF16, (768, 4096, 8192, 65536)), (F32, (768, 8192)))
+        for width in widths
+    },
+    "bfloat16 width 3072 tanh": functools.partial(curve, BF16, 3072, True),
+    "bfloat16 width 3072 erf": functools.partial(curve, BF16, 3072, False),
+}
+
+
+def wanted(architecture: str, case: str) -> bool:
+    """Not without need: float32 is slow to compile, and the same instructions and tiles on all of NVIDIA's."""
+    return architecture in ("sm_80", "gfx942") or not re.match(r"float32 head_dim (128|256)", case)
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+def compile_for(target: GPUTarget, kernel: Any, *args: Any, **kwargs: Any) -> Any:
+    """What Triton's launcher would do with these arguments on such a GPU, without the launch."""
+    backend = make_backend(target)
+    bound = {param.name: value for param, value in zip(kernel.params, args, strict=False)}
+    bound |= {param.name: kwargs[param.name] for param in kernel.params if param.name in kwargs}
+    special = [
+        ("constexpr", bound[param.name])
+        if param.is_constexpr
+        else native_specialize_impl(type(backend), bound[param.name], False, not param.do_not_specialize, True)
+        for param in kernel.params
+    ]
+    options, signature, constants, attrs = kernel._pack_args(backend, kwargs, bound, special, None)
+    source = ASTSource(kernel, signature, constants, attrs)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def measured(compiled: Any, architecture: str) -> dict[str, int]:
+    """The compiler's own figures; the last is how many tensor-core instructions of its kind there are."""
+    if architecture == "gfx942":
+        assembly = compiled.asm["amdgcn"]
+        found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", assembly)}
+        registers, spills = found["vgpr_count"], found["vgpr_spill_count"]
+    else:
+        assembly = compiled.asm["ptx"]
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(compiled.asm["cubin"])
+            usage = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], text=True)
+        found = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
+        registers, spills = found["REG"], found["STACK"] + found["LOCAL"]
+    figures = {"registers": registers, "spills": spills, "shared": compiled.metadata.shared}
+    for instruction in (TENSOR_CORES[architecture], "mma.sync"):
+        if count := assembly.count(instruction):
+            return figures | {instruction: count}
+    return figures
+
+
+def compile_case(architecture: str, case: str) -> dict[str, dict[str, int]]:
+    """Figures by "kernel, case" of all kernels that a case launches."""
+    figures = {}
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled = compile_for(TARGETS[architecture], kernel, *args, **kwargs)
+        module = kernel.__module__.rpartition(".")[2]
+        figures[f"{module}.{kernel.__name__.strip('_')} {case}"] = {
+            "warps": compiled.metadata.num_warps, **measured(compiled, architecture)
+        }  # fmt: skip
+
+    with (
+        mock.patch.object(triton.JITFunction, "run", run),
+        mock.patch.object(tiles, "architecture", return_value=architecture),
+        mock.patch.object(layer_norm, "processors", return_value=132),
+        mock.patch.object(gelu, "processors", return_value=132),
+    ):
+        CASES[case]()
+    return figures
+
+
+def wrong_with(name: str, figures: dict[str, int], architecture: str) -> list[str]:
+    """What must hold whatever the table says."""
+    found = []
+    if figures["shared"] > SHARED[architecture] * 1024:
+        found.append(f"{figures['shared']} bytes of shared memory, {architecture} has {SHARED[architecture]} KB")
+    # At 256 the registers do not suffice for tiles of the 64 rows that the instructions of sm_90 and sm_100 take.
+    enough = {TENSOR_CORES[architecture], *(["mma.sync"] if "head_dim 256" in name else [])}
+    if re.search(r"attention\.(?!spans).*float16", name) and not enough & figures.keys():
+        found.append(f"no {' or '.join(sorted(enough))}")
+    return [f"{architecture} {name}: {problem}" for problem in found]
+
+
+def differences(table: dict[str, Any], committed: dict[str, Any]) -> list[str]:
+    """Where a kernel got worse than the committed table, or is not in it; a few registers come and go."""
+    found = []
+    for architecture, rows in table.items():
+        for name in sorted(rows.keys() | committed.get(architecture, {}).keys()):
+            new, old = rows.get(name), committed.get(architecture, {}).get(name)
+            if new is None or old is None:
+                found.append(f"{architecture} {name}: {'no longer compiled' if new is None else 'not in the table'}")
+            elif new["registers"] > old["registers"] + 8 or any(new[key] > old[key] for key in ("spills", "shared")):
+                found.append(f"{architecture} {name}: {new}, in the table {old}")
+    return found
+
+
+def digest(table: dict[str, Any]) -> str:
+    """The table of the documentation: registers, spilled bytes and shared memory of the main kernels."""
+    names = [name for name in table["sm_80"] if re.search(r"(16|32) (head_dim (64|128|256)|width (768|4096))$", name)]
+    names = [name for name in names if "sum" not in name and " float16" not in name]
+    lines = ["| kernel | " + " | ".join(table) + " |", "|---" * (len(table) + 1) + "|"]
+    for name in names:
+        cells = (
+            f"{rows[name]['registers']} / {rows[name]['spills']} / {rows[name]['shared'] / 1024:.0f}"
+            if name in rows
+            else "as sm_80"
+            for rows in table.values()
+        )
+        lines.append(f"| {name.replace('_kernel', '')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def compiled_table() -> dict[str, dict[str, dict[str, int]]]:
+    work = [(architecture, case) for architecture in TARGETS for case in CASES if wanted(architecture, case)]
+    table: dict[str, dict[str, dict[str, int]]] = {architecture: {} for architecture in TARGETS}
+    with ProcessPoolExecutor(2) as pool:
+        for (architecture, _), figures in zip(work, pool.map(compile_case, *zip(*work, strict=True)), strict=True):
+            table[architecture] |= figures
+    return table
+
+
+def main() -> None:
+    table = compiled_table()
+    wrong = [
+        line
+        for architecture, rows in table.items()
+        for name, figures in rows.items()
+        for line in wrong_with(name, figures, architecture)
+    ]
+    if "--write" in sys.argv:
+        lines = (
+            f' "{architecture}": {{\n'
+            + ",\n".join(f"  {json.dumps(name)}: {json.dumps(figures)}" for name, figures in rows.items())
+            + "\n }"
+            for architecture, rows in table.items()
+        )
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        if PAGE.exists():
+            begin, end = "<!-- table -->\n", "\n<!-- end of table -->"
+            head, rest = PAGE.read_text().split(begin)
+            PAGE.write_text(head + begin + digest(table) + end + rest.split(end)[1])
+    else:
+        wrong += differences(table, json.loads(TABLE.read_text()))
+    sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
