@@ -22,19 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore import _C, ops
-from gptcore.ops import native, registry
+from gptcore.ops import native
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = (F32, BF16, F16)
 # The argument `backend`, and for the CPU's kernels the instruction set. A new backend is one more line here.
 BACKENDS = {"torch": ("torch", None), **{f"cpu-{isa}": ("cpu", isa) for isa in _C.supported_isas()}}
-# A GPU's kernels, on the CPU: in a model of a GPU, or in Triton's interpreter (TRITON_INTERPRET=1). A case takes a
-# thousand times as long there, so they run smaller grids, made for the edges of a GPU's tiles.
-SLOW = [
-    name for name in ("simt", "triton") if ops.backends()[name] is None and "cpu" in registry.BACKENDS[name].devices
-]
+# A GPU's kernels on the CPU, in a model of a GPU. A case takes a thousand times as long there, so it runs a smaller
+# grid, made for the edges of a GPU's tiles. test_triton.py does so in Triton's interpreter.
+SLOW = ["simt"] if ops.backends()["simt"] is None else []
 # On a GPU the grid runs whole; what tests memory and autograd here stays with tensors on the CPU.
-ON_GPU = [name for name in ("cuda", "triton") if ops.backends()[name] is None and name not in SLOW]
+ON_GPU = [name for name in ("cuda", "triton") if ops.backends()[name] is None and torch.cuda.is_available()]
 BACKENDS |= {name: (name, None) for name in SLOW}
 NATIVE = [name for name in BACKENDS if name != "torch"]  # those that have kernels, whose bits can be compared
 
@@ -62,7 +60,7 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
         yield argument
 
 
-@pytest.fixture(params=[name for name in NATIVE if name != "triton"])
+@pytest.fixture(params=NATIVE)
 def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
     """Those whose native functions can be called by themselves."""
     with running(request.param) as argument:
