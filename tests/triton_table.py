@@ -84,8 +84,8 @@ CASES: dict[str, Callable[[], None]] = {
 
 
 def wanted(architecture: str, case: str) -> bool:
-    """Not without need: float32 is slow to compile, and the same instructions and tiles on all of NVIDIA's."""
-    return architecture in ("sm_80", "gfx942") or not re.match(r"float32 head_dim (128|256)", case)
+    """Less where shared memory is larger: wide float32 is slow to compile, and much the same on all of NVIDIA's."""
+    return architecture in ("sm_80", "gfx942") or not re.search(r"float32 head_dim (128|256)|(128|256) dropout", case)
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def digest(table: dict[str, Any]) -> str:
         cells = (
             f"{rows[name]['registers']} / {rows[name]['spills']} / {rows[name]['shared'] / 1024:.0f}"
             if name in rows
-            else "as sm_80"
+            else "-"
             for rows in table.values()
         )
         lines.append(f"| {name.replace('_kernel', '')} | {' | '.join(cells)} |")
@@ -221,7 +221,7 @@ def main() -> None:
             PAGE.write_text(head + begin + digest(table) + end + rest.split(end)[1])
     else:
         wrong += differences(table, json.loads(TABLE.read_text()))
-    sys.exit("\n".join(wrong))
+    sys.exit("\n".join(wrong) or None)
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def _tile(width: int, held: bool) -> Tile:
     """Rows at a time, and the block: eight numbers of it a lane."""
     block = block_of(width, 256 if width <= 1024 else 65536 if held else 4096)
     rows = max(1, 1024 // block)
-    warps = triton.next_power_of_2(rows * triton.cdiv(width, block) * block // (32 * LANE)) if held else 16
+    warps = triton.next_power_of_2(rows * triton.cdiv(width, block) * block // (32 * LANE)) if held else 32
     return Tile(rows, block, min(32, max(4, warps)), 1)
 
 
