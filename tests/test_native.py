@@ -208,9 +208,12 @@ print("done")
 
 
 def test_what_was_built() -> None:
-    assert {name: type(value) for name, value in _C.build_info().items()} == {
-        "version": str, "compiler": str, "openmp": int
-    }  # fmt: skip
+    kinds = {name: type(value) for name, value in _C.build_info().items()}
+    assert kinds.pop("nvcc", str) is str
+    assert kinds == {"version": str, "compiler": str, "openmp": int}
+    assert bool(_C.cuda_archs()) == ("nvcc" in _C.build_info())
+    if not torch.cuda.is_available():
+        assert _C.cuda_problem()
 
 
 # ---- wrong arguments -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
 from types import TracebackType
 from typing import Any
 
@@ -52,6 +53,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return 'triton is not installed; pip install "gptcore[triton]"'
+    version = metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        return (
+            f"triton {version} is too old, its kernels need {'.'.join(map(str, OLDEST_TRITON))}; pip install -U triton"
+        )
     if not torch.cuda.is_available() and not INTERPRETED:
         return "no GPU; set TRITON_INTERPRET=1 to run its kernels slowly on CPU tensors"
     return None
@@ -63,6 +69,7 @@ def _why_no_simt() -> str | None:
     return None
 
 
+OLDEST_TRITON = (3, 4)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # In the order in which they are tried when none is asked for. `torch` takes any tensor: what follows is never chosen.
