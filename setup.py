@@ -1,4 +1,4 @@
-"""Builds gptcore._C by running CMake. All else that a package needs to say is in pyproject.toml."""
+"""Builds gptcore._C and gptcore._simt by running CMake. All else that a package needs to say is in pyproject.toml."""
 
 import os
 import subprocess
@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent
 class CMakeBuild(build_ext):
     """CMake writes the module straight to where setuptools wants it: the wheel, or this folder for `pip install -e`."""
 
-    def build_extension(self, extension: Extension) -> None:
-        target = Path(self.get_ext_fullpath(extension.name)).resolve().parent
+    def build_extensions(self) -> None:  # one run builds both
+        target = Path(self.get_ext_fullpath("gptcore._C")).resolve().parent
         # A folder that lasts makes the second build quick; its name keeps different Pythons apart.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
@@ -34,4 +34,8 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
 
 
-setup(ext_modules=[Extension("gptcore._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    # Some compilers cannot build the model of a GPU; the package works without it.
+    ext_modules=[Extension("gptcore._C", sources=[]), Extension("gptcore._simt", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
+)
