@@ -183,7 +183,9 @@ def test_check_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
 
 
 def python(*arguments: str, cwd: Path = ROOT) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # pytest-benchmark measures nothing where a worker of pytest-xdist has left its mark
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
