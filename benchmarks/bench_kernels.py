@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.measure import PYTORCH, pick, reference
-from gptcore import ops
+from gptcore import _C, ops
 
 Compare = Callable[..., None]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -63,6 +63,29 @@ def bench_attention(backward: bool, dtype: torch.dtype, D: int, S: int, compare:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("S", pick([16], [256, 1024, 4096]))
+@dtypes
+def bench_attention_products(dtype: torch.dtype, S: int, compare: Compare) -> None:
+    """Without a mask, against the two matrix products alone: below 1, and by how much is what softmax costs.
+
+    PyTorch's torch.bmm makes them into buffers that exist, so the scores are kept, but nothing is done with them.
+    """
+    D = 64
+    q, k, v = (torch.randn(HEADS, S, D).to(dtype) for _ in range(3))
+    scores, out = torch.empty(HEADS, S, S, dtype=dtype), torch.empty_like(q)
+
+    def products() -> None:
+        torch.bmm(q, k.transpose(1, 2), out=scores)
+        torch.bmm(scores, v, out=out)
+
+    compare(
+        f"attention against its products {name_of(dtype)}", f"D={D} S={S}, no mask",
+        lambda: ops.attention(q[None], k[None], v[None], causal=False), products,
+        against="torch.bmm alone", limit=measure.matmul(dtype), flops=4 * HEADS * D * S * S,
+        bytes=4 * q.nbytes,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("batch", pick([2], [1, 16]))
 @dtypes
 def bench_decode(dtype: torch.dtype, batch: int, compare: Compare) -> None:
@@ -89,6 +112,27 @@ def bench_gelu(dtype: torch.dtype, compare: Compare) -> None:
         f"GELU forward + backward {name_of(dtype)}", "tanh, {} x {}".format(*shape),
         forward_backward(ops.gelu, [x], [grad]), forward_backward(lambda x: gelu(x, approximate="tanh"), [x], [grad]),
         against=PYTORCH, limit=measure.copy(), bytes=5 * x.nbytes, flops=30 * x.numel(),
+    )  # fmt: skip
+
+
+@dtypes
+def bench_gelu_in_place(dtype: torch.dtype, compare: Compare) -> None:
+    """The kernels into memory that exists: what is left of the above is the first touch of new memory, by the system."""
+    shape = pick((16, 64), (4096, 3072))
+    x, grad = (torch.randn(shape).to(dtype) for _ in range(2))
+    out, grad_x, threads = torch.empty_like(x), torch.empty_like(x), torch.get_num_threads()
+
+    def ours() -> None:
+        _C.gelu_forward(x, None, out, True, threads)
+        _C.gelu_backward(grad, x, None, grad_x, None, True, threads)
+
+    def theirs() -> None:
+        torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+        torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad_x)
+
+    compare(
+        f"GELU into memory that exists {name_of(dtype)}", "tanh, {} x {}".format(*shape), ours, theirs,
+        against="PyTorch", limit=measure.copy(), bytes=5 * x.nbytes, flops=30 * x.numel(),
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""Threads: what the second one brings, one by itself, and two processes that want the same cores at once."""
+"""Threads: what the second brings, one by itself, one after a fork, and two processes that want the same cores."""
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from benchmarks import measure
 from benchmarks.bench_kernels import forward_backward
@@ -61,6 +63,34 @@ def bench_scaling(compare: Compare) -> None:
     ours, _ = attention_pair()
     case = f"{torch.get_num_threads()} against 1, {CASE}"
     compare("scaling with threads", case, ours, with_threads(1, ours), against="one thread")
+
+
+def bench_forked_worker(compare: Compare) -> None:
+    """In a worker that a DataLoader forked, which has one thread: it does what the main process says, when it says so."""
+    ours, theirs = attention_pair()
+    ours(), theirs()  # the parent has had its threads before the fork
+    runs = dict(zip(("ours", "theirs"), (ours, theirs), strict=True))
+    parent, child = multiprocessing.get_context("fork").Pipe()
+
+    def worker(_: int) -> None:
+        while (name := child.recv()) is not None:
+            runs[name]()
+            child.send(torch.get_num_threads())
+
+    loader = DataLoader([0], batch_size=None, num_workers=1, collate_fn=worker, multiprocessing_context="fork")
+    there = iter(loader)
+
+    def call(name: str) -> Run:
+        def run() -> None:
+            parent.send(name)
+            assert parent.poll(60), "the worker does not answer"
+            assert parent.recv() == 1
+
+        return run
+
+    compare("in a forked DataLoader worker", CASE, call("ours"), call("theirs"), against=PYTORCH)
+    parent.send(None)
+    next(there)
 
 
 @pytest.mark.skipif(measure.FORM == "toy", reason="a toy must not load the machine")

@@ -17,7 +17,7 @@ from typing import Any
 
 from matplotlib.figure import Figure  # no pyplot: it would choose a display
 
-from benchmarks.goals import outcomes
+from benchmarks.goals import Outcome, outcomes
 from gptcore.files import atomic_file, read_json
 
 SCHEMA = 1
@@ -83,10 +83,19 @@ def shortfalls(results: Results) -> list[str]:
     found = [(row, goal) for row in results["rows"] for goal in outcomes(row)]
     missed = [
         f"{goal.verdict}: {row['group']}, {row['case']}: {goal.measured.median:.2f} of {goal.goal:g} {goal.unit}"
+        + ceiling(row, goal)
         for row, goal in found
         if not goal.met
     ]
     return [f"{len(found) - len(missed)} of {len(found)} goals met", *missed]
+
+
+def ceiling(row: dict[str, Any], goal: Outcome) -> str:
+    """What the ratio would be at the whole of the limit, where not even that reaches the goal."""
+    if goal.unit != "x" or row["percent"] is None:
+        return ""
+    most = row["ratio"][0] * 100 / row["percent"][0]
+    return f"; the whole of {row['limit']} would be {most:.2f} x" if most < goal.goal else ""
 
 
 def markdown(lines: list[list[str]]) -> str:

@@ -8,6 +8,7 @@
 
 #include "csrc/cpu_isa.h"
 #include "csrc/ops.h"
+#include "csrc/pages.h"
 #ifdef GPTCORE_CUDA_ARCHS
 #include "csrc/gpu/kernels.h"
 #endif
@@ -65,6 +66,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("adamw", &adamw, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
         py::arg("steps"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
         py::arg("grad_scale"), py::arg("num_threads"));
+
+  m.def("prefer_huge_pages", py::overload_cast<const TensorView&>(&prefer_huge_pages), py::arg("out"),
+        "Advises the system to back a large tensor that nothing has written yet by pages of 2 MB.");
 
   m.def("compiled_isas", &compiled_isas, "CPU instruction sets that the kernels are compiled for, lowest first.");
   m.def("supported_isas", &supported_isas, "Those of them that this CPU has, lowest first.");

@@ -125,6 +125,9 @@ def adamw(
 ) -> None:
     """Updates params, exp_avgs and exp_avg_sqs by grad_scale x grads, and adds 1 to steps, which are scalars."""
 
+def prefer_huge_pages(out: Tensor) -> None:
+    """Advises the system to back a large tensor that nothing has written yet by pages of 2 MB."""
+
 def compiled_isas() -> list[str]:
     """CPU instruction sets that the kernels are compiled for, lowest first."""
 

@@ -247,7 +247,9 @@ class GPT(nn.Module):
             position_ids = torch.arange(start, start + T, device=input_ids.device)
         _check_values(config, input_ids, attention_mask, labels, cu_seqlens, position_ids)
 
-        x = self.wte(input_ids)  # (B, T, C)
+        # A dense gradient of wte would be all zeros but for T rows, which are added to that of the output projection
+        sparse = self.lm_head is None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        x = F.embedding(input_ids, self.wte.weight, sparse=sparse)  # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe(position_ids)
         else:

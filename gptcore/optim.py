@@ -71,13 +71,9 @@ class AdamW(torch.optim.Optimizer):
 
     def grad_norm(self) -> float:
         """The 2-norm of all gradients together, before any scaling; NaN or infinite if one of them holds such."""
-        gradients: dict[Implementation, list[Tensor]] = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if (gradient := _gradient(parameter)) is not None:
-                    run = registry.select("grad_norm", self.backend, gradient)
-                    gradients.setdefault(run, []).append(gradient)
-        return math.hypot(*(run(some) for run, some in gradients.items()))
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        alike = self._alike("grad_norm", parameters)
+        return math.hypot(*(run(gradients) for run, _, gradients in alike))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None, *, grad_scale: float = 1.0) -> float | None:  # type: ignore[override]
@@ -92,21 +88,25 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         if not math.isfinite(grad_scale):
             raise ValueError(f"grad_scale is {grad_scale}, expected a finite number")
-        updates: list[tuple[Implementation, Group, list[Tensor], list[Tensor]]] = []
-        for group in self.param_groups:
-            chosen: dict[Implementation, tuple[list[Tensor], list[Tensor]]] = {}
-            for parameter in group["params"]:
-                if (gradient := _gradient(parameter)) is not None:
-                    run = registry.select("adamw", self.backend, parameter)
-                    parameters, gradients = chosen.setdefault(run, ([], []))
-                    parameters.append(parameter)
-                    gradients.append(gradient)
-            updates += [(run, group, *tensors) for run, tensors in chosen.items()]
-        for run, group, parameters, gradients in updates:
+        updates = [(group, alike) for group in self.param_groups for alike in self._alike("adamw", group["params"])]
+        for group, (run, parameters, gradients) in updates:
             states = [self.state[parameter] or self._new_state(parameter) for parameter in parameters]
             moments = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")]
             run(parameters, gradients, *moments, group, grad_scale)
         return loss
+
+    def _alike(self, op: str, params: list[Tensor]) -> list[tuple[Implementation, list[Tensor], list[Tensor]]]:
+        """What runs `op`, for which parameters with which gradients: together those of one device and dtype."""
+        alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for parameter in params:
+            if (gradient := parameter.grad) is not None:
+                if gradient.is_sparse:
+                    shape = tuple(parameter.shape)
+                    raise RuntimeError(f"AdamW takes no sparse gradients, but that of a parameter {shape} is one")
+                parameters, gradients = alike.setdefault((gradient.device, gradient.dtype), ([], []))
+                parameters.append(parameter)
+                gradients.append(gradient)
+        return [(registry.select(op, self.backend, some[1][0]), *some) for some in alike.values()]
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
@@ -114,13 +114,6 @@ class AdamW(torch.optim.Optimizer):
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
-
-
-def _gradient(parameter: Tensor) -> Tensor | None:
-    gradient = parameter.grad
-    if gradient is not None and gradient.is_sparse:
-        raise RuntimeError(f"AdamW takes no sparse gradients, but that of a parameter {tuple(parameter.shape)} is one")
-    return gradient
 
 
 def _check(group: Group) -> None:

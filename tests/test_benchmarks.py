@@ -116,6 +116,9 @@ def test_tables_say_what_is_met_missed_and_lost_in_the_spread() -> None:
     ]  # fmt: skip
     assert report.shortfalls(results)[0] == "1 of 2 goals met"
     assert "84.00 of 85 %" in report.shortfalls(results)[1]
+    slow = results_of(gelu_row([0.010] * 3, [0.030] * 3))
+    assert report.shortfalls(slow)[1].endswith("3.00 of 4 x; the whole of copy would be 3.57 x")
+    assert report.shortfalls(slow)[2].endswith("84.00 of 85 %")
     assert "| 4.30 | 84 % of copy | 1 of 2 |" in report.summary(results)
     assert "no difference beyond the spread" in report.times([1.02, 0.97, 1.05])
     assert "no difference" not in report.times([1.06, 1.02, 1.1])

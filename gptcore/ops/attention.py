@@ -397,4 +397,4 @@ class _Attention(torch.autograd.Function):
 
 
 registry.BACKENDS["torch"].implementations["attention"] = _attention_torch
-native.implement("attention", _Attention.apply)
+native.implement("attention", _Attention)

@@ -125,4 +125,4 @@ class _Gelu(torch.autograd.Function):
 
 
 registry.BACKENDS["torch"].implementations["gelu"] = _gelu_torch
-native.implement("gelu", _Gelu.apply)
+native.implement("gelu", _Gelu)

@@ -232,4 +232,4 @@ class _LayerNorm(torch.autograd.Function):
 
 
 registry.BACKENDS["torch"].implementations["layer_norm"] = _layer_norm_torch
-native.implement("layer_norm", _LayerNorm.apply)
+native.implement("layer_norm", _LayerNorm)

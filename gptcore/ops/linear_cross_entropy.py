@@ -6,6 +6,7 @@ scalar's own gradient is known: Liger kernels (Hsu et al. 2024, arXiv:2410.10989
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -105,16 +106,19 @@ def _forward_body(
     _check_targets(targets, vocab, ignore_index)
     counted = (targets != ignore_index).nonzero().flatten()
     count, everything = len(counted), len(counted) == len(targets)
-    rows, narrow = (x if everything else x[counted]).to(dtype), weight.to(dtype)
+    rows = (x if everything else x[counted]).to(dtype)
+    narrow = weight if weight.dtype == dtype else _fresh(weight.shape, dtype).copy_(weight)
     targets = targets.contiguous() if everything else targets[counted]
     # The factor 1 / count comes after the sums: softmax / count would vanish in float16
     scale = 1.0 / max(1, count)
     grad_rows = torch.empty_like(rows if need_x else rows[:0])
-    grad_weight = torch.zeros(weight.shape if need_weight else (0,), dtype=torch.float32)
+    grad_weight = _fresh(weight.shape if need_weight else (0,), torch.float32)
+    if count == 0:
+        grad_weight.zero_()
 
     chunks = max(1, -(-count * vocab * dtype.itemsize // CHUNK_BYTES))
     size = max(1, -(-count // chunks))
-    buffer, total = rows.new_empty(min(size, count), vocab), 0.0
+    buffer, total = _fresh((min(size, count), vocab), dtype), 0.0
     for begin in range(0, count, size):
         chunk = slice(begin, begin + size)
         part = rows[chunk]
@@ -123,23 +127,34 @@ def _forward_body(
         if need_x:
             torch.mm(logits, narrow, out=grad_rows[chunk])
         if need_weight:
-            _add_product(grad_weight, logits, part, scale)
+            _add_product(grad_weight, logits, part, scale, first=begin == 0)
     grad_x = grad_rows.float().mul_(scale).to(x.dtype)
     if need_x and not everything:
         grad_x = torch.zeros_like(x).index_copy_(0, counted, grad_x)
     return torch.tensor(total * scale, dtype=torch.float32), grad_x, grad_weight.to(weight.dtype)
 
 
-def _add_product(grad_weight: Tensor, logits: Tensor, rows: Tensor, scale: float) -> None:
-    """grad_weight += scale x logits.T @ rows, in float32."""
+def _fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory of the size of the vocabulary, which is new in every step: see csrc/pages.h."""
+    tensor = torch.empty(shape, dtype=dtype)
+    _C.prefer_huge_pages(tensor)
+    return tensor
+
+
+def _add_product(grad_weight: Tensor, logits: Tensor, rows: Tensor, scale: float, first: bool) -> None:
+    """grad_weight += scale x logits.T @ rows, in float32; the first time there is nothing yet to add to."""
     if logits.dtype == torch.float32:
-        grad_weight.addmm_(logits.t(), rows, alpha=scale)
+        grad_weight.addmm_(logits.t(), rows, beta=0 if first else 1, alpha=scale)
         return
     # PyTorch's 16-bit matmul has a 16-bit result: made in blocks, it never leaves the cache
     product = rows.new_empty(VOCAB_BLOCK, rows.shape[1])
     for block in grad_weight.split(VOCAB_BLOCK):
         logits, some = logits[:, len(block) :], logits[:, : len(block)]
-        block.add_(torch.mm(some.t(), rows, out=product[: len(block)]), alpha=scale)
+        part = torch.mm(some.t(), rows, out=product[: len(block)])
+        if first:
+            block.copy_(part).mul_(scale)
+        else:
+            block.add_(part, alpha=scale)
 
 
 def _outputs(

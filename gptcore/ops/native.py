@@ -6,11 +6,13 @@ allocates. Bodies see real tensors, so what depends on their values is checked t
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from gptcore.ops import registry
 
@@ -39,12 +41,37 @@ def _is_watched(tensor: torch.Tensor) -> bool:
     return type(tensor) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
 
 
-def implement(op: str, function: Callable[..., Any]) -> None:
-    """Register function(..., backend) as what runs `op` on every backend that has kernels."""
+def implement(op: str, function: type[torch.autograd.Function]) -> None:
+    """Register function.apply(..., backend) as what runs `op` on every backend that has kernels."""
+
+    def run(backend: str, *args: Any) -> Any:
+        if _is_differentiated(args):
+            return function.apply(*args, backend)
+        return function.forward(_NothingToKeep(), *args, backend)  # apply takes as long as a small kernel
+
     for backend in KERNEL_BACKENDS:
-        registry.BACKENDS[backend].implementations[op] = lambda *args, backend=backend: function(*args, backend)
+        registry.BACKENDS[backend].implementations[op] = functools.partial(run, backend)
 
 
+def _is_differentiated(args: tuple[Any, ...]) -> bool:
+    """Whether autograd, in either direction, or a transform or tracer above it has to see this call."""
+    if torch.is_grad_enabled() and any(arg.requires_grad for arg in args if isinstance(arg, torch.Tensor)):
+        return True
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+class _NothingToKeep:
+    """The context of a forward that has no backward."""
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+@functools.cache
 def kernels(backend: str, op: str) -> Any:
     """The module whose `<op>_forward` or, of Triton, `forward` runs on this backend."""
     names = {"simt": "gptcore._simt", "triton": f"gptcore.kernels.{op}"}
