@@ -117,7 +117,7 @@ def bench_gelu(dtype: torch.dtype, compare: Compare) -> None:
 
 @dtypes
 def bench_gelu_in_place(dtype: torch.dtype, compare: Compare) -> None:
-    """The kernels into memory that exists: what is left of the above is the first touch of new memory, by the system."""
+    """The kernels into memory that exists: what the above takes longer is the first touch of new memory."""
     shape = pick((16, 64), (4096, 3072))
     x, grad = (torch.randn(shape).to(dtype) for _ in range(2))
     out, grad_x, threads = torch.empty_like(x), torch.empty_like(x), torch.get_num_threads()

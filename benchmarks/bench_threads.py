@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import measure
 from benchmarks.bench_kernels import forward_backward
@@ -66,31 +66,27 @@ def bench_scaling(compare: Compare) -> None:
 
 
 def bench_forked_worker(compare: Compare) -> None:
-    """In a worker that a DataLoader forked, which has one thread: it does what the main process says, when it says so."""
+    """In a worker that a DataLoader forked, which has one thread: it runs what the main process names, when it does."""
     ours, theirs = attention_pair()
-    ours(), theirs()  # the parent has had its threads before the fork
-    runs = dict(zip(("ours", "theirs"), (ours, theirs), strict=True))
+    ours(), theirs()  # so the parent has had its threads before the fork
     parent, child = multiprocessing.get_context("fork").Pipe()
 
-    def worker(_: int) -> None:
-        while (name := child.recv()) is not None:
-            runs[name]()
-            child.send(torch.get_num_threads())
+    class Worker(Dataset[int]):
+        def __getitem__(self, index: int) -> int:
+            while (name := child.recv()) != "stop":
+                {"ours": ours, "theirs": theirs}[name]()
+                child.send(torch.get_num_threads())
+            return index
 
-    loader = DataLoader([0], batch_size=None, num_workers=1, collate_fn=worker, multiprocessing_context="fork")
-    there = iter(loader)
+    def ask(name: str) -> None:
+        parent.send(name)
+        assert parent.poll(60), "the worker does not answer"
+        assert parent.recv() == 1
 
-    def call(name: str) -> Run:
-        def run() -> None:
-            parent.send(name)
-            assert parent.poll(60), "the worker does not answer"
-            assert parent.recv() == 1
-
-        return run
-
-    compare("in a forked DataLoader worker", CASE, call("ours"), call("theirs"), against=PYTORCH)
-    parent.send(None)
-    next(there)
+    items = iter(DataLoader(Worker(), sampler=[0], batch_size=None, num_workers=1, multiprocessing_context="fork"))
+    compare("in a forked DataLoader worker", CASE, lambda: ask("ours"), lambda: ask("theirs"), against=PYTORCH)
+    parent.send("stop")
+    assert list(items) == [0]
 
 
 @pytest.mark.skipif(measure.FORM == "toy", reason="a toy must not load the machine")

@@ -58,9 +58,7 @@ def _is_differentiated(args: tuple[Any, ...]) -> bool:
     if torch.is_grad_enabled() and any(arg.requires_grad for arg in args if isinstance(arg, torch.Tensor)):
         return True
     return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
 
 
