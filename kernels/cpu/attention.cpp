@@ -320,8 +320,8 @@ void forward(const AttentionArgs& args) {
 // ---- forward for few queries: decoding ----------------------------------------------------------------------------------
 //
 // With a handful of queries the time is that of reading K and V once from memory, and packing would read and write them
-// again. So here keys are used where they lie: dot products along head_dim, kLanes keys at a time, turned into a vector
-// of scores by a transpose.
+// again. So here keys are used where they lie: dot products along head_dim, kLanes keys at a time, whose lanes are then
+// summed to a vector of scores.
 
 constexpr int kFewRows = 8;  // query heads of the group x queries
 constexpr int kMaxHeadDim = 256;
@@ -333,40 +333,63 @@ bool few_queries(const AttentionArgs& args) {
   return args.dropout_p == 0;
 }
 
+// A query as its dot products take it: float, or bfloat16 where the CPU has a dot product for it.
+template <class S> struct FewOperand { using Query = float; };
+#if defined(__AVX512BF16__)
+template <> struct FewOperand<bfloat16> { using Query = bfloat16; };
+#endif
+template <class S> using FewQuery = typename FewOperand<S>::Query;
+
+template <class S>
 struct FewScratch {
-  float *query, *out, *scores;  // (kFewRows x width) twice, (kBlockN)
+  FewQuery<S>* query;   // (kFewRows x width)
+  float *out, *scores;  // (kFewRows x width), (kBlockN)
   int64_t width;
   size_t bytes;
 
-  FewScratch(const AttentionArgs& args, char* base) : width(round_up(args.head_dim, kLanes)) {
+  FewScratch(const AttentionArgs& args, char* base) : width(round_up(args.head_dim, 2 * kLanes)) {
     Arena arena{base};
-    query = arena.take<float>(kFewRows * width);
+    query = arena.take<FewQuery<S>>(kFewRows * width);
     out = arena.take<float>(kFewRows * width);
     scores = arena.take<float>(kBlockN);
     bytes = arena.used;
   }
 };
 
-// One query in float32, times `sign`, with zeros up to a whole vector.
+// One query, times `sign`, with zeros up to two whole vectors.
 template <class S>
-void load_query(float* to, const S* query, int64_t head_dim, float sign) {
-  for (int64_t d = 0; d < head_dim; d += kLanes) store(to + d, load_up_to(query + d, head_dim - d) * sign);
+void load_query(FewQuery<S>* to, const S* query, int64_t head_dim, float sign) {
+  for (int64_t d = 0; d < round_up(head_dim, 2 * kLanes); d += kLanes)
+    store(to + d, d < head_dim ? load_up_to(query + d, head_dim - d) * sign : Vec{});
 }
+
+// The lanes of query . key, still to be summed.
+template <class S>
+GPTCORE_INLINE Vec dot_lanes(const float* query, const S* key, int64_t head_dim) {
+  Vec sum = {};
+  for (int64_t d = 0; d < head_dim; d += kLanes) sum += load(query + d) * load_up_to(key + d, head_dim - d);
+  return sum;
+}
+#if defined(__AVX512BF16__)
+GPTCORE_INLINE Vec dot_lanes(const bfloat16* query, const bfloat16* key, int64_t head_dim) {
+  Vec sum = {};
+  for (int64_t d = 0; d < head_dim; d += 2 * kLanes) {
+    const __mmask32 there = head_dim - d >= 2 * kLanes ? ~0u : (1u << (head_dim - d)) - 1;
+    multiply_add(sum, bit_cast<UintVec>(load((const float*)(query + d))),
+                 (UintVec)_mm512_maskz_loadu_epi16(there, key + d));
+  }
+  return sum;
+}
+#endif
 
 // scores[j] = query . key j for j < count; what is beyond, up to a whole vector, is a copy of the last.
 template <class S>
-void dot_keys(const float* query, const S* keys, int64_t stride, int64_t count, int64_t head_dim, float* scores) {
+void dot_keys(const FewQuery<S>* query, const S* keys, int64_t stride, int64_t count, int64_t head_dim, float* scores) {
   for (int64_t j = 0; j < count; j += kLanes) {
     Vec products[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      const S* key = keys + smaller(j + i, count - 1) * stride;
-      products[i] = Vec{};
-      for (int64_t d = 0; d < head_dim; d += kLanes) products[i] += load(query + d) * load_up_to(key + d, head_dim - d);
-    }
-    transpose(products);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) products[i] += products[i + half];
-    store(scores + j, products[0]);
+    for (int i = 0; i < kLanes; ++i)
+      products[i] = dot_lanes(query, keys + smaller(j + i, count - 1) * stride, head_dim);
+    store(scores + j, sums_of(products));
   }
 }
 
@@ -390,12 +413,12 @@ void add_values(const float* probs, const S* values, int64_t stride, int64_t cou
 // A task is a key-value head of a segment with all of its queries.
 template <class S>
 void forward_few(const AttentionArgs& args) {
-  const size_t bytes = FewScratch(args, nullptr).bytes;
+  const size_t bytes = FewScratch<S>(args, nullptr).bytes;
   const int64_t pairs = args.num_segments * args.kv_heads, group = args.query_heads / args.kv_heads;
   const Scale scale(args.scale);
 #pragma omp parallel num_threads(args.num_threads) if (args.num_threads > 1 && pairs > 1)
   {
-    const FewScratch scratch(args, args.workspace + bytes * omp_get_thread_num());
+    const FewScratch<S> scratch(args, args.workspace + bytes * omp_get_thread_num());
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < pairs; ++task) {
       const Segment& segment = args.segments[task / args.kv_heads];
@@ -573,7 +596,8 @@ void few_scores(const AttentionArgs& args, const Segment& segment, int64_t head,
                 int64_t count, float* scores) {
   const int64_t kv_head = head / (args.query_heads / args.kv_heads);
   for (int64_t i = 0; i < panel.rows; ++i) {
-    alignas(64) float query[kMaxHeadDim], products[kBlockN];
+    alignas(64) FewQuery<S> query[kMaxHeadDim];
+    alignas(64) float products[kBlockN];
     load_query(query, row<S>(args.query, segment.batch, head, segment.query_begin + panel.first + i), args.head_dim,
                Scale(args.scale).sign);
     dot_keys(query, row<S>(args.key, segment.batch, kv_head, segment.key_begin + key), args.key.row_stride, count,
@@ -655,8 +679,11 @@ using Bfloat16Operand = float;
 #endif
 
 size_t attention_forward_workspace(const AttentionArgs& args) {
-  if (few_queries(args)) return args.num_threads * FewScratch(args, nullptr).bytes;
-  if (args.dtype == DType::bfloat16) return args.num_threads * ForwardScratch<Bfloat16Operand>(args, nullptr).bytes;
+  const bool few = few_queries(args);
+  if (args.dtype == DType::bfloat16)
+    return args.num_threads * (few ? FewScratch<bfloat16>(args, nullptr).bytes
+                                   : ForwardScratch<Bfloat16Operand>(args, nullptr).bytes);
+  if (few) return args.num_threads * FewScratch<float>(args, nullptr).bytes;
   return args.num_threads * ForwardScratch<float>(args, nullptr).bytes;
 }
 

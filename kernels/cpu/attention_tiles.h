@@ -131,6 +131,17 @@ GPTCORE_INLINE void exchange(Vec (&v)[kLanes]) {
 // Transposes kLanes vectors in registers, by exchanging quarters of halves of halves.
 GPTCORE_INLINE void transpose(Vec (&v)[kLanes]) { exchange<kLanes / 2>(v); }
 
+// A vector of the sums over the lanes of each of kLanes vectors: as above, but of the two halves only the sum goes on.
+template <int Half = kLanes / 2>
+GPTCORE_INLINE Vec sums_of(Vec (&v)[kLanes]) {
+  const IntVec lane = lane_index();
+  const IntVec low = (lane & Half) ? lane - Half + kLanes : lane, high = (lane & Half) ? lane + kLanes : lane + Half;
+  for (int i = 0; i < Half; ++i)
+    v[i] = __builtin_shuffle(v[i], v[i + Half], low) + __builtin_shuffle(v[i], v[i + Half], high);
+  if constexpr (Half > 1) return sums_of<Half / 2>(v);
+  return v[0];
+}
+
 GPTCORE_INLINE void store_wide(float* p, const Vec* v) { store(p, v[0]); }
 GPTCORE_INLINE void store_wide(uint32_t* p, const Vec* v) {  // rounds halves up, in four instructions
   UintVec low = bit_cast<UintVec>(v[0]) + 0x8000u, high = bit_cast<UintVec>(v[1]) + 0x8000u;
