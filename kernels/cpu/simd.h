@@ -182,6 +182,9 @@ GPTCORE_INLINE bool any(IntVec mask) {  // of lanes that are all ones or all zer
 }
 
 GPTCORE_INLINE float sum_lanes(Vec v) {  // a fixed tree, so that the order of addition never varies
+#if defined(__AVX512F__)  // the same tree, without GCC 12's detour through memory
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) v[i] += v[i + half];
   return v[0];
