@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import itertools
 import math
 import shlex
 import sys
@@ -60,13 +61,19 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         argv = [_dashes(word) for word in argv]
-        args, unknown = self.parse_known_args(argv)
+        command = self._commands.get(argv[0], self) if argv else self
+        known = [option for action in command._actions for option in action.option_strings]
+        # As argparse, which would complain of what is missing first, takes a word with a space for text
+        words = itertools.takewhile(lambda word: word != "--", argv)
+        options = [word.partition("=")[0] for word in words if word.startswith("--") and " " not in word]
+        unknown = [option for option in options if option not in known]
+        if not unknown:
+            args, unknown = self.parse_known_args(argv)
         if unknown:
-            command = self._commands[args.command] if getattr(args, "command", None) else self
-            known = [option for action in command._actions for option in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else f"; see {command.prog} --help"
             self.error(f"unknown option or argument {unknown[0]}{hint}")
+        args.given = set(options)
         return args
 
     def error(self, message: str) -> NoReturn:
@@ -77,7 +84,7 @@ class Parser(argparse.ArgumentParser):
 
 def _dashes(word: str) -> str:
     name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+    return name.replace("_", "-") + equals + value if word.startswith("--") and " " not in word else word
 
 
 def add_fields(
@@ -116,11 +123,25 @@ def _pick(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(cls) if hasattr(args, field.name)}
 
 
+def _no_effect(args: argparse.Namespace, reason: str, *names: str) -> None:
+    """ValueError for an option among these that was given, though it would change nothing."""
+    options = {f"--{no}{name.replace('_', '-')}" for name in names for no in ("", "no-")}
+    if useless := sorted(options & args.given):
+        raise ValueError(f"{', '.join(useless)} would have no effect, because {reason}; leave it out")
+
+
 # ---- train -----------------------------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace) -> int:
     """Train a tokenizer where there is none, then a model; end with its losses, samples, a loss curve and a folder."""
+    if args.init_from:
+        fields = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in FROM_TOKENIZER]
+        _no_effect(args, f"--init-from {args.init_from} brings its own", *fields)
+    if args.tokenizer or args.init_from:
+        _no_effect(args, f"the tokenizer is that of {args.tokenizer or args.init_from}", "vocab_size", "tokenizer_kind")
+    elif args.tokenizer_kind == "char":
+        _no_effect(args, "a char tokenizer has a token for each character", "vocab_size")
     out = Path(args.output_dir)
     resume = args.resume and bool(list_checkpoints(out))
     torch.manual_seed(args.seed)
@@ -140,7 +161,7 @@ def train(args: argparse.Namespace) -> int:
             "eos_token_id": eos,
         }
         model = GPT(GPTConfig(**settings))
-    block_size = args.block_size or model.config.n_positions
+    block_size = model.config.n_positions if args.block_size is None else args.block_size
     dataset = TextDataset(
         tokenizer, args.files, block_size, cache_dir=args.cache_dir, mask_documents=args.mask_documents
     )
@@ -237,6 +258,7 @@ def generate(args: argparse.Namespace) -> int:
     real = min(tokenizer.vocab_size, model.config.vocab_size)  # the rest of a padded vocabulary has no text
     prompts = [tokenizer.encode(prompt) or start for prompt in args.prompt]
     if args.greedy:
+        _no_effect(args, "--greedy takes the likeliest token", "temperature", "top_k", "top_p", "seed")
         rows = model.generate(prompts, args.max_new_tokens, vocab_size=real)
     else:
         rows = model.generate(
@@ -258,7 +280,8 @@ def generate(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     """Loss and perplexity of a model on a text."""
     model, tokenizer = GPT.from_pretrained(args.model), Tokenizer.from_pretrained(args.model)
-    dataset = TextDataset(tokenizer, args.files, args.block_size or model.config.n_positions, cache_dir=args.cache_dir)
+    block_size = model.config.n_positions if args.block_size is None else args.block_size
+    dataset = TextDataset(tokenizer, args.files, block_size, cache_dir=args.cache_dir)
     options = TrainingArguments(
         output_dir=args.model, per_device_eval_batch_size=args.batch_size, bf16=args.bf16, disable_tqdm=True
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptcore import GPT, Tokenizer, cli
+from gptcore import GPT, GPTConfig, Tokenizer, cli
 from gptcore.callbacks import read_log
 from gptcore.checkpoint import list_checkpoints
 from gptcore.corpus import write_standard_library_corpus
@@ -26,6 +26,18 @@ def text(tmp_path_factory):
     path = folder / "text.txt"
     path.write_text(whole[:250_000], encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def small(text, tmp_path_factory):
+    """Folder of a model and its tokenizer, both untrained."""
+    folder = tmp_path_factory.mktemp("small")
+    tokenizer = Tokenizer.train(text, kind="char")
+    tokenizer.save_pretrained(folder)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
+                       eos_token_id=0)  # fmt: skip
+    GPT(config).save_pretrained(folder)
+    return folder
 
 
 def run(capsys, *argv):
@@ -109,6 +121,11 @@ def test_interrupted_it_prints_the_command_that_goes_on(text, tmp_path):
         (["train", "x.txt", "--n-layr", "3"], "did you mean --n-layer?"),
         (["train", "x.txt", "--lerning_rate=1"], "did you mean --learning-rate?"),
         (["generate", "out", "--top-q", "3"], "did you mean --top-"),
+        (["train", "--n-layr", "3"], "did you mean --n-layer?"),  # though FILE is missing as well
+        (["train", "x.txt", "--n-embd", "8", "--sed", "1"], "did you mean --seed?"),
+        (["evaluate", "--batchsize=3"], "did you mean --batch-size?"),
+        (["info", "--verbos"], "unknown option or argument --verbos; see gptcore info --help"),
+        (["info", "more"], "unknown option or argument more; see gptcore info --help"),
         (["generat"], "invalid choice: 'generat'"),
         (["train"], "required: FILE"),
         (["train", "x.txt", "--max-steps", "many"], "invalid int value: 'many'"),
@@ -135,6 +152,32 @@ def test_errors_are_one_line(text, tmp_path, capsys):
     assert "unknown backend 'gpu'" in error("train", text, "--output-dir", tmp_path / "out", "--backend", "gpu")
     assert "--threads is 0" in error("train", text, "--output-dir", tmp_path / "out", "--threads", 0)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "x.txt", "--init-from", "m", "--n-layer", "3", "--no-tie-word-embeddings"],
+         "--n-layer, --no-tie-word-embeddings would have no effect, because --init-from m brings its own"),
+        (["train", "x.txt", "--init-from", "m", "--vocab_size=3"], "--vocab-size would have no effect"),
+        (["train", "x.txt", "--tokenizer", "t", "--tokenizer-kind", "bpe"], "--tokenizer-kind would have no effect"),
+        (["train", "x.txt", "--tokenizer-kind", "char", "--vocab-size", "9"], "--vocab-size would have no effect"),
+        (["generate", "{model}", "--greedy", "--seed", "1", "--top-p", "0.5"], "--seed, --top-p would have no effect"),
+        (["train", "{text}", "--output-dir", "{new}", "--block-size", "0"], "block_size must be at least 2"),
+        (["evaluate", "{model}", "{text}", "--block-size", "0"], "block_size must be at least 2"),
+    ],
+)  # fmt: skip
+def test_no_option_is_taken_and_ignored(text, small, tmp_path, capsys, argv, words):
+    argv = [word.format(text=text, model=small, new=tmp_path / "out") for word in argv]
+    status, _, errors = run(capsys, *argv)
+    assert status == 1
+    assert words in errors
+
+
+def test_a_text_with_dashes_is_a_text(small, capsys):
+    text = "--a_b is no option"
+    status, printed, errors = run(capsys, "generate", small, "--greedy", "--prompt", text, "--max-new-tokens", 1)
+    assert (status, printed[: len(text)]) == (0, text), errors
 
 
 def test_info(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import math
 import os
 import re
@@ -51,15 +52,27 @@ PYBIND_TYPES = {
 }
 
 
-def test_the_stubs_say_what_the_module_has() -> None:
-    stubs = {
-        node.name: node
-        for node in ast.parse((ROOT / "gptcore" / "_C.pyi").read_text()).body
-        if isinstance(node, ast.FunctionDef)
-    }
-    assert sorted(stubs) == sorted(name for name in dir(_C) if not name.startswith("__"))
+def stubs_of(module: str) -> dict[str, ast.FunctionDef | ast.ClassDef]:
+    """What a stub file declares, by name; what it takes from another one is as declared there."""
+    found: dict[str, ast.FunctionDef | ast.ClassDef] = {}
+    for node in ast.parse((ROOT / "gptcore" / f"{module}.pyi").read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = node
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("gptcore."):
+            there = stubs_of(str(node.module).removeprefix("gptcore."))
+            found |= {alias.name: there[alias.name] for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("module", ["_C", "_simt"])
+def test_the_stubs_say_what_the_module_has(module: str) -> None:
+    native, stubs = importlib.import_module(f"gptcore.{module}"), stubs_of(module)
+    assert sorted(stubs) == sorted(name for name in dir(native) if not name.startswith("__"))
     for name, stub in stubs.items():
-        signature = getattr(_C, name).__doc__.splitlines()[0]
+        if isinstance(stub, ast.ClassDef):
+            assert [base.__name__ for base in getattr(native, name).__bases__] == [ast.unparse(b) for b in stub.bases]
+            continue
+        signature = getattr(native, name).__doc__.splitlines()[0]
         for pybind, plain in PYBIND_TYPES.items():
             signature = signature.replace(pybind, plain)
         real = ast.parse(f"def {signature}: ...").body[0]
