@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 from torch import nn
 
@@ -166,7 +165,7 @@ def save_checkpoint(
             write_json(aside / "trainer_state.json", {"format": FORMAT, **state})
             files = sorted(file for file in aside.rglob("*") if file.is_file())
             write_json(aside / "manifest.json", {str(file.relative_to(aside)): _fingerprint(file) for file in files})
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         free = shutil.disk_usage(path.parent).free
         raise CheckpointError(
             f"{path} could not be written: {error} ({free:,} bytes are free there). "

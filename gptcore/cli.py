@@ -27,7 +27,7 @@ from gptcore.export import DTYPES, export_gguf, export_hf
 from gptcore.model import GPT
 from gptcore.plot import plot_loss
 from gptcore.tokenizer import Tokenizer
-from gptcore.trainer import NonFiniteError, Trainer, TrainingArguments, TrainingInterrupted
+from gptcore.trainer import Trainer, TrainingArguments, TrainingInterrupted
 
 # Where the command line's defaults differ from those of the classes: a model that a laptop trains in minutes.
 SMALL_MODEL: dict[str, Any] = {
@@ -433,7 +433,7 @@ def main(argv: Sequence[str] | None = None, **overrides: Any) -> int:
         with ops.use(backend or ops.in_use()):
             status: int = args.run(args)
         return status
-    except (OSError, ValueError, TypeError, ImportError, CheckpointError, NonFiniteError) as error:
+    except (OSError, ValueError, TypeError, ImportError, CheckpointError, ArithmeticError) as error:
         print(f"gptcore {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

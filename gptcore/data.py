@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import operator
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -91,6 +92,7 @@ class TokenDataset(Dataset[Any]):
         return self._ends[-1]
 
     def __getitem__(self, i: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        i = operator.index(i)
         if not -len(self) <= i < len(self):
             raise IndexError(f"there is no window {i}: this dataset has {len(self)}")
         i %= len(self)
@@ -139,6 +141,8 @@ class TextDataset(TokenDataset):
         than one window, or a file that changes while it is read; OSError for a cache folder that cannot be written.
         """
         _check_block_size(block_size)
+        if not isinstance(tokenizer, Tokenizer):
+            raise TypeError(f"tokenizer is a {type(tokenizer).__name__}, expected a gptcore.Tokenizer")
         paths = [check_text_file(path) for path in _paths(file_path)]
         digests = [_digest(read_blocks(path)) for path in paths]
         parts = f"{_FORMAT} {tokenizer.fingerprint} {tokenizer.eos_token_id} {' '.join(digests)}"
@@ -293,12 +297,17 @@ def _encode(tokenizer: Tokenizer, paths: Sequence[Path], digests: Sequence[str])
 
 
 def _paths(file_path: PathLike | Sequence[PathLike]) -> list[Path]:
-    paths = [Path(path) for path in ([file_path] if isinstance(file_path, str | os.PathLike) else file_path)]
+    listed = [file_path] if isinstance(file_path, str | os.PathLike) else file_path
+    if not isinstance(listed, Sequence) or not all(isinstance(path, str | os.PathLike) for path in listed):
+        raise TypeError(f"file_path is {file_path!r}, expected a path or a list of paths")
+    paths = [Path(path) for path in listed]
     if not paths:
         raise ValueError("no file to read: file_path is an empty list")
     return paths
 
 
 def _check_block_size(block_size: int) -> None:
+    if not isinstance(block_size, int):
+        raise TypeError(f"block_size is {block_size!r}, expected a whole number of tokens")
     if block_size < 2:
         raise ValueError(f"block_size must be at least 2 tokens, one to read and one to predict, not {block_size}")

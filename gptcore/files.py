@@ -99,10 +99,13 @@ def read_json(path: PathLike) -> dict[str, Any]:
 
 
 def save_tensors(path: PathLike, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, whole or not at all. Shared storage is written once for each name."""
+    """Write tensors as safetensors, whole or not at all (OSError). Shared storage is written once for each name."""
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     with atomic_file(path) as aside:
-        safetensors.torch.save_file(plain, aside, metadata={"format": "pt", **(metadata or {})})
+        try:
+            safetensors.torch.save_file(plain, aside, metadata={"format": "pt", **(metadata or {})})
+        except safetensors.SafetensorError as error:  # what a full disk is to it
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def load_tensors(path: PathLike) -> dict[str, torch.Tensor]:

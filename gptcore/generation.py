@@ -216,7 +216,7 @@ def _left_padded(
         return ids, pads
     if attention_mask is not None:
         raise ValueError("attention_mask goes with a tensor; a list of prompts of different lengths needs none")
-    if any(isinstance(prompt, int) for prompt in input_ids):
+    if isinstance(input_ids, str) or any(isinstance(prompt, int | str) for prompt in input_ids):
         raise TypeError("input_ids should be a list of prompts, each a list of token ids: [ids] for a single one")
     if not input_ids or not all(input_ids):
         raise ValueError("each prompt needs a token or more; to begin from nothing, pass the beginning-of-text token")
@@ -255,7 +255,7 @@ def _check_options(
         raise ValueError(f"temperature should be positive and finite, not {temperature}; do_sample=False is greedy")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p should be in (0, 1], not {top_p}")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed should be in [0, 2**63), not {seed}")
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
+        raise ValueError(f"seed should be a whole number in [0, 2**63), not {seed!r}")
     if not do_sample and (temperature != 1.0 or top_k is not None or top_p is not None):
         raise ValueError("temperature, top_k and top_p are for sampling: pass do_sample=True or leave them out")

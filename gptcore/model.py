@@ -318,6 +318,8 @@ def _check_arguments(
     logits_to_keep: int | None,
 ) -> None:
     """What shapes and dtypes tell: costs nothing, and nothing inside a compiled graph."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids is a {type(input_ids).__name__}, expected a tensor (batch, length)")
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids should be (batch, length) with a token or more, not {tuple(input_ids.shape)}")
     B, T = input_ids.shape

@@ -93,6 +93,8 @@ class TrainingArguments:
     disable_tqdm: bool = _arg(False, "print nothing while training: no plan, no progress", "free")
 
     def __post_init__(self) -> None:
+        if not isinstance(self.output_dir, str | os.PathLike) or not os.fspath(self.output_dir):
+            raise TypeError(f"output_dir should be the path of a folder, not {self.output_dir!r}")
         self.output_dir = os.fspath(self.output_dir)
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)

@@ -235,6 +235,16 @@ def test_bad_files_and_arguments(tmp_path: Path, text_file: Path, tokenizer: Tok
             TextDataset(tokenizer, path, 64)
     with pytest.raises(ValueError, match=r"at least 2 tokens.* not 1"):
         TextDataset(tokenizer, text_file, 1)
+    for wrong, message in [
+        ((tokenizer, text_file, 32.0), r"block_size is 32\.0, expected a whole number"),
+        ((tokenizer, None, 32), "file_path is None, expected a path"),
+        ((tokenizer, [text_file, 3], 32), "file_path is .*3.*, expected a path"),
+        ((None, text_file, 32), "tokenizer is a NoneType, expected a gptcore.Tokenizer"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            TextDataset(*wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="'slice' object"):
+        TextDataset(tokenizer, text_file, 32)[0:2]  # type: ignore[index]
 
 
 # Batches

@@ -493,6 +493,7 @@ def arguments(**changes: object) -> dict:
         (arguments(position_ids=torch.arange(6) - 1), ValueError, "position -1 is before the first"),
         (arguments(position_ids=torch.arange(6) + 27), ValueError, "sequence of 33 tokens, but .* 32 positions"),
         (arguments(labels=ids(2, 6), logits_to_keep=1), ValueError, "labels need the logits of the whole sequence"),
+        ({"input_ids": [[1, 2]]}, TypeError, r"input_ids is a list, expected a tensor \(batch, length\)"),
         (arguments(logits_to_keep=7), ValueError, "logits_to_keep 7 should be between 1 and the 6 tokens"),
         (arguments(cache=KVCache(5)), ValueError, r"0 \+ 6 tokens do not fit into a KV cache of 5"),
     ],

@@ -291,8 +291,8 @@ def check_attention(case: Attention, backend: str) -> None:
     assert got["lse"].dtype == F32
     ref, theirs = attention_expected(case)
     # dq and dk come of dS = P (dP - delta). Where a few keys have all the weight, two sums of head_dim terms cancel in
-    # it, and what remains is their rounding: partial sums of up to sqrt(head_dim) are rounded by half a unit head_dim / 4
-    # times where four lanes share the terms, which adds up to head_dim / 4 units, times a scale of 1/sqrt(head_dim).
+    # it, and what remains is their rounding: partial sums of up to sqrt(head_dim) are rounded by half a unit, head_dim
+    # / 4 times where four lanes share the terms. That adds up to head_dim / 4 units, times a scale of 1/sqrt(head_dim).
     condition = dict.fromkeys(("dq", "dk"), math.sqrt(case.head_dim) / 4)
     roundings = 1
     if backend not in ("cpu", "torch"):
@@ -1048,8 +1048,9 @@ def test_none_takes_the_first_that_can() -> None:
         assert torch.equal(ops.gelu(x), ops.gelu(x, backend=best))
     with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run attention: .* not torch.float64"):
         ops.attention(*[torch.zeros(1, 1, 1, 1, dtype=F64)] * 3, backend="cpu")
-    meta = torch.zeros(2, 2, device="meta")
-    assert ops.gelu(meta).device.type == "meta"  # the formula in PyTorch runs anywhere
+    meta = torch.zeros(2, 2, 2, 2, device="meta")
+    for out in (ops.gelu(meta), ops.attention(meta, meta, meta), ops.layer_norm(meta, meta[0, 0, 0])):
+        assert out.device.type == "meta"  # the formula in PyTorch runs anywhere
     with pytest.raises(RuntimeError, match="on cpu, not on meta"):
         ops.gelu(meta, backend="cpu")
 
@@ -1076,6 +1077,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "dropout nan": (lambda: ops.attention(T4, T4, T4, dropout_p=math.nan), ValueError, "dropout_p is nan"),
     "no tensor": (lambda: ops.attention(T4, [1.0], T4), TypeError, r"k is a list, expected a torch.Tensor"),
     "no tensor q": (lambda: ops.attention(None, T4, T4), TypeError, r"q is a NoneType, expected a torch.Tensor"),
+    "scale text": (lambda: ops.attention(T4, T4, T4, scale="1"), TypeError, "scale is '1', expected a number"),
+    "scale tensor": (lambda: ops.attention(T4, T4, T4, scale=T4.sum()), TypeError, r"scale is tensor.*expected"),
+    "dropout text": (lambda: ops.attention(T4, T4, T4, dropout_p="0"), TypeError, "dropout_p is '0', expected a"),
+    "causal": (lambda: ops.attention(T4, T4, T4, causal="no"), TypeError, "causal is 'no', expected True or False"),
+    "lse": (lambda: ops.attention(T4, T4, T4, return_lse=None), TypeError, "return_lse is None, expected True or"),
+    "deterministic": (lambda: ops.attention(T4, T4, T4, deterministic=1), TypeError, "deterministic is 1, expected"),
     "lengths differ": (
         lambda: ops.attention(T4, *[T4[:, :, :5]] * 2, cu_seqlens=torch.tensor([0])), ValueError,
         "pair",
@@ -1087,11 +1094,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "residual": (lambda: ops.layer_norm(T4, T4[0, 0, 0], residual=T4[0]), ValueError, "residual has shape"),
     "eps": (lambda: ops.layer_norm(T4, T4[0, 0, 0], eps=-1.0), ValueError, r"eps is -1.0, expected"),
     "eps nan": (lambda: ops.layer_norm(T4, T4[0, 0, 0], eps=math.nan), ValueError, "eps is nan, expected"),
+    "eps infinite": (lambda: ops.layer_norm(T4, T4[0, 0, 0], eps=math.inf), ValueError, "eps is inf, expected a"),
+    "eps text": (lambda: ops.layer_norm(T4, T4[0, 0, 0], eps="1"), TypeError, "eps is '1', expected a number"),
     "integer x": (lambda: ops.layer_norm(T4.long(), T4[0, 0, 0]), ValueError, r"x is torch.int64, expected"),
     "x is no tensor": (lambda: ops.layer_norm([1.0], T4[0, 0, 0]), TypeError, r"x is a list, expected a torch.Tensor"),
     "weight is None": (lambda: ops.layer_norm(T4, None), TypeError, r"weight is a NoneType, expected a torch.Tensor"),
     "approximate": (lambda: ops.gelu(T4, approximate="fast"), ValueError, "approximate is 'fast', expected"),
-    "gelu bias": (lambda: ops.gelu(T4, bias=torch.zeros(9)), ValueError, r"bias has shape \(9,\), expected \(8,\)"),
+    "gelu bias": (lambda: ops.gelu(T4, bias=torch.zeros(9)), ValueError, r"bias has shape \(9,\), expected the width"),
+    "gelu scalar": (lambda: ops.gelu(T4.sum(), bias=T4.sum()), ValueError, r"bias has shape \(\), .* shape is \(\)"),
     "gelu integers": (lambda: ops.gelu(torch.zeros(2, dtype=torch.int64)), ValueError, r"x is torch.int64"),
     "gelu no tensor": (lambda: ops.gelu(1.0), TypeError, r"x is a float, expected a torch.Tensor"),
 }  # fmt: skip

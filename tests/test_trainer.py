@@ -146,6 +146,12 @@ def schedule(kind: Any, warmup: int, total: int) -> list[float]:
     return [lr_at(step, args, total) for step in range(total)]
 
 
+@pytest.mark.parametrize("folder", [None, 3, ""])
+def test_output_dir_is_a_path(folder: Any) -> None:
+    with pytest.raises(TypeError, match=f"output_dir should be the path of a folder, not {folder!r}"):
+        TrainingArguments(folder)
+
+
 def test_schedules() -> None:
     assert schedule("linear", 0, 4) == [1, 0.75, 0.5, 0.25]
     assert schedule("linear", 3, 8) == pytest.approx([0.25, 0.5, 0.75, 1, 0.8, 0.6, 0.4, 0.2])

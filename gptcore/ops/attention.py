@@ -90,10 +90,12 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes, strides or arguments that do not fit, with what was expected.
-        TypeError: an argument that must be a tensor is none.
+        TypeError: an argument that must be a tensor, a number or a bool is none.
         RuntimeError: the backend that was asked for cannot serve the call.
     """
     native.check_tensors(q=q, k=k, v=v)
+    native.check_numbers(scale=0 if scale is None else scale, dropout_p=dropout_p)
+    native.check_flags(causal=causal, return_lse=return_lse, deterministic=deterministic)
     q, k, v = native.cast_for_autocast(q, k, v)
     _check(q, k, v)
     if scale is None:

@@ -39,7 +39,9 @@ def gelu(x: Tensor, *, bias: Tensor | None = None, approximate: str = "tanh", ba
         raise ValueError(f"x is {x.dtype}, expected a floating-point dtype")
     if bias is not None:
         if x.dim() < 1 or bias.shape != x.shape[-1:]:
-            raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {tuple(x.shape[-1:])}")
+            raise ValueError(
+                f"bias has shape {tuple(bias.shape)}, expected the width of x, whose shape is {tuple(x.shape)}"
+            )
         if bias.dtype not in (x.dtype, torch.float32) or bias.device != x.device:
             raise ValueError(
                 f"bias is {bias.dtype} on {bias.device}, expected {x.dtype} or torch.float32 on {x.device}"

@@ -5,6 +5,7 @@ Ba, Kiros and Hinton 2016, "Layer Normalization" (arXiv:1607.06450).
 
 from __future__ import annotations
 
+import math
 from typing import Any, overload
 
 import torch
@@ -55,14 +56,15 @@ def layer_norm(
 
     Raises:
         ValueError: shapes, dtypes or arguments that do not fit, with what was expected.
-        TypeError: an argument that must be a tensor is none.
+        TypeError: an argument that must be a tensor or a number is none.
         RuntimeError: the backend that was asked for cannot serve the call.
     """
     native.check_tensors(x=x, weight=weight)
     native.check_tensors(optional=True, bias=bias, residual=residual)
+    native.check_numbers(eps=eps)
     _check(x, weight, bias, residual)
-    if not eps >= 0.0:
-        raise ValueError(f"eps is {eps}, expected a number that is not negative")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}, expected a finite number that is not negative")
     out, total = registry.select("layer_norm", backend, x)(x, weight, bias, residual, float(eps))
     return out if residual is None else (out, total)
 

@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import forward_ad
 
@@ -95,10 +96,27 @@ def check_tensors(*, optional: bool = False, **tensors: object) -> None:
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
 
 
+def check_numbers(**numbers: object) -> None:
+    """Raises TypeError for the first that is no number: a tensor, say, whose gradient would be lost."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, _NUMBERS):
+            raise TypeError(f"{name} is {number!r}, expected a number")
+
+
+_NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
+
+
+def check_flags(**flags: object) -> None:
+    """Raises TypeError for the first that is neither True nor False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is {flag!r}, expected True or False")
+
+
 def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Inside torch.autocast, float32 tensors in its dtype, as for PyTorch's own attention; else as they are."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor.to(dtype) if tensor.dtype == torch.float32 else tensor for tensor in tensors)
