@@ -216,7 +216,7 @@ def _left_padded(
         return ids, pads
     if attention_mask is not None:
         raise ValueError("attention_mask goes with a tensor; a list of prompts of different lengths needs none")
-    if isinstance(input_ids, str) or any(isinstance(prompt, int | str) for prompt in input_ids):
+    if any(isinstance(prompt, int | str) for prompt in input_ids):
         raise TypeError("input_ids should be a list of prompts, each a list of token ids: [ids] for a single one")
     if not input_ids or not all(input_ids):
         raise ValueError("each prompt needs a token or more; to begin from nothing, pass the beginning-of-text token")

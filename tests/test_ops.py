@@ -1046,6 +1046,10 @@ def test_none_takes_the_first_that_can() -> None:
         x = randn(4, 8, dtype=dtype)
         best = "torch" if dtype == F64 else "cpu"
         assert torch.equal(ops.gelu(x), ops.gelu(x, backend=best))
+        name, why = ops.chosen("gelu", x)
+        assert name == best
+        assert "not cuda" not in why, "a CPU's tensor is not for a GPU"
+        assert ("not cpu: it takes" in why) == (dtype == F64)
     with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run attention: .* not torch.float64"):
         ops.attention(*[torch.zeros(1, 1, 1, 1, dtype=F64)] * 3, backend="cpu")
     meta = torch.zeros(2, 2, 2, 2, device="meta")

@@ -108,18 +108,19 @@ def select(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., 
 
 
 def chosen(op: str, tensor: torch.Tensor) -> tuple[str, str]:
-    """The backend that runs `op` on such a tensor when the call asks for none, and why that one.
+    """The backend that runs `op` on such a tensor when the call asks for none, and why none before it for this device.
 
     Raises RuntimeError, with every reason, where none can.
     """
     if _in_use is not None:
         return _in_use, "set by ops.use"
-    passed: list[str] = []
+    passed: dict[str, str] = {}
     for backend in BACKENDS.values():
         if (reason := backend.refusal(op, tensor)) is None:
-            return backend.name, "; ".join(passed) or "the first choice for this device and dtype"
-        passed.append(f"not {backend.name}: {reason}")
-    raise RuntimeError(f"no backend can run {op}: {'; '.join(passed)}")
+            near = [why for name, why in passed.items() if tensor.device.type in BACKENDS[name].devices]
+            return backend.name, "; ".join(near) or "the first choice for this device and dtype"
+        passed[backend.name] = f"not {backend.name}: {reason}"
+    raise RuntimeError(f"no backend can run {op}: {'; '.join(passed.values())}")
 
 
 class use:
