@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptcore import _C, ops
+from gptcore.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -66,13 +67,13 @@ def stubs_of(module: str) -> dict[str, ast.FunctionDef | ast.ClassDef]:
 
 @pytest.mark.parametrize("module", ["_C", "_simt"])
 def test_the_stubs_say_what_the_module_has(module: str) -> None:
-    native, stubs = importlib.import_module(f"gptcore.{module}"), stubs_of(module)
-    assert sorted(stubs) == sorted(name for name in dir(native) if not name.startswith("__"))
+    built, stubs = importlib.import_module(f"gptcore.{module}"), stubs_of(module)
+    assert sorted(stubs) == sorted(name for name in dir(built) if not name.startswith("__"))
     for name, stub in stubs.items():
         if isinstance(stub, ast.ClassDef):
-            assert [base.__name__ for base in getattr(native, name).__bases__] == [ast.unparse(b) for b in stub.bases]
+            assert [base.__name__ for base in getattr(built, name).__bases__] == [ast.unparse(b) for b in stub.bases]
             continue
-        signature = getattr(native, name).__doc__.splitlines()[0]
+        signature = getattr(built, name).__doc__.splitlines()[0]
         for pybind, plain in PYBIND_TYPES.items():
             signature = signature.replace(pybind, plain)
         real = ast.parse(f"def {signature}: ...").body[0]
@@ -312,9 +313,30 @@ ANYTHING = st.sampled_from(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", valid_arguments())
+def call(name: str, arguments: dict[str, Any]) -> None:
+    """A native function; one of the model of a GPU is called _simt.<name>."""
+    module = _C
+    if name.startswith("_simt."):
+        module, name = importlib.import_module("gptcore._simt"), name.removeprefix("_simt.")
+    getattr(module, name)(**arguments)
+
+
+def calls() -> dict[str, dict[str, Any]]:
+    """Right calls of the functions of both modules."""
+    found = valid_arguments()
+    if ops.backends()["simt"] is None:
+        execution = native.execution("simt", torch.zeros(1))
+        found |= {
+            f"_simt.{name}": {**arguments, "execution": execution}
+            for name, arguments in found.items()
+            if "execution" in arguments
+        }
+    return found
+
+
+@pytest.mark.parametrize("name", calls())
 def test_right_arguments_are_taken(name: str) -> None:
-    getattr(_C, name)(**valid_arguments()[name])
+    call(name, calls()[name])
 
 
 def test_a_fake_tensor_is_refused() -> None:
@@ -325,11 +347,11 @@ def test_a_fake_tensor_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning")
-@pytest.mark.parametrize("name", valid_arguments())
+@pytest.mark.parametrize("name", calls())
 @given(data=st.data())
 @QUICK
 def test_wrong_arguments_of_native_functions_raise(name: str, data: st.DataObject) -> None:
-    arguments = valid_arguments()[name]
+    arguments = calls()[name]
     tensors = [t for t in arguments.values() if isinstance(t, torch.Tensor)]
     for argument in data.draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2, unique=True)):
         value = arguments[argument]
@@ -339,7 +361,7 @@ def test_wrong_arguments_of_native_functions_raise(name: str, data: st.DataObjec
             arguments[argument] = data.draw(ANYTHING)
     isa = _C.cpu_isa()
     try:
-        getattr(_C, name)(**arguments)
+        call(name, arguments)
     except GOOD_REFUSALS as error:
         check_reason(error)
     finally:
