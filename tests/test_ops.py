@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import math
 import random
+import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore import _C, ops
-from gptcore.ops import native
+from gptcore.ops import native, registry
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = (F32, BF16, F16)
@@ -1039,6 +1042,15 @@ def test_the_table_of_backends() -> None:
     ):
         with pytest.raises(ValueError, match="unknown backend 'gpu'"):
             call()
+
+
+def test_why_triton_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)  # what makes an import fail
+    assert registry._why_no_triton() == 'triton is not installed; pip install "gptcore[triton]"'
+    monkeypatch.undo()
+    if importlib.util.find_spec("triton"):
+        monkeypatch.setattr(registry, "OLDEST_TRITON", (99, 1))
+        assert re.match(r"triton \d+\.\d+\S* is too old, its kernels need 99.1; ", str(registry._why_no_triton()))
 
 
 def test_none_takes_the_first_that_can() -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,33 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def extents(arguments: Iterable[Any]) -> list[tuple[int, int]]:
+    """[begin, end) in memory of all tensors among the arguments of a kernel."""
+    found = []
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            found += extents(argument)
+        elif isinstance(argument, Tensor) and argument.numel():
+            last = sum((size - 1) * stride for size, stride in zip(argument.shape, argument.stride(), strict=True))
+            begin = argument.data_ptr()
+            found.append((begin, begin + (last + 1) * argument.element_size()))
+    return found
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _patched_once() -> Iterator[None]:
-    """The interpreter patches triton.language at each call of each function, half of its time: here once a launch."""
+def _interpreter() -> Iterator[None]:
+    """Two changes of the interpreter.
+
+    It patches triton.language at each call of each function, half of its time: here once a launch. And it reads and
+    writes wherever a pointer points: here only within one of the tensors that the kernel was given.
+    """
     from triton.runtime import interpreter
 
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
     patched: set[int] = set()
+    tensors: list[tuple[int, int]] = []
 
     def patch_once(function: Any) -> Any:
         module = id(function.__globals__)
@@ -76,11 +96,28 @@ def _patched_once() -> Iterator[None]:
 
     def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
         patched.clear()
+        tensors[:] = extents(args)
         return launch(self, *args, **kwargs)
+
+    def check(pointers: Any, mask: Any) -> None:
+        addresses = pointers.data[mask.data]
+        if addresses.size:
+            first, end = int(addresses.min()), int(addresses.max()) + pointers.get_element_ty().primitive_bitwidth // 8
+            assert any(begin <= first and end <= tensor_end for begin, tensor_end in tensors), "outside of every tensor"
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        monkeypatch.setattr(builder, "create_masked_load", checked_load)
+        monkeypatch.setattr(builder, "create_masked_store", checked_store)
         yield
 
 
@@ -160,6 +197,41 @@ def test_dropout_drops_what_the_reference_drops() -> None:
         assert 0 < int((weights[0] == 0).sum()) < weights[0].numel()
         for ours in weights[1:]:
             assert torch.equal(ours == 0, weights[0] == 0)
+
+
+@pytest.mark.parametrize("head_dim", [3, 64, 80, 128])
+@pytest.mark.parametrize("lengths", [(1, 1), (3, 130)])
+def test_a_key_with_all_the_weight_has_no_gradient(lengths: tuple[int, int], head_dim: int) -> None:
+    """Not even a rounding error: it would be multiplied with the large queries and keys that make such a weight."""
+    q, k, v = leaves(*(randn(1, 2, length, head_dim, seed=s) for s, length in enumerate((lengths[0], *lengths[1:] * 2))))
+    with torch.no_grad():
+        q.abs_().add_(1.0)
+        k.abs_().add_(1.0).mul_(-1e3)
+        k[:, :, -1] *= -1
+    out, lse = ops.attention(q, k, v, causal=False, return_lse=True, backend="triton")
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), randn(*out.shape, seed=4))
+    assert torch.equal(out, v[:, :, -1:].expand_as(out))
+    assert not dq.any()
+    assert not dk.any()
+    assert dv[:, :, -1].all()
+
+
+@pytest.mark.parametrize("far", [0, 1, 2], ids=["batch", "head", "token"])
+def test_more_than_2_to_the_31_elements(far: int, tmp_path: Path) -> None:
+    """Offsets are int64: the third batch row, head or token lies 2^31 elements behind the first. The file is sparse."""
+    near = [randn(3, 3, 3, 16, seed=s, dtype=F16) for s in range(4)]
+    memory = torch.from_file(str(tmp_path / "elements"), shared=True, size=2**31 + 2**16, dtype=F16)
+    strides = [16 * 9, 16 * 3, 16]
+    strides[far] = 2**30
+    tensors = [memory[n * 4096 :].as_strided((3, 3, 3, 16), (*strides, 1)) for n in range(4)]
+    for tensor, values in zip(tensors, near, strict=True):
+        tensor.copy_(values)
+    results = []
+    for *inputs, grad in (near, tensors):
+        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        out = ops.attention(*inputs, backend="triton")
+        results.append([out, *torch.autograd.grad(out, inputs, grad)])
+    grid.assert_same_bits(*results)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -254,7 +326,7 @@ def test_torch_compile_finds_one_graph() -> None:
 def test_tuning_takes_the_fastest_and_remembers_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from gptcore.kernels import launch
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("GPTCORE_CACHE", str(tmp_path))
     monkeypatch.setattr(launch, "_chosen", {})
     slow, fast, never = (launch.Tile(n, n, 4, 2) for n in (16, 32, 64))
     times = {slow: 2.0, fast: 1.0, never: float("inf")}

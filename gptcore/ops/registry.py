@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import metadata
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -51,12 +52,19 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _why_no_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    try:
+        spec = importlib.util.find_spec("triton")
+    except ImportError:  # something keeps it from being imported
+        spec = None
+    if spec is None or spec.origin is None:
         return 'triton is not installed; pip install "gptcore[triton]"'
-    version = metadata.version("triton")
-    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+    # The module has one name, its package several: triton, pytorch-triton-rocm, triton-windows.
+    version = re.search(r"__version__ = ['\"]([\d.]+)", Path(spec.origin).read_text(encoding="utf-8"))
+    if version and tuple(map(int, version[1].split(".")[:2])) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
         return (
-            f"triton {version} is too old, its kernels need {'.'.join(map(str, OLDEST_TRITON))}; pip install -U triton"
+            f"triton {version[1]} is too old, its kernels need {oldest}; take a newer PyTorch, which brings one, "
+            "or pip install -U triton"
         )
     if not torch.cuda.is_available() and not INTERPRETED:
         return "no GPU; set TRITON_INTERPRET=1 to run its kernels slowly on CPU tensors"

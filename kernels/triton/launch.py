@@ -1,8 +1,8 @@
 """How the kernels are started: with which tile, on which device.
 
 Tiles come from tables, so that no call ever waits for a tuner that nobody asked for. GPTCORE_TRITON_AUTOTUNE=1 asks for
-one: the first call of each kernel with some dtype and head_dim then times every tile of its table, for some
-seconds, and keeps the best in a file, from which later processes read it.
+one: the first call of each kernel with some dtype and head_dim, with or without documents and dropout, then times every
+tile of its table, for some seconds, and keeps the best in a file, from which later processes read it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+
+from gptcore.files import atomic_file, cache_folder
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 OPTIONS = {"enable_fp_fusion": True}  # Triton's versions differ in the default
@@ -80,15 +82,14 @@ def launch(
         tile = tiles[0]
         if len(tiles) > 1 and os.environ.get("GPTCORE_TRITON_AUTOTUNE") == "1":
             versions = f"triton {triton.__version__}", torch.cuda.get_device_name(like.device)
-            tile = tuned(", ".join(map(str, (kernel.__name__, *versions, like.dtype, constants))), tiles, run)
+            # Without documents or dropout a kernel is another one, with registers to spare.
+            without = [name for name, value in zip(kernel.arg_names, arguments, strict=False) if value is None]
+            key = kernel.__name__, *versions, like.dtype, constants, f"without {without}"
+            tile = tuned(", ".join(map(str, key)), tiles, run)
         run(tile)
 
 
 # ---- tuning ----------------------------------------------------------------------------------------------------------
-
-
-def _cache_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptcore" / "triton-tiles.json"
 
 
 def _read(file: Path) -> dict[str, Tile]:
@@ -112,13 +113,11 @@ _chosen: dict[str, Tile] = {}
 def tuned(key: str, tiles: Sequence[Tile], run: Callable[[Tile], None]) -> Tile:
     """The fastest of these tiles, from the file if it is there, else measured and added to it."""
     if key not in _chosen:
-        file = _cache_file()
+        file = cache_folder() / "triton-tiles.json"
         known = _read(file)
         if known.get(key) not in tiles:
             known[key] = min(dict.fromkeys(tiles), key=lambda tile: milliseconds(lambda: run(tile)))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f"{file.name}.{os.getpid()}")
-            part.write_text(json.dumps(known, indent=1))
-            part.replace(file)
+            with atomic_file(file) as aside:
+                aside.write_text(json.dumps(known, indent=1))
         _chosen[key] = known[key]
     return _chosen[key]
