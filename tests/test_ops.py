@@ -14,6 +14,7 @@ import math
 import random
 import re
 import sys
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -1069,6 +1070,20 @@ def test_none_takes_the_first_that_can() -> None:
         assert out.device.type == "meta"  # the formula in PyTorch runs anywhere
     with pytest.raises(RuntimeError, match="on cpu, not on meta"):
         ops.gelu(meta, backend="cpu")
+
+
+def test_on_a_gpu_triton_serves_where_cuda_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor: Any = types.SimpleNamespace(device=torch.device("cuda"), dtype=BF16, is_cuda=False)  # none to verify on
+    cuda, triton = registry.BACKENDS["cuda"], registry.BACKENDS["triton"]
+    monkeypatch.setattr(triton, "devices", ("cuda",))
+    monkeypatch.setattr(triton, "unusable", None)
+    monkeypatch.setattr(cuda, "unusable", "no kernels for sm_61")
+    for op in ("attention", "layer_norm", "gelu"):
+        name, why = registry.chosen(op, tensor)
+        assert name == "triton"
+        assert "not cuda: no kernels for sm_61" in why
+    monkeypatch.setattr(cuda, "unusable", None)
+    assert registry.chosen("attention", tensor)[0] == "cuda"
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -7,13 +7,16 @@ Run it without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,23 +46,37 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # ---- the cases -------------------------------------------------------------------------------------------------------
 
 
-def attend(dtype: torch.dtype, head_dim: int, dropout_p: float = 0.0, documents: bool = False) -> None:
-    q, k, v = (torch.zeros(2, heads, 64, head_dim, dtype=dtype) for heads in (4, 2, 2))
-    cu = torch.tensor([0, 64, 128]) if documents else None
+def attend(
+    dtype: torch.dtype,
+    head_dim: int,
+    dropout_p: float = 0.0,
+    documents: bool = False,
+    batch: int = 2,
+    length: int = 64,
+    heads: int = 2,
+) -> None:
+    q, k, v = torch.zeros(batch, length, 3, heads, head_dim, dtype=dtype).transpose(1, 3).unbind(2)
+    cu = torch.arange(batch + 1) * length if documents else None
     seed = torch.tensor([2**40 + 1]) if dropout_p else None
     settings = (cu, cu, seed, 0.5, True, -1, -1, dropout_p)
     out, lse = attention.forward(q, k, v, *settings)
     attention.backward(out, None, q, k, v, out, lse, *settings)
 
 
-def normalise(dtype: torch.dtype, width: int) -> None:
-    x, weight = torch.zeros(64, width, dtype=dtype), torch.ones(width)
+def attend_in_tf32(head_dim: int) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    attend(F32, head_dim)
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def normalise(dtype: torch.dtype, width: int, rows: int = 64) -> None:
+    x, weight = torch.zeros(rows, width, dtype=dtype), torch.ones(width)
     _, total, mean, rstd = layer_norm.forward(x, weight, weight, x, 1e-5)
     layer_norm.backward(x, x, total, weight, mean, rstd, True)
 
 
-def curve(dtype: torch.dtype, width: int, tanh_form: bool) -> None:
-    x, bias = torch.zeros(64, width, dtype=dtype), torch.zeros(width)
+def curve(dtype: torch.dtype, width: int, tanh_form: bool, rows: int = 64) -> None:
+    x, bias = torch.zeros(rows, width, dtype=dtype), torch.zeros(width)
     gelu.forward(x, bias, tanh_form)
     gelu.backward(x, x, bias, tanh_form)
 
@@ -70,6 +87,7 @@ CASES: dict[str, Callable[[], None]] = {
         for dtype, head_dims in ((BF16, (64, 128, 256)), (F16, (64,)), (F32, (64, 128, 256)))
         for head_dim in head_dims
     },
+    **{f"tf32 head_dim {head_dim}": functools.partial(attend_in_tf32, head_dim) for head_dim in (64, 128)},
     "bfloat16 head_dim 64 dropout documents": functools.partial(attend, BF16, 64, 0.1, True),
     "bfloat16 head_dim 128 dropout": functools.partial(attend, BF16, 128, 0.1),
     "bfloat16 head_dim 256 dropout": functools.partial(attend, BF16, 256, 0.1),
@@ -85,23 +103,30 @@ CASES: dict[str, Callable[[], None]] = {
 
 def wanted(architecture: str, case: str) -> bool:
     """Less where shared memory is larger: wide float32 is slow to compile, and much the same on all of NVIDIA's."""
-    return architecture in ("sm_80", "gfx942") or not re.search(r"float32 head_dim (128|256)|(128|256) dropout", case)
+    if architecture == "gfx942":
+        return not case.startswith("tf32")
+    return architecture == "sm_80" or not re.search(r"(float32|tf32) head_dim (128|256)|(128|256) dropout", case)
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------
 
 
-def compile_for(target: GPUTarget, kernel: Any, *args: Any, **kwargs: Any) -> Any:
-    """What Triton's launcher would do with these arguments on such a GPU, without the launch."""
-    backend = make_backend(target)
+def specialised(backend: Any, kernel: Any, args: Any, kwargs: Any) -> tuple[dict[str, Any], list[Any]]:
+    """The arguments by name, and what of them a kernel is compiled for: types, constants, multiples of 16."""
     bound = {param.name: value for param, value in zip(kernel.params, args, strict=False)}
     bound |= {param.name: kwargs[param.name] for param in kernel.params if param.name in kwargs}
-    special = [
+    return bound, [
         ("constexpr", bound[param.name])
         if param.is_constexpr
         else native_specialize_impl(type(backend), bound[param.name], False, not param.do_not_specialize, True)
         for param in kernel.params
     ]
+
+
+def compile_for(target: GPUTarget, kernel: Any, *args: Any, **kwargs: Any) -> Any:
+    """What Triton's launcher would do with these arguments on such a GPU, without the launch."""
+    backend = make_backend(target)
+    bound, special = specialised(backend, kernel, args, kwargs)
     options, signature, constants, attrs = kernel._pack_args(backend, kwargs, bound, special, None)
     source = ASTSource(kernel, signature, constants, attrs)
     return triton.compile(source, target=target, options=options.__dict__)
@@ -127,6 +152,18 @@ def measured(compiled: Any, architecture: str) -> dict[str, int]:
     return figures
 
 
+@contextlib.contextmanager
+def launching(run: Callable[..., None], architecture: str) -> Iterator[None]:
+    """Calls `run` in place of starting kernels, as on a GPU of that architecture."""
+    with (
+        mock.patch.object(triton.JITFunction, "run", run),
+        mock.patch.object(tiles, "architecture", return_value=architecture),
+        mock.patch.object(layer_norm, "processors", return_value=132),
+        mock.patch.object(gelu, "processors", return_value=132),
+    ):
+        yield
+
+
 def compile_case(architecture: str, case: str) -> dict[str, dict[str, int]]:
     """Figures by "kernel, case" of all kernels that a case launches."""
     figures = {}
@@ -138,14 +175,24 @@ def compile_case(architecture: str, case: str) -> dict[str, dict[str, int]]:
             "warps": compiled.metadata.num_warps, **measured(compiled, architecture)
         }  # fmt: skip
 
-    with (
-        mock.patch.object(triton.JITFunction, "run", run),
-        mock.patch.object(tiles, "architecture", return_value=architecture),
-        mock.patch.object(layer_norm, "processors", return_value=132),
-        mock.patch.object(gelu, "processors", return_value=132),
-    ):
+    with launching(run, architecture):
         CASES[case]()
     return figures
+
+
+def compiled_anew() -> list[str]:
+    """Kernels that another batch size or length would compile once more."""
+    backend, seen = make_backend(TARGETS["sm_90"]), defaultdict(set)
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        seen[kernel.__module__, kernel.__name__].add(str(specialised(backend, kernel, args, kwargs)[1]))
+
+    with launching(run, "sm_90"):
+        for batch, length, heads in itertools.product((1, 2, 16), (1, 2, 16, 77), (1, 12, 16)):
+            attend(BF16, 64, 0.1, True, batch, length, heads)
+            normalise(BF16, 768, batch * length)
+            curve(BF16, 3072, True, batch * length)
+    return [f"{' '.join(name)} is compiled for {len(keys)} shapes" for name, keys in seen.items() if len(keys) > 1]
 
 
 def wrong_with(name: str, figures: dict[str, int], architecture: str) -> list[str]:
@@ -153,9 +200,10 @@ def wrong_with(name: str, figures: dict[str, int], architecture: str) -> list[st
     found = []
     if figures["shared"] > SHARED[architecture] * 1024:
         found.append(f"{figures['shared']} bytes of shared memory, {architecture} has {SHARED[architecture]} KB")
-    # At 256 the registers do not suffice for tiles of the 64 rows that the instructions of sm_90 and sm_100 take.
-    enough = {TENSOR_CORES[architecture], *(["mma.sync"] if "head_dim 256" in name else [])}
-    if re.search(r"attention\.(?!spans).*float16", name) and not enough & figures.keys():
+    # At 256, and in 32 bits, the registers do not suffice for tiles of the 64 rows that the instructions of sm_90 and
+    # sm_100 take.
+    enough = {TENSOR_CORES[architecture], *(["mma.sync"] if re.search(r"head_dim 256|tf32", name) else [])}
+    if re.search(r"attention\.(?!spans).*(float16|tf32)", name) and not enough & figures.keys():
         found.append(f"no {' or '.join(sorted(enough))}")
     return [f"{architecture} {name}: {problem}" for problem in found]
 
@@ -200,7 +248,7 @@ def compiled_table() -> dict[str, dict[str, dict[str, int]]]:
 
 def main() -> None:
     table = compiled_table()
-    wrong = [
+    wrong = compiled_anew() + [
         line
         for architecture, rows in table.items()
         for name, figures in rows.items()
