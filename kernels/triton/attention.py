@@ -231,8 +231,8 @@ def _forward_kernel(
 def _products_of_rows(a, b, PRECISION: tl.constexpr):
     """The scalar product of each row of a with that of b.
 
-    In float32 it is the diagonal of a product of matrices, and rounds what `dot` rounds, in the same order: where one key
-    has all the weight, dP - delta is exactly 0. In 16 bits dS is rounded by far more than the order could change.
+    In float32 it is the diagonal of a product of matrices, and rounds what `dot` rounds, in the same order: where one
+    key has all the weight, dP - delta is exactly 0. In 16 bits dS is rounded by more than the order could change.
     """
     if a.dtype == tl.float32:
         rows = tl.arange(0, a.shape[0])
