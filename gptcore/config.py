@@ -94,7 +94,7 @@ class GPTConfig:
     n_layer: int = _option(12, "number of blocks")
     n_head: int = _option(12, "attention heads a block; n_embd is a multiple of it")
     n_inner: int | None = _option(None, "width inside the MLP; none means 4 * n_embd")
-    activation_function: str = _option("gelu_new", "gelu_new (tanh form), gelu (erf form), or another of transformers' names of these")
+    activation_function: str = _option("gelu_new", "gelu_new (tanh form), gelu (erf form) or a synonym")
     resid_pdrop: float = _option(0.1, "dropout on what each attention and MLP adds to the residual stream")
     embd_pdrop: float = _option(0.1, "dropout on the sum of token and position embeddings")
     attn_pdrop: float = _option(0.1, "dropout on the attention probabilities")
