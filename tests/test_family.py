@@ -297,11 +297,12 @@ def test_shards_of_transformers(size: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["small", "gpt1"])
 def test_a_pickle_as_old_versions_wrote_it(size: str, tmp_path: Path) -> None:
-    """With the tied head under both names and the causal masks among the weights."""
+    """With the tied head under both names, and the causal masks and the positions among the weights."""
     reference = theirs(size)
     reference.config.save_pretrained(tmp_path)
     state = {**reference.state_dict(), "transformer.h.0.attn.bias": torch.ones(1, 1, 80, 80).tril().bool()}
     assert "lm_head.weight" in state
+    state["transformer.position_ids"] = torch.arange(80)
     torch.save(state, tmp_path / "pytorch_model.bin")
     ids = torch.randint(0, 97, (2, 30))
     assert error(GPT.from_pretrained(tmp_path)(ids).logits, reference(ids).logits) < 1e-5
