@@ -53,7 +53,8 @@ SMALL_RUN: dict[str, Any] = {
     "save_steps": 100,
     "save_total_limit": 2,
 }
-FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+# Fields of GPTConfig that are no options: the tokenizer decides, and the last changes transformers' attention alone
+NO_OPTIONS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "reorder_and_upcast_attn")
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,7 +137,7 @@ def _no_effect(args: argparse.Namespace, reason: str, *names: str) -> None:
 def train(args: argparse.Namespace) -> int:
     """Train a tokenizer where there is none, then a model; end with its losses, samples, a loss curve and a folder."""
     if args.init_from:
-        fields = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in FROM_TOKENIZER]
+        fields = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in NO_OPTIONS]
         _no_effect(args, f"--init-from {args.init_from} brings its own", *fields)
     if args.tokenizer or args.init_from:
         _no_effect(args, f"the tokenizer is that of {args.tokenizer or args.init_from}", "vocab_size", "tokenizer_kind")
@@ -365,7 +366,7 @@ def make_parser() -> Parser:
     group.add_argument(
         "--init-from", help="folder of a model to go on from; the options of this group are then its own"
     )
-    add_fields(group, GPTConfig, SMALL_MODEL, skip=FROM_TOKENIZER)  # type: ignore[arg-type]
+    add_fields(group, GPTConfig, SMALL_MODEL, skip=NO_OPTIONS)  # type: ignore[arg-type]
     group = made.add_argument_group("training")
     group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir, if any")
     add_fields(group, TrainingArguments, SMALL_RUN)  # type: ignore[arg-type]

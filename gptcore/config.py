@@ -9,27 +9,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Names of activation_function, and the form of GELU that each means. "gelu" is exact (erf), as in transformers; GPT-1,
-# GPT-2 and GPT-3 were all trained with the tanh form.
-GELU_FORMS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+# transformers' names of activation_function, and the form of GELU that each means. "gelu" is exact (erf); GPT-1, GPT-2
+# and GPT-3 were all trained with the tanh form.
+GELU_FORMS = {
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"), "tanh"),
+    **dict.fromkeys(("gelu", "gelu_python"), "none"),
+}
 MAX_HEAD_DIM = 256  # of the attention kernels
 
 # What else config.json may hold where transformers wrote it. The first have no bearing on the model; the second change
 # what it computes, so that only the value that means GPT-1 or GPT-2 is accepted.
 _BOOKKEEPING = """
-    _name_or_path _num_labels architectures chunk_size_feed_forward do_sample dtype finetuning_task
-    gradient_checkpointing id2label is_decoder label2id length_penalty max_length min_length n_special
-    no_repeat_ngram_size num_beams num_labels num_return_sequences output_attentions output_hidden_states output_past
-    predict_special_tokens prefix problem_type repetition_penalty return_dict summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj task_specific_params temperature tokenizer_class top_k top_p
-    torch_dtype torchscript transformers_version use_bfloat16 use_cache
+    _attn_implementation_autoset _name_or_path _num_labels architectures attn_implementation bad_words_ids
+    begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample dtype early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label is_decoder label2id length_penalty
+    max_length min_length n_special no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_past output_scores predict_special_tokens prefix problem_type
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p use_bfloat16 use_cache xla_device
 """
 _FIXED = {
     "add_cross_attention": False,
     "afn": "gelu",  # GPT-1's name of activation_function, in which "gelu" is the tanh form
     "is_encoder_decoder": False,
     "pruned_heads": {},
-    "reorder_and_upcast_attn": False,
 }
 
 # What a config.json leaves out, where that is not what GPT-2 has
@@ -88,7 +94,7 @@ class GPTConfig:
     n_layer: int = _option(12, "number of blocks")
     n_head: int = _option(12, "attention heads a block; n_embd is a multiple of it")
     n_inner: int | None = _option(None, "width inside the MLP; none means 4 * n_embd")
-    activation_function: str = _option("gelu_new", "gelu_new or gelu_pytorch_tanh (tanh form), gelu (erf form)")
+    activation_function: str = _option("gelu_new", "gelu_new (tanh form), gelu (erf form) or a synonym")
     resid_pdrop: float = _option(0.1, "dropout on what each attention and MLP adds to the residual stream")
     embd_pdrop: float = _option(0.1, "dropout on the sum of token and position embeddings")
     attn_pdrop: float = _option(0.1, "dropout on the attention probabilities")
@@ -97,6 +103,7 @@ class GPTConfig:
     tie_word_embeddings: bool = _option(True, "use the token embedding as the output projection too")
     scale_attn_weights: bool = _option(True, "divide attention scores by sqrt(head_dim)")
     scale_attn_by_inverse_layer_idx: bool = _option(False, "divide attention scores by the layer's number, from 1, too")
+    reorder_and_upcast_attn: bool = _option(False, "transformers' attention in float32; the kernels' softmax always is")
     bos_token_id: int | None = _option(50256, "token that begins a text; 50256 means none in a smaller vocabulary")
     eos_token_id: int | None = _option(50256, "token that ends a text; 50256 means none in a smaller vocabulary")
     pad_token_id: int | None = _option(None, "token that fills up a batch; none means eos_token_id")
@@ -118,7 +125,12 @@ class GPTConfig:
         for name in ("layer_norm_epsilon", "initializer_range"):
             if not 0 < self._number(name) < math.inf:
                 raise ValueError(f"{name} should be positive and finite, not {getattr(self, name)}")
-        for name in ("tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+        for name in (
+            "tie_word_embeddings",
+            "scale_attn_weights",
+            "scale_attn_by_inverse_layer_idx",
+            "reorder_and_upcast_attn",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} should be True or False, not {getattr(self, name)!r}")
         self._check_choice("activation_function", GELU_FORMS)

@@ -166,11 +166,11 @@ def _vocabulary(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     end = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
     if end is None:
         raise ValueError("llama.cpp needs to know which token ends a text, but neither config nor tokenizer has one")
-    normal, control, unused = 1, 3, 5  # gguf.TokenType
+    normal, control, user_defined, unused = 1, 3, 4, 5  # gguf.TokenType
     words: list[tuple[str, int]] = [(f"[PAD{i}]", unused) for i in range(config.vocab_size)]
     for word, i in state["model"]["vocab"].items():
         words[i] = word, normal
     for token in state["added_tokens"]:
-        words[token["id"]] = token["content"], control
+        words[token["id"]] = token["content"], control if token["special"] else user_defined
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]]
     return {"tokens": [word for word, _ in words], "types": [kind for _, kind in words], "merges": merges, "end": end}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PREFIX = "transformer."  # before every name but lm_head.weight
 TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")  # (in, out) on disk
-BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks that old versions of transformers saved
+BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|position_ids")  # what old versions of transformers saved too
 GPT1_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}  # and all others are GPT-2's
 CHUNK = 2 << 20  # bytes of a file that are in memory beside the model while it is read
 

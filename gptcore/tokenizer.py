@@ -10,7 +10,9 @@ What `tokenizers` does not take is handled here. Bytes that are not UTF-8 become
 valid text on either side is encoded by itself; a lone surrogate in a str is its three bytes of "surrogatepass". A long
 text is encoded in pieces (see `gptcore.pretokenize`), which bounds memory. The ids are those of the whole: `encode`,
 `encode_batch` and `encode_stream`, in chunks of any size, always agree. Only a word that is longer than a piece stays
-whole, and takes memory in proportion, where it is GPT-1's or the merges are not `in_order`.
+whole, and takes memory in proportion, where it is GPT-1's, the merges are not `in_order`, or there are added tokens.
+
+Added tokens that are not special (transformers' `add_tokens`) stand for themselves in every text.
 """
 
 from __future__ import annotations
@@ -101,17 +103,25 @@ class Tokenizer:
         self.kind = kind_of(state, vocab)
         self._tokenizer = tokenizer
         self._tokenizer.encode_special_tokens = True  # as plain text: `encode` finds those allowed by itself
-        self.special_tokens: dict[str, int] = {token["content"]: token["id"] for token in state["added_tokens"]}
+        if count := tokenizer.num_special_tokens_to_add(is_pair=False):
+            raise ValueError(
+                f"its post-processor adds {count} special tokens to every text, but gptcore adds none; to encode texts "
+                "without them, set post_processor in tokenizer.json to null"
+            )
+        tokens = state["added_tokens"]
+        self._added: dict[str, int] = {token["content"]: token["id"] for token in tokens}
+        self.special_tokens: dict[str, int] = {token["content"]: token["id"] for token in tokens if token["special"]}
+        self._plain = sorted(self._added.keys() - self.special_tokens.keys())  # these are found in every text
         # All that ids depend on, however a file spells it
         merges = [list(merge) for merge in state["model"]["merges"]]
-        whole = [self.kind, vocab, merges, self.special_tokens]
+        whole = [self.kind, vocab, merges, self.special_tokens, *self._plain]
         self.fingerprint = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
         self._eos_token = END_OF_TEXT if END_OF_TEXT in self.special_tokens else None
         self._pad_token: str | None = None
         self.padding_side = "right"  # of what `__call__` gives; a model that is to go on writing needs "left"
         self._bytes = [b""] * len(vocab)  # of each id
         for token, i in vocab.items():
-            if token in self.special_tokens:
+            if token in self._added:
                 self._bytes[i] = token.encode()
             elif self.kind == "gpt1":
                 self._bytes[i] = token.replace(END_OF_WORD, " ").encode()
@@ -120,8 +130,9 @@ class Tokenizer:
         self._cuts_words = self.kind == "bpe" and in_order(merges)
         self._longest = max(map(len, self._bytes))
         self._byte_ids = [vocab[UNKNOWN if self.kind == "gpt1" else STAND_IN[byte]] for byte in range(256)]
-        # The longest special token wins, as in `tokenizers`.
-        names = sorted(map(re.escape, self.special_tokens), key=len, reverse=True)
+        # The longest token wins, as in `tokenizers`, which looks for those with "normalized" later, in what is left
+        first = [token["content"] for token in tokens if token["special"] or not token["normalized"]]
+        names = sorted(map(re.escape, first), key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(names) or '(?!)'})".encode())
 
     @classmethod
@@ -231,6 +242,9 @@ class Tokenizer:
         """Take what tokenizer_config.json says beside the vocabulary."""
         self.padding_side = _side(settings.get("padding_side") or "right")
         self.pad_token = settings.get("pad_token")
+        for name in ("add_prefix_space", "add_bos_token"):
+            if settings.get(name):
+                raise ValueError(f"its tokenizer_config.json has {name}: true, but gptcore adds nothing to a text")
         if settings.get("eos_token") is not None:
             self._eos_token = self._known_special("eos_token", settings["eos_token"])
 
@@ -437,7 +451,7 @@ class Tokenizer:
             ids: list[int] = []
             for i, part in enumerate(parts):
                 if i % 2:
-                    ids.append(self.special_tokens[part.decode()])
+                    ids.append(self._added[part.decode()])
                 else:
                     while (more := next(stream)) is not None:
                         ids += more
@@ -464,12 +478,16 @@ class Tokenizer:
         """A place where no token goes across, whatever follows `beginning`; None if there is none to be found."""
         if self.kind == "char":
             return len(beginning) - 1
-        if match := SAFE_CUT.match(beginning):
-            return match.end()
-        if self.kind == "gpt1":  # its words are those of a text that is changed first
+        end = len(beginning) - max(map(len, self._plain), default=0)  # an added token may go on after `beginning`
+        while match := SAFE_CUT.match(beginning, 0, end):
+            place = match.end()
+            if not any(beginning[max(0, place - len(t) + 1) : place + len(t) - 1].count(t) for t in self._plain):
+                return place
+            end = place - 1
+        if self.kind == "gpt1" or self._plain:  # words are those of a text that is changed, or divided, first
             return None
-        if place := end_of_a_word(beginning):
-            return place
+        if word_end := end_of_a_word(beginning):
+            return word_end
         return cut_in_word(beginning[:-3], self._tokenizer.model, self._longest) if self._cuts_words else None
 
     def _encode_pieces(self, batch: Sequence[str | None]) -> Iterator[list[int] | None]:

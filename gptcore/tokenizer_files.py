@@ -41,7 +41,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def read_vocab(folder: Path) -> tokenizers.Tokenizer:
     """A tokenizer of vocab.json and merges.txt: GPT-2's if the vocabulary has all bytes, else GPT-1's."""
     vocab = read_json(folder / "vocab.json")
-    special = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
+    added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
     gpt2 = BYTE_OF.keys() <= vocab.keys()
     settings: dict[str, Any] = {} if gpt2 else {"unk_token": UNKNOWN, "end_of_word_suffix": END_OF_WORD}
     try:
@@ -55,14 +55,28 @@ def read_vocab(folder: Path) -> tokenizers.Tokenizer:
         tokenizer.normalizer, tokenizer.pre_tokenizer = GPT1_TEXT, GPT1_WORDS
         tokenizer.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
     in_vocabulary = [token for token in (END_OF_TEXT, UNKNOWN) if token in vocab and (token == END_OF_TEXT) == gpt2]
-    for token in [*in_vocabulary, *sorted(special, key=special.__getitem__)]:
-        tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
-        if token in special and tokenizer.token_to_id(token) != special[token]:
+    special = {*in_vocabulary, *_special_names(folder)}
+    for token in [*in_vocabulary, *sorted(added, key=added.__getitem__)]:
+        tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=False, special=token in special)])
+        if token in added and tokenizer.token_to_id(token) != added[token]:
             raise ValueError(
-                f"added_tokens.json gives {token!r} the id {special[token]}, but it is the "
+                f"added_tokens.json gives {token!r} the id {added[token]}, but it is the "
                 f"{tokenizer.token_to_id(token)}th of the vocabulary"
             )
     return tokenizer
+
+
+def _special_names(folder: Path) -> set[str]:
+    """The tokens that transformers' settings name as special, one by one or in lists of further ones."""
+    names = set()
+    for key, value in read_settings(folder).items():
+        if key.endswith("_token"):
+            names.add(value)
+        elif key.endswith("special_tokens"):
+            names |= {token["content"] if isinstance(token, dict) else token for token in value or ()}
+        elif key == "added_tokens_decoder":
+            names |= {token["content"] for token in value.values() if token["special"]}
+    return names
 
 
 def kind_of(state: dict[str, Any], vocab: dict[str, int]) -> str:
@@ -93,17 +107,19 @@ def _check_gpt1(state: dict[str, Any]) -> str:
     for name in ("dropout", "continuing_subword_prefix", "fuse_unk", "byte_fallback", "ignore_merges"):
         if found.get(name):
             raise ValueError(f"its {name} is {found[name]!r}, but GPT-1's is unset")
-    _check_special(state)
+    _check_added(state, only_special=True)
     if UNKNOWN not in [token["content"] for token in state["added_tokens"]]:
         raise ValueError(f"its special tokens must have {UNKNOWN!r} among them, for what is not in the vocabulary")
     return "gpt1"
 
 
-def _check_special(state: dict[str, Any]) -> None:
+def _check_added(state: dict[str, Any], only_special: bool) -> None:
     for token in state["added_tokens"]:
         normalized = token["normalized"] and state["normalizer"] is not None
-        if not token["special"] or token["lstrip"] or token["rstrip"] or token["single_word"] or normalized:
-            raise ValueError(f"its added token must be special, and neither strip nor normalise: {token}")
+        if token["lstrip"] or token["rstrip"] or token["single_word"] or normalized:
+            raise ValueError(f"its added token must neither strip, nor normalise, nor ask for a single word: {token}")
+        if only_special and not token["special"]:
+            raise ValueError(f"its added token must be special in a tokenizer of this kind: {token}")
 
 
 def _check_byte_level(state: dict[str, Any], vocab: dict[str, int]) -> str:
@@ -125,17 +141,19 @@ def _check_byte_level(state: dict[str, Any], vocab: dict[str, int]) -> str:
             raise ValueError(f"its {name} is {found!r}, but must be unset for exact and repeatable ids")
     if by_character and not model["ignore_merges"]:
         raise ValueError("its ignore_merges must be true for kind 'char': a character is a token at once")
-    special = [token["content"] for token in state["added_tokens"]]
-    _check_special(state)
+    _check_added(state, only_special=by_character)
+    added = {token["content"]: token["special"] for token in state["added_tokens"]}
     if missing := [byte for byte in range(256) if STAND_IN[byte] not in vocab]:
         raise ValueError(f"{len(missing)} of the 256 bytes are not in its vocabulary (the first is {missing[0]:#04x})")
-    if strange := [token for token in vocab if token not in special and not (token and BYTE_OF.keys() >= set(token))]:
+    if strange := [token for token in vocab if token not in added and not (token and BYTE_OF.keys() >= set(token))]:
         raise ValueError(f"{len(strange)} of its tokens are not made of bytes, such as {strange[0]!r}")
     reachable = {left + right for left, right in model["merges"]} | BYTE_OF.keys()
-    for name in special:
+    for name, is_special in added.items():
         spelt = bytes(map(BYTE_OF.__getitem__, name)) if BYTE_OF.keys() >= set(name) else b""
+        if not is_special and spelt == name.encode():
+            continue  # plain text that becomes it means the same bytes
         if name in reachable or (by_character and len(spelt.decode("utf-8", "ignore")) == 1):
-            raise ValueError(f"plain text can become its special token {name!r}; choose another")
+            raise ValueError(f"plain text can become its added token {name!r}; choose another")
     return "char" if by_character else "bpe"
 
 

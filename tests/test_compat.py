@@ -140,6 +140,17 @@ def test_limits_on_repetition_and_length_are_those_of_transformers(folder: Path,
         assert not torch.equal(found, ours.generate(ids, max_length=30, pad_token_id=0, eos_token_id=eos))
 
 
+def test_what_a_tokenizer_returns_is_moved_and_has_attributes(folder: Path) -> None:
+    model = compat.GPT2LMHeadModel.from_pretrained(folder / "gpt2")
+    tokenizer = compat.GPT2Tokenizer.from_pretrained(folder / "gpt2")
+    inputs = tokenizer("the of", return_tensors="pt").to("cpu")
+    assert torch.equal(inputs.input_ids, tokenizer.encode("the of", return_tensors="pt"))
+    assert torch.equal(model.generate(**inputs, max_new_tokens=5), model.generate(inputs.input_ids, max_new_tokens=5))
+    assert inputs.to("meta").attention_mask.is_meta
+    with pytest.raises(AttributeError, match="has no token_type_ids; it has input_ids, attention_mask"):
+        inputs.token_type_ids  # noqa: B018
+
+
 def test_set_seed_decides_what_is_drawn(folder: Path) -> None:
     model = compat.GPT2LMHeadModel.from_pretrained(folder / "gpt2")
     ids = torch.tensor([[1, 2, 3]])

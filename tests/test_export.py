@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import sys
 from pathlib import Path
 
@@ -120,6 +121,21 @@ def test_metadata_of_a_gguf_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert [types[i] for i in range(320)] == [3 if i == end else 1 if i < 285 else 5 for i in range(320)]
     assert len(merges) == 285 - 256 - 1
     assert all(merge.replace(" ", "", 1) in tokens and merge.count(" ") == 1 for merge in merges)
+
+
+def test_added_tokens_in_a_gguf_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    state = json.loads(tokenizer.save_pretrained(tmp_path).read_text())
+    added = state["added_tokens"][0]
+    state["added_tokens"] += [
+        added | {"content": word, "id": tokenizer.vocab_size + i, "special": i == 0}
+        for i, word in enumerate(["[A]", "b b"])
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    export_gguf(make(), Tokenizer.from_pretrained(tmp_path), tmp_path / "m.gguf")
+    metadata, _, _ = read(tmp_path / "m.gguf")
+    end = tokenizer.vocab_size
+    assert metadata["tokenizer.ggml.tokens"][end : end + 2] == ["[A]", "b b"]
+    assert metadata["tokenizer.ggml.token_type"][end : end + 3] == [3, 4, 5]  # control, user defined, unused
 
 
 def test_the_dtype_is_the_models_unless_another_is_asked_for(tokenizer: Tokenizer, tmp_path: Path) -> None:

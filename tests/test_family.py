@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from gptcore.config import GPTConfig
+from gptcore.config import GELU_FORMS, GPTConfig
 from gptcore.model import GPT
 from gptcore.pretrained import GPT1_NAMES, TRANSPOSED
 
@@ -31,6 +31,10 @@ GPT2_SIZES: dict[str, dict] = {
     "inverse layer": {
         "vocab_size": 97, "n_positions": 80, "n_embd": 32, "n_layer": 4, "n_head": 2,
         "scale_attn_by_inverse_layer_idx": True,
+    },
+    "upcast": {  # both settings of the Mistral project's GPT-2
+        "vocab_size": 97, "n_positions": 80, "n_embd": 32, "n_layer": 3, "n_head": 2,
+        "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True,
     },
     "epsilon": {
         "vocab_size": 97, "n_positions": 80, "n_embd": 32, "n_layer": 2, "n_head": 2, "layer_norm_epsilon": 1e-2,
@@ -185,7 +189,14 @@ def test_erf_and_tanh_gelu_are_told_apart(tmp_path: Path) -> None:
         assert error(model(ids).logits, expected) > 5e-5
 
 
-@pytest.mark.parametrize("size", ["unscaled", "inverse layer"])
+@pytest.mark.parametrize("name", GELU_FORMS)
+def test_every_name_of_gelu_is_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    reference, model = both("small", tmp_path, activation_function=name)
+    ids = torch.randint(0, 97, (2, 30))
+    assert error(model(ids).logits, reference(ids).logits) < 5e-6  # less than the two forms differ by
+
+
+@pytest.mark.parametrize("size", ["unscaled", "inverse layer", "upcast"])
 def test_scale_options_are_not_ignored(size: str, tmp_path: Path) -> None:
     """transformers' fused attention ignored them for years; its plain one is the measure here."""
     reference, model = both(size, tmp_path, attn_implementation="eager")
@@ -252,7 +263,7 @@ def test_n_ctx_of_an_old_config_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", ["small", "odd vocabulary", "untied", "wide", "gpt1", "gpt1 untied"])
+@pytest.mark.parametrize("size", ["small", "odd vocabulary", "untied", "wide", "upcast", "gpt1", "gpt1 untied"])
 def test_there_and_back_bit_for_bit(size: str, dtype: torch.dtype, tmp_path: Path) -> None:
     reference = theirs(size).to(dtype)
     reference.save_pretrained(tmp_path / "theirs")
@@ -286,11 +297,12 @@ def test_shards_of_transformers(size: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["small", "gpt1"])
 def test_a_pickle_as_old_versions_wrote_it(size: str, tmp_path: Path) -> None:
-    """With the tied head under both names and the causal masks among the weights."""
+    """With the tied head under both names, and the causal masks and the positions among the weights."""
     reference = theirs(size)
     reference.config.save_pretrained(tmp_path)
     state = {**reference.state_dict(), "transformer.h.0.attn.bias": torch.ones(1, 1, 80, 80).tril().bool()}
     assert "lm_head.weight" in state
+    state["transformer.position_ids"] = torch.arange(80)
     torch.save(state, tmp_path / "pytorch_model.bin")
     ids = torch.randint(0, 97, (2, 30))
     assert error(GPT.from_pretrained(tmp_path)(ids).logits, reference(ids).logits) < 1e-5

@@ -22,7 +22,7 @@ import tiktoken
 import tokenizers
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptcore import pretokenize as module
@@ -232,6 +232,10 @@ def test_save_and_load(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert tokenizers.Tokenizer.from_file(str(file)).encode(TEXT).ids == tokenizer.encode(TEXT)
 
 
+def tokenizers_state(part: Any) -> Any:
+    return json.loads(part.__getstate__())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -244,7 +248,18 @@ def test_save_and_load(tmp_path: Path, tokenizer: Tokenizer) -> None:
         (lambda s: s["model"]["vocab"].update({"zzz": 402}), "ids 0 to"),
         (lambda s: s["model"]["vocab"].update({"zzz": 7}), "each once"),
         (lambda s: s["added_tokens"][0].update(lstrip=True), "neither strip"),
-        (lambda s: s["added_tokens"][0].update(special=False), "must be special"),
+        (lambda s: s["added_tokens"][0].update(single_word=True), "nor ask for a single word"),
+        (lambda s: s["added_tokens"][0].update(special=False), "eos_token '<.endoftext.>' is not one of the special"),
+        (
+            lambda s: s["added_tokens"].append(s["added_tokens"][0] | {"content": "Ġs", "special": False}),
+            "plain text can become",
+        ),
+        (
+            lambda s: s.update(
+                post_processor=tokenizers_state(tokenizers.processors.BertProcessing(("a", 1), ("b", 2)))
+            ),
+            "its post-processor adds 2 special tokens to every text",
+        ),
         (lambda s: s["added_tokens"].append(s["added_tokens"][0] | {"content": "is"}), "plain text can become"),
     ],
 )
@@ -418,6 +433,85 @@ def test_ten_times_the_text_takes_ten_times_as_long(gpt2: Tokenizer, character: 
 
     seconds(100_000)
     assert seconds(5_000_000) < 25 * max(0.1, min(seconds(500_000), seconds(500_000)))
+
+
+ADDED = ["foo", "foo bar", "naïve", "  ", "\n", "日本", "x<|user"]
+
+
+@pytest.fixture(scope="session")
+def added_folder(tmp_path_factory: pytest.TempPathFactory, gpt2_folder: Path) -> Path:
+    """GPT-2's tokenizer with further tokens, some of them special, as transformers writes it."""
+    folder = tmp_path_factory.mktemp("added")
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(str(gpt2_folder))
+    theirs.add_tokens(ADDED)  # "foo" is a word of GPT-2 already
+    theirs.add_special_tokens({"additional_special_tokens": ["<|user|>"], "pad_token": "[PAD]"})
+    theirs.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def added_pair(folder: Path) -> tuple[Tokenizer, Any]:
+    return Tokenizer.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(str(folder))
+
+
+ADDED_TEXT = st.lists(
+    st.sampled_from([*ADDED, "<|user|>", "|>", "[PAD]", " ", "f", "oo", "bar", "s", "'", "本語", "1"])
+)
+
+
+@given(text=st.one_of(ADDED_TEXT.map("".join), VALID_TEXT), piece=st.integers(8, 60))
+@example(text="x<|user|> foo barx<|user|", piece=60)
+@settings(max_examples=400, deadline=None)
+def test_added_tokens_are_those_of_transformers_wherever_a_text_is_cut(
+    added_folder: Path, text: str, piece: int
+) -> None:
+    ours, theirs = added_pair(added_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE", piece)
+        ids = ours.encode(text)
+        assert ids == plain(ours, text)  # special tokens are plain text to both
+        assert ours.encode(text, True) == theirs.encode(text)
+    assert ours.decode(ids) == ours.decode(ours.encode(text, True)) == text
+    offsets = ours(text, return_offsets_mapping=True, allowed_special=True)["offset_mapping"]
+    assert offsets == theirs(text, return_offsets_mapping=True)["offset_mapping"]
+
+
+def test_added_tokens_are_special_where_the_files_say_so(tmp_path: Path, gpt2_folder: Path, added_folder: Path) -> None:
+    ours, _ = added_pair(added_folder)
+    assert ours.special_tokens == {"<|endoftext|>": 50256, "<|user|>": 50264, "[PAD]": 50263}
+    ids = ours.encode("a foo bar<|user|>", True)
+    assert (ids[-2:], ours.decode(ids, skip_special_tokens=True)) == ([50257, 50264], "a foo bar")
+    again = Tokenizer.from_pretrained(ours.save_pretrained(tmp_path / "again").parent)
+    assert (again.fingerprint, again.special_tokens) == (ours.fingerprint, ours.special_tokens)
+    assert ours.fingerprint != Tokenizer.from_pretrained(gpt2_folder).fingerprint
+    # The files of a slow tokenizer, old and less old
+    slow = tmp_path / "slow"
+    shutil.copytree(gpt2_folder, slow)
+    (slow / "added_tokens.json").write_text(json.dumps({"foo bar": 50257, "[PAD]": 50258, "<|user|>": 50259}))
+    further = {"pad_token": "[PAD]", "additional_special_tokens": ["<|user|>"]}
+    decoder = {
+        str(i): {"content": t, "special": i > 50257} for i, t in enumerate(["foo bar", "[PAD]", "<|user|>"], 50257)
+    }
+    for name, content in [
+        ("special_tokens_map.json", further),
+        ("tokenizer_config.json", {"added_tokens_decoder": decoder, "pad_token": "[PAD]"}),
+    ]:
+        (slow / name).write_text(json.dumps(content))
+        loaded = Tokenizer.from_pretrained(slow)
+        assert loaded.special_tokens == {"<|endoftext|>": 50256, "[PAD]": 50258, "<|user|>": 50259}
+        assert loaded.encode("a foo bar<|user|>") == [64, 220, 50257, *loaded.encode("<|user|>")]
+        (slow / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["add_prefix_space", "add_bos_token"])
+def test_what_is_put_before_every_text_is_refused(tmp_path: Path, gpt2_folder: Path, name: str) -> None:
+    folder = shutil.copytree(gpt2_folder, tmp_path / "gpt2")
+    (folder / "tokenizer_config.json").write_text(json.dumps({name: False}))
+    assert Tokenizer.from_pretrained(folder).encode("Hello") == [15496]
+    (folder / "tokenizer_config.json").write_text(json.dumps({name: True}))
+    assert transformers.GPT2TokenizerFast.from_pretrained(str(folder)).encode("Hello") != [15496]
+    with pytest.raises(ValueError, match=f"tokenizer_config.json has {name}: true, but gptcore adds nothing to a text"):
+        Tokenizer.from_pretrained(folder)
 
 
 def test_gpt2_goes_to_transformers_and_back(tmp_path: Path, gpt2: Tokenizer, gpt2_fast: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,10 +56,27 @@ class GPT2Config(GPTConfig):
         return pretrained.load_config(name_or_path, **overrides)
 
 
+class BatchEncoding(dict[str, Any]):
+    """What a tokenizer returns; batch.input_ids is batch["input_ids"]."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(f"this batch has no {name}; it has {', '.join(self)}")
+        return self[name]
+
+    def to(self, device: str | torch.device) -> BatchEncoding:
+        """The same with its tensors on a device."""
+        return BatchEncoding({name: value.to(device) for name, value in self.items()})
+
+
 class GPT2Tokenizer(Tokenizer):
     """Tokenizer, with special tokens in a text read as such."""
 
     special_in_text = True
+
+    def __call__(self, text: str | bytes | Sequence[str | bytes], **options: Any) -> BatchEncoding:
+        """What Tokenizer returns, and its options."""
+        return BatchEncoding(super().__call__(text, **options))
 
 
 class GPT2LMHeadModel(GPT):

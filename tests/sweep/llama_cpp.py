@@ -26,7 +26,13 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, dtype: str, bound: float, t
     text.write_text(
         "".join(path.read_text(encoding="utf-8") for path in Path("gptcore").glob("*.py")), encoding="utf-8"
     )
-    tokenizer = Tokenizer.train(text, vocab_size=500)
+    file = Tokenizer.train(text, vocab_size=500).save_pretrained(tmp_path)
+    state = json.loads(file.read_text())
+    added = state["added_tokens"][0]
+    state["added_tokens"].append(added | {"content": "naïve über", "id": 500, "special": False, "normalized": True})
+    file.write_text(json.dumps(state))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode(PROMPT)[-1] == 500
     end = tokenizer.eos_token_id
     config = GPTConfig(
         vocab_size=512, n_positions=128, n_embd=64, n_layer=3, n_head=4, initializer_range=0.15, eos_token_id=end,
