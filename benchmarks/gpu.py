@@ -11,7 +11,6 @@ with 1 if something failed; what failed is in gpu.json too.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -337,8 +336,10 @@ def measure(output: Path, skip_tests: bool) -> int:
         print(*map(text_of, rows), sep="\n", flush=True)
         results["rows"] += rows
         (output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")  # after each, to lose nothing
-    with contextlib.suppress(ImportError):  # the chart needs matplotlib; the numbers do not
+    try:
         draw(results, output / "gpu.png")
+    except ImportError:
+        print("== no gpu.png: matplotlib is not installed; pip install matplotlib")
     print(f"== {output / 'gpu.json'}", *(f"FAILED {failure}" for failure in failures), sep="\n")
     return 1 if failures else 0
 

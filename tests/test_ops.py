@@ -1092,6 +1092,8 @@ T4 = torch.zeros(2, 4, 6, 8)
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "3-D q": (lambda: ops.attention(T4[0], T4, T4), ValueError, r"q has shape .4, 6, 8., expected"),
     "dtypes": (lambda: ops.attention(T4, T4.half(), T4), ValueError, r"k is torch.float16 .*expected torch.float32"),
+    "devices": (lambda: ops.attention(T4, T4.to("meta"), T4), ValueError, r"k is torch.float32 on meta, .* on cpu"),
+    "x's device": (lambda: ops.gelu(T4, bias=torch.ones(8, device="meta")), ValueError, r"bias is .*on meta, .*on cpu"),
     "integers": (lambda: ops.attention(*[T4.int()] * 3), ValueError, r"q is torch.int32, expected a float"),
     "strides": (lambda: ops.attention(T4, T4.mT.contiguous().mT, T4), ValueError, r"k has stride 6 .*contiguous"),
     "k and v": (lambda: ops.attention(T4, T4, T4[:, :, :5]), ValueError, r"k has shape .* and v"),

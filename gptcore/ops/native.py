@@ -81,7 +81,15 @@ def execution(backend: str, tensor: torch.Tensor) -> int | tuple[int, Callable[[
     """What the native functions take as `execution`; see _C.pyi."""
     if backend == "cpu":
         return torch.get_num_threads()
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    stream = 0
+    if tensor.is_cuda:
+        current = torch.cuda.current_device()  # where kernels start, whatever the stream
+        if tensor.get_device() != current:
+            raise ValueError(
+                f"the tensors are on {tensor.device}, expected the current GPU, cuda:{current}; "
+                f"use them in `with torch.cuda.device({tensor.get_device()}):`"
+            )
+        stream = torch.cuda.current_stream().cuda_stream
     return (
         stream,
         lambda size: torch.empty(size, dtype=torch.uint8, device=tensor.device),

@@ -32,7 +32,8 @@ def failure(backend: str, op: str, tensor: Tensor, run: Callable[..., Any], form
         with contextlib.suppress(OSError, ValueError):
             if key in json.loads(seen.read_text()):
                 return None
-        _results[key] = reason = _compare(op, tensor, run, formula)
+        with torch.cuda.device_of(tensor):
+            _results[key] = reason = _compare(op, tensor, run, formula)
         if reason is None:
             _remember(key)
         else:

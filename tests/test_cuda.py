@@ -1,0 +1,81 @@
+"""What the CUDA build does on a machine without a GPU, and what is refused before anything is launched on one."""
+
+from __future__ import annotations
+
+import os
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gptcore import _C, ops
+from gptcore.ops import native
+
+built = pytest.mark.skipif(
+    not _C.cuda_archs() and os.environ.get("GPTCORE_CUDA", "AUTO").upper() != "ON", reason="built without CUDA kernels"
+)
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU, as far as the native module asks."""
+
+    is_cpu, is_cuda, device = False, True, torch.device("cuda", 0)
+
+    def get_device(self) -> int:
+        return 0
+
+
+@built
+@no_gpu
+def test_without_a_driver_it_imports_and_says_what_it_was_built_for() -> None:
+    reason = ops.backends()["cuda"]
+    assert reason is not None
+    assert re.fullmatch(r"built for sm_\d+(, sm_\d+)*, compute_80; no NVIDIA driver", reason)
+    with pytest.raises(RuntimeError, match=rf"backend 'cuda' cannot run gelu: {re.escape(reason)}"):
+        ops.gelu(torch.zeros(8), backend="cuda")
+
+
+@built
+@no_gpu
+def test_a_launch_that_fails_says_which() -> None:
+    x, out = (torch.zeros(70, 256).as_subclass(OnGPU) for _ in range(2))
+    execution = (0, lambda size: torch.empty(size, dtype=torch.uint8).as_subclass(OnGPU), False)
+    with pytest.raises(
+        RuntimeError,
+        match=r"cannot launch gelu_forward: grid \(3, 1, 1\), 256 threads a block, 0 bytes of shared memory: .*driver",
+    ):
+        _C.gelu_forward(x, None, out, True, execution)
+
+
+def test_a_tensor_on_another_gpu_than_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+
+    def on(index: int) -> torch.Tensor:
+        device = torch.device("cuda", index)
+        return SimpleNamespace(is_cuda=True, device=device, get_device=lambda: index)  # type: ignore[return-value]
+
+    execution = native.execution("cuda", on(0))
+    assert isinstance(execution, tuple)
+    assert execution[0] == 7
+    with pytest.raises(ValueError, match=r"tensors are on cuda:1, expected the current GPU, cuda:0; use .*device\(1\)"):
+        native.execution("cuda", on(1))
+
+
+@pytest.mark.skipif(ops.backends()["simt"] is not None, reason="no model of a GPU")
+@pytest.mark.parametrize(
+    ("shape", "kv_shape"),
+    [((1, 1 << 15, 1, 8), (1, 1 << 15, 1 << 20, 8)), ((1 << 15, 1 << 16, 1, 8), (1 << 15, 1 << 16, 1, 8))],
+    ids=["blocks", "heads"],
+)
+def test_more_blocks_than_a_grid_has(shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> None:
+    from gptcore import _simt
+
+    one = torch.zeros(1, 1, 1, 8)
+    q, k, lse = one.expand(shape), one.expand(kv_shape), torch.zeros(1, 1, 1).expand(shape[:3])
+    execution = (0, lambda size: torch.empty(size, dtype=torch.uint8), False)
+    with pytest.raises(ValueError, match=r"expected (at most 32767 heads in the batch at that length: a GPU starts at "
+                       r"most 2\^31 - 1 blocks|batch x heads, .* at most 2\^31 - 257)"):  # fmt: skip
+        _simt.attention_forward(q, k, k, q, lse, None, None, 1.0, True, -1, -1, 0.0, 0, execution)
