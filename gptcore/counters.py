@@ -201,15 +201,16 @@ def table(counts: list[Count]) -> str:
         "those that threads ask for. What they ask for again (keys by the next tile of queries, the weight of a layer",
         "norm by the next warp) is the caches' to serve; different bytes are what memory must move at least.",
         "",
-        "| operation | global bytes | of its schedule | different bytes, of its tensors | mma | of the least | "
-        "bank conflicts | special functions |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: |",
+        "| operation | global bytes | its schedule's | ratio | different bytes | its tensors once | ratio | mma | of "
+        "the least | bank conflicts | special functions |",
+        "| --- |" + " --: |" * 10,
     ]
     for c in counts:
         mma = f"{c.mma / c.case.mma:.2f}" if c.case.mma else ""
         lines.append(
-            f"| {c.case.name} | {c.bytes:,} | {c.bytes / c.case.schedule:.3f} | {c.distinct / c.case.once:.3f} | "
-            f"{c.mma:,} | {mma} | {c.bank_conflicts:,} | {c.special:,} |"
+            f"| {c.case.name} | {c.bytes:,} | {c.case.schedule:,} | {c.bytes / c.case.schedule:.3f} | {c.distinct:,} | "
+            f"{c.case.once:,} | {c.distinct / c.case.once:.3f} | {c.mma:,} | {mma} | {c.bank_conflicts:,} | "
+            f"{c.special:,} |"
         )
     lines += [
         "",
