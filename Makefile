@@ -3,8 +3,8 @@
 # make check   style and types
 # make bench   how fast it is here, in under ten minutes; make bench-full for benchmarks/results, with more rounds
 # make asan    the native tests under AddressSanitizer and UBSan
-# make sweep   what needs large packages (TensorFlow checkpoints, llama.cpp running our GGUF files) or an hour: every mutant
-#              of the CUDA kernels
+# make sweep   what needs large packages (TensorFlow checkpoints, llama.cpp running our GGUF files), and every mutant of the
+#              CUDA kernels
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/*.* kernels/*/*.*) CMakeLists.txt setup.py pyproject.toml constraints.txt

@@ -11,13 +11,36 @@ import pytest
 from tests import mutants
 
 
-def test_every_barrier_and_wait_has_a_mutant() -> None:
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        ("barrier", "barrier();"),
+        ("wait", "copy_wait<"),
+        ("commit", "copy_commit();"),
+        ("mask", "mask_scores(s,"),
+        ("mask", "zero_unseen("),
+        ("mask", " fill_chunk("),
+        ("check", "if (!to)"),
+        ("check", "nullptr; }"),
+        ("swizzle", "^ swizzle"),
+    ],
+)
+def test_every_such_line_has_a_mutant(kind: str, call: str) -> None:
     for file in mutants.SOURCES:
-        text = (mutants.ROOT / "kernels/cuda" / file).read_text()
-        found = [mutant.kind for mutant in mutants.mutants_of(file)]
-        for kind, call in (("barrier", "barrier();"), ("wait", "copy_wait<"), ("commit", "copy_commit();")):
-            calls = [line for line in text.splitlines() if call in line.split("//")[0]]
-            assert found.count(kind) == len(calls), f"{file}: {kind}"
+        found = {mutant.line for mutant in mutants.mutants_of(file) if mutant.kind == kind}
+        lines = enumerate(mutants.lines_of(file), 1)
+        assert found >= {at for at, line in lines if call in line.split("//")[0] and "GPTCORE_DEVICE void" not in line}
+
+
+def test_the_table_is_of_these_kernels_and_nothing_survives_without_a_reason() -> None:
+    rows = [line for line in mutants.TABLE.read_text().splitlines() if line.startswith("|")][2:]
+    now = [mutant for file in mutants.SOURCES for mutant in mutants.mutants_of(file)]
+    for row, mutant in zip(rows, now, strict=True):
+        begin = mutants.row(mutant, "").removesuffix(" |")
+        assert row.startswith(begin), f"run python -m tests.mutants: not in its table: {mutant}"
+        assert "SURVIVES" not in row
+        assert ("survives: " in row) == (mutant.key in mutants.HARMLESS), f"{mutant} is noticed, so it is not harmless"
+    assert {mutant.key for mutant in now} >= mutants.HARMLESS.keys()
 
 
 @pytest.mark.parametrize("choice", [("--file", "gelu.cuh", "--kind", "barrier"), ("--kind", "wait", "--sample", "1")])
