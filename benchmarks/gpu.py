@@ -1,6 +1,6 @@
 """python -m benchmarks.gpu: all that can only be done on a GPU. Builds, tests, and times the kernels against PyTorch's.
 
-Builds gptcore's CUDA kernels if this installation has none for the GPU, runs the kernel grid of tests/test_ops.py on
+Builds gptcore's CUDA kernels if this installation has none for the GPU, runs the kernel grid of tests/grid.py on
 the backends cuda and triton, runs a few calls under compute-sanitizer where it is installed, and times attention,
 layer norm and GELU against PyTorch's own. Writes gpu.json and gpu.png.
 
@@ -81,7 +81,8 @@ def build() -> str | None:
 
 
 def grid(backends: list[str]) -> str | None:
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_ops.py", "-k", " or ".join(backends)]
+    files = [f"tests/test_{name}.py" for name in ("attention", "layer_norm", "gelu", "ops")]
+    command = [sys.executable, "-m", "pytest", "-q", *files, "-k", " or ".join(backends)]
     return run("kernel grid", command, 7200)
 
 

@@ -7,7 +7,9 @@ A shell that starts the tests in the background has them ignore SIGINT, which so
 
 import os
 import signal
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -16,3 +18,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+pytest.register_assert_rewrite("grid")
+from grid import BACKENDS, NATIVE, running  # noqa: E402  (imports gptcore, so after what must be said first)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running(request.param) as argument:
+        yield argument
+
+
+@pytest.fixture(params=NATIVE)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running(request.param) as argument:
+        yield argument
+
+
+@pytest.fixture(params=NATIVE)
+def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Those whose native functions can be called by themselves."""
+    with running(request.param) as argument:
+        yield argument

@@ -1,4 +1,4 @@
-"""ops.linear_cross_entropy against its formula in float64, by the rule of test_ops.py; chunks, memory and refusals."""
+"""ops.linear_cross_entropy against its formula in float64, by the rule of grid.py; chunks, memory and refusals."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from grid import BACKENDS, BF16, DTYPES, F16, F32, F64, check, leaves, randn, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import BACKENDS, BF16, DTYPES, F16, F32, F64, NATIVE, check, leaves, randn, running
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,18 +22,6 @@ from gptcore.config import GPTConfig
 from gptcore.model import GPT
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running(request.param) as argument:
-        yield argument
-
-
-@pytest.fixture(params=NATIVE)
-def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
-    with running(request.param):
-        yield
 
 
 def targets_for(shape: tuple[int, ...], vocab: int, ignored: float = 0.3, seed: int = 3) -> Tensor:

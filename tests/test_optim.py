@@ -6,14 +6,13 @@ import copy
 import math
 import pickle
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from grid import BACKENDS, BF16, F16, F32, F64, running, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import BACKENDS, BF16, F16, F32, F64, NATIVE, running, threads
 from torch import Tensor, nn
 
 from gptcore import _C, ops
@@ -21,18 +20,6 @@ from gptcore.optim import AdamW
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 SHAPES = ((), (1,), (15,), (16,), (17,), (3, 5, 7), (0, 4), (257, 300))  # the last is more than one piece of 65536
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with running(request.param) as argument:
-        yield argument
-
-
-@pytest.fixture(params=NATIVE)
-def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
-    with running(request.param):
-        yield
 
 
 def parameters(dtype: torch.dtype = F32, seed: int = 0) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""The Triton kernels, in Triton's interpreter: the grid of test_ops.py thinned out, since a case takes a second here.
+"""The Triton kernels, in Triton's interpreter: the grid thinned out, since a case takes a second here.
 
 What they compile to for GPUs is checked by triton_table.py, in a process of its own without the interpreter.
 """
@@ -15,39 +15,36 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grid
 import pytest
-import test_ops as grid
+import test_attention as attention_grid
+import test_gelu as gelu_grid
+import test_layer_norm as layer_norm_grid
+import test_ops as ops_grid
 import torch
 
 # These run here again, with the fixtures below.
-from test_ops import (  # noqa: F401
-    BF16,
-    DTYPES,
-    F16,
-    F32,
+from grid import BF16, DTYPES, F16, F32, covering, leaves, randn
+from test_attention import (  # noqa: F401
     Attention,
-    Gelu,
-    LayerNorm,
-    covering,
-    leaves,
-    randn,
-    test_a_bad_row_stays_a_row,
     test_a_limit_beyond_every_key_is_no_limit,
+    test_boundaries_of_one_row_hold_for_every_row,
+    test_dropout_draws_anew_for_each_call,
+    test_the_gradient_of_the_log_sum_exp_alone,
+)
+from test_gelu import Gelu, test_gelu_of_every_16_bit_number, test_zero_keeps_its_sign  # noqa: F401
+from test_layer_norm import LayerNorm, test_a_bad_row_stays_a_row  # noqa: F401
+from test_ops import (  # noqa: F401
     test_a_second_derivative_is_refused,
     test_autocast,
     test_both_backends_refuse_alike,
-    test_boundaries_of_one_row_hold_for_every_row,
     test_boundaries_that_are_none,
-    test_dropout_draws_anew_for_each_call,
     test_functional_call,
-    test_gelu_of_every_16_bit_number,
     test_inputs_are_left_alone,
     test_merging_the_heads_of_an_output_is_free,
     test_only_the_gradients_that_are_needed,
     test_slices_of_one_projection_and_expanded_tensors,
     test_strides_do_not_change_a_bit,
-    test_the_gradient_of_the_log_sum_exp_alone,
-    test_zero_keeps_its_sign,
 )
 from torch import Tensor
 
@@ -139,7 +136,7 @@ ATTENTION = [
     Attention(causal=mask[0], window=mask[1], **axes)
     for axes in covering(
         lengths=LENGTHS,
-        mask=grid.MASKS,
+        mask=attention_grid.MASKS,
         head_dim=[1, 3, 16, 17, 64, 96, 255, 256],
         heads=[(1, 1), (2, 1), (3, 3)],
         dtype=list(DTYPES),
@@ -147,16 +144,16 @@ ATTENTION = [
     )
     for mask in [axes.pop("mask")]
 ]
-ATTENTION += [case for case in grid.GRID if case.documents is not None][::4]
-ATTENTION += [case for case in grid.GRID if case.dropout_p]
-ATTENTION += [case for case in grid.GRID if case.magnitude != 1.0 and case.causal]
-ATTENTION += [case for case in grid.GRID if 0 in case.lengths or case.batch == 0]
+ATTENTION += [case for case in attention_grid.GRID if case.documents is not None][::4]
+ATTENTION += [case for case in attention_grid.GRID if case.dropout_p]
+ATTENTION += [case for case in attention_grid.GRID if case.magnitude != 1.0 and case.causal]
+ATTENTION += [case for case in attention_grid.GRID if 0 in case.lengths or case.batch == 0]
 ATTENTION += [Attention(lengths=(66, 130), heads=(6, 2), batch=2, head_dim=24, dtype=dtype) for dtype in DTYPES]
 
 
 @pytest.mark.parametrize("case", dict.fromkeys(ATTENTION), ids=grid.name_of)
 def test_attention(case: Attention) -> None:
-    grid.check_attention(case, "triton")
+    attention_grid.check_attention(case, "triton")
 
 
 LAYER_NORMS = [
@@ -177,12 +174,12 @@ LAYER_NORMS += [LayerNorm(rows=0), LayerNorm(eps=0.0), LayerNorm(rows=300)]
 
 @pytest.mark.parametrize("case", dict.fromkeys(LAYER_NORMS), ids=grid.name_of)
 def test_layer_norm(case: LayerNorm) -> None:
-    grid.test_layer_norm("triton", case)
+    layer_norm_grid.test_layer_norm("triton", case)
 
 
-@pytest.mark.parametrize("case", grid.GELUS, ids=grid.name_of)
+@pytest.mark.parametrize("case", gelu_grid.GELUS, ids=grid.name_of)
 def test_gelu(case: Gelu) -> None:
-    grid.test_gelu("triton", case)
+    gelu_grid.test_gelu("triton", case)
 
 
 def test_dropout_drops_what_the_reference_drops() -> None:
@@ -232,7 +229,7 @@ def test_more_than_2_to_the_31_elements(far: int, tmp_path: Path) -> None:
         inputs = [tensor.detach().requires_grad_() for tensor in inputs]
         out = ops.attention(*inputs, backend="triton")
         results.append([out, *torch.autograd.grad(out, inputs, grad)])
-    grid.assert_same_bits(*results)
+    ops_grid.assert_same_bits(*results)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -246,16 +243,16 @@ def test_one_bad_key_stays_with_those_who_see_it(bad: float) -> None:
 
 
 def test_the_same_bits_again_and_every_element_written() -> None:
-    tensors = grid.ordinary()
+    tensors = ops_grid.ordinary()
     settings = {"dropout_p": 0.2, "window": (30, 3), "cu_seqlens": torch.tensor([0, 50, 70])}
-    first = grid.run_all("triton", *tensors, **settings)
+    first = ops_grid.run_all("triton", *tensors, **settings)
     torch.use_deterministic_algorithms(True)  # it fills new tensors with NaN
     try:
-        again = grid.run_all("triton", *tensors, **settings)
+        again = ops_grid.run_all("triton", *tensors, **settings)
     finally:
         torch.use_deterministic_algorithms(False)
     assert not any(t.isnan().any() for t in first)
-    grid.assert_same_bits(first, again)
+    ops_grid.assert_same_bits(first, again)
 
 
 # ---- with others -----------------------------------------------------------------------------------------------------
