@@ -1,18 +1,29 @@
-"""python -m benchmarks: measure, print the table, and write results.json and the charts."""
+"""python -m benchmarks: measure, print the table, and write results.json and the charts.
+
+Each file is measured in a process of its own: what a process has allocated before decides how often the next benchmark
+waits for the system to give it memory.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-import pytest
+from benchmarks import report
+
+HERE = Path(__file__).parent
+NOTHING_SELECTED = 5  # pytest's exit status
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, epilog="Other arguments go to pytest: -k 'attention', -x, ..."
+        prog="python -m benchmarks",
+        description="Measure, print the table, and write results.json and the charts.",
+        epilog="Other arguments go to pytest: -k 'attention', -x, ...",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--full", action="store_true", help="more rounds of each, for results that are to be kept")
@@ -27,8 +38,20 @@ def main() -> int:
     os.environ["GPTCORE_BENCH_COMPILE"] = str(int(args.compile))
     if args.toy:
         os.environ["OMP_NUM_THREADS"] = "1"  # threads would cost more than they do
-    fixed = ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-p", "no:cacheprovider"]
-    return pytest.main([str(Path(__file__).parent), *fixed, "--benchmark-quiet", "--output", args.output, *rest])
+    fixed = ["-q", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-p", "no:cacheprovider"]
+    status, parts = 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        for file in sorted(HERE.glob("bench_*.py")):
+            part = Path(folder) / f"{file.stem}.json"
+            command = [sys.executable, "-m", "pytest", str(file), *fixed, "--benchmark-quiet", "--output", str(part)]
+            found = subprocess.run([*command, *rest], check=False).returncode
+            status = status or (found if found != NOTHING_SELECTED else 0)
+            if part.exists():
+                parts.append(report.load(part))
+    if not parts:
+        return status or NOTHING_SELECTED
+    report.present(report.joined(parts), Path(args.output))
+    return status
 
 
 sys.exit(main())

@@ -16,17 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.measure import PYTORCH, pick, reference
+from benchmarks.measure import PYTORCH, name_of, pick, reference
 from gptcore import _C, ops
 
 Compare = Callable[..., None]
 DTYPES = [torch.float32, torch.bfloat16]
 HEADS = pick(2, 12)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 
 def forward_backward(

@@ -1,55 +1,22 @@
-"""Training steps: GPT-2 124M against transformers, and nanoGPT's small model for CPUs against plain PyTorch."""
+"""GPT-2 124M training steps, against transformers."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from benchmarks.measure import pick
-from benchmarks.models import BATCH, GPT2, NO_DROPOUT, matmuls, train_step, transformers_gpt2
-from gptcore import GPT, GPTConfig, ops
-from gptcore.ops.registry import BACKENDS, FLOATS, Backend
+from benchmarks.measure import name_of
+from benchmarks.models import BATCH, GPT2, Trainee, difference, matmuls, transformers_gpt2
+from gptcore import GPT
 from gptcore.optim import AdamW
 
 Compare = Callable[..., None]
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-SMALL = GPTConfig(vocab_size=65, n_positions=64, n_embd=pick(32, 128), n_layer=pick(1, 4), n_head=4, **NO_DROPOUT)
-SMALL_BATCH = pick((2, 8), (12, 64))
 
 
-class Trainee:
-    """A model in training on one batch, step after step; called with nothing, it makes a step."""
-
-    def __init__(
-        self, model: Any, optimizer: torch.optim.Optimizer, batch: tuple[int, int], dtype: torch.dtype,
-        backend: str | None = None,
-    ) -> None:  # fmt: skip
-        self.model, self.optimizer, self.dtype, self.backend = model.train(), optimizer, dtype, backend
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(model.config.vocab_size, batch, generator=generator)
-        self.losses: list[Tensor] = []
-
-    def __call__(self) -> None:
-        with ops.use(self.backend):
-            self.losses.append(train_step(self.model, self.optimizer, self.ids, self.dtype))
-
-
-def difference(ours: Trainee, theirs: Trainee) -> float:
-    """The greatest relative difference of the two losses over the first eight steps, which must see the same course."""
-    pairs = list(zip(ours.losses, theirs.losses, strict=False))[:8]
-    assert pairs[-1][0] < pairs[0][0], "the loss does not fall"
-    greatest = max(float(abs(a / b - 1)) for a, b in pairs)
-    assert greatest < (1e-3 if ours.dtype is theirs.dtype is torch.float32 else 3e-2), pairs
-    return greatest
-
-
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def bench_gpt2(dtype: torch.dtype, compare: Compare) -> None:
     torch.manual_seed(0)
     model = GPT(GPT2)
@@ -59,86 +26,7 @@ def bench_gpt2(dtype: torch.dtype, compare: Compare) -> None:
     theirs = Trainee(other, torch.optim.AdamW(other.parameters(), lr=1e-4, fused=True), BATCH, dtype)
     extra: dict[str, Any] = {"tokens": BATCH[0] * BATCH[1]}
     compare(
-        f"GPT-2 124M training step {name(dtype)}", "batch {} x {}".format(*BATCH), ours, theirs,
+        f"GPT-2 124M training step {name_of(dtype)}", "batch {} x {}".format(*BATCH), ours, theirs,
         against="transformers", limit=matmuls(GPT2, BATCH[0] * BATCH[1], dtype), extra=extra,
     )  # fmt: skip
     extra["loss difference"] = difference(ours, theirs)
-
-
-def fused_pytorch() -> str:
-    """A backend made of PyTorch's own fused operations, the strictest plain PyTorch; `torch` is made of formulas."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, None]:
-        scale, causal = rest[3:5]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale), None
-
-    def layer_norm(
-        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        total = x if residual is None else x + residual
-        return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
-
-    def gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-        return F.gelu(x if bias is None else x + bias, approximate="tanh" if tanh else "none")
-
-    mine: dict[str, Callable[..., Any]] = {"attention": attention, "layer_norm": layer_norm, "gelu": gelu}
-    implementations = {**BACKENDS["torch"].implementations, **mine}
-    BACKENDS["fused"] = Backend("fused", devices=("cpu",), dtypes=FLOATS, implementations=implementations)
-    return "fused"
-
-
-def small_pair(
-    config: GPTConfig, batch: tuple[int, int], ours: torch.dtype, theirs: torch.dtype, fused: bool
-) -> tuple[Trainee, Trainee]:
-    """The model with our kernels and optimizer, and the same with PyTorch's."""
-    torch.manual_seed(0)
-    model = GPT(config)
-    other = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-4, fused=fused)
-    reference = Trainee(other, optimizer, batch, theirs, backend=fused_pytorch() if fused else "torch")
-    return Trainee(model, AdamW(model.parameters(), lr=1e-4), batch, ours), reference
-
-
-OPS, FUSED = 'ops.use("torch")', "PyTorch's fused operations"
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "fused"),
-    [
-        (torch.float32, torch.float32, False),
-        (torch.bfloat16, torch.bfloat16, False),
-        (torch.bfloat16, torch.float32, False),
-        (torch.float32, torch.float32, True),
-        (torch.bfloat16, torch.bfloat16, True),
-    ],
-)
-def bench_small_model(ours: torch.dtype, theirs: torch.dtype, fused: bool, compare: Compare) -> None:
-    """The 4 layers, 4 heads, width 128, block 64, batch 12 of nanoGPT's README, on 65 characters.
-
-    Against the same model on ops.use("torch") with torch.optim.AdamW as it comes, which is what one writes first, and
-    against PyTorch's own fused operations with its fused AdamW, which is the best that it has without compiling.
-    """
-    pair = small_pair(SMALL, SMALL_BATCH, ours, theirs, fused)
-    against = (FUSED if fused else OPS) + (f" in {name(theirs)}" if theirs is not ours else "")
-    extra: dict[str, Any] = {"tokens": SMALL_BATCH[0] * SMALL_BATCH[1]}
-    compare(
-        f"small model training step {name(ours)}", f"against {against}", *pair,
-        against=FUSED if fused else OPS, limit=matmuls(SMALL, SMALL_BATCH[0] * SMALL_BATCH[1], ours), extra=extra,
-    )  # fmt: skip
-    extra["loss difference"] = difference(*pair)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def bench_python_overhead(fused: bool, compare: Compare) -> None:
-    """The same four layers on so few numbers that what remains is Python, dispatch, autograd and waking threads.
-
-    Batch 1 of two tokens, width 32: 0.3 million multiplications in a step, which is microseconds.
-    """
-    config = GPTConfig(vocab_size=65, n_positions=64, n_embd=32, n_layer=4, n_head=4, **NO_DROPOUT)
-    pair = small_pair(config, (1, 2), torch.float32, torch.float32, fused)
-    against = FUSED if fused else OPS
-    compare("overhead of a small model's step", f"against {against}", *pair, against=against)
-
-
-def name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

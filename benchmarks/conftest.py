@@ -1,4 +1,4 @@
-"""The fixture that every benchmark measures with, and what is written when all have run."""
+"""The fixture that every benchmark measures with, and what is written when those of a file have run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import measure, report
 from benchmarks.measure import Limit, Run, seconds
@@ -19,7 +17,7 @@ ENVIRONMENT = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--output", default="out/benchmarks", metavar="DIR", help="folder for results.json and the charts")
+    parser.addoption("--output", default="out/benchmarks.json", metavar="FILE", help="where the results go")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,7 +72,7 @@ def compare(benchmark: Any, record: Callable[..., None]) -> Callable[..., None]:
     return compare
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     environment: dict[str, Any] = config.stash[ENVIRONMENT]
     results: report.Results = {
         "schema": report.SCHEMA,
@@ -84,16 +82,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     }
     if not results["rows"]:
         return
-    folder = Path(config.getoption("--output"))
-    write_json(folder / "results.json", results)
-    report.draw(results, folder)
-
-    console = Console(width=None if Console().is_terminal else 160)
-    heading, *lines = report.table(results)
-    table = Table(*heading, title=report.caption(results))
-    for line in lines:
-        table.add_row(*line)
-    console.print(table, *report.shortfalls(results), sep="\n", markup=False, highlight=False)
-    console.print(f"wrote results.json and charts to {folder}", markup=False, highlight=False)
-    if results["load"] > 0.5 and measure.FORM != "toy":
-        console.print(f"the machine was busy when this began (load {results['load']}): do not keep these results")
+    write_json(Path(config.getoption("--output")), results)

@@ -41,6 +41,10 @@ ROUNDS = {"toy": (2, 2), "quick": (3, 15), "full": (7, 60)}[FORM]
 BUDGET = {"toy": 0.0, "quick": 2.0, "full": 15.0}[FORM]  # seconds for the rounds between those two
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def reference(function: F) -> F:
     """PyTorch's own function, compiled if that was asked for."""
     return torch.compile(function, dynamic=False) if COMPILE else function  # type: ignore[return-value]
@@ -112,7 +116,7 @@ def matmul(dtype: torch.dtype) -> Limit:
         a, b, c = (torch.randn(n, n).to(dtype) for _ in range(3))
         return Limit(name, lambda: torch.mm(a, b, out=c), 2 * n**3, "FLOP")
 
-    name = f"matmul {str(dtype).removeprefix('torch.')}"
+    name = f"matmul {name_of(dtype)}"
     return _limit(name, make)
 
 

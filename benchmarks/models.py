@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Limit, pick
-from gptcore import GPT, GPTConfig
+from gptcore import GPT, GPTConfig, ops
 from gptcore.optim import AdamW
 from gptcore.pretrained import PREFIX, TRANSPOSED
 
@@ -45,6 +45,32 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, dtype:
         optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
+
+
+class Trainee:
+    """A model in training on one batch, step after step; called with nothing, it makes a step."""
+
+    def __init__(
+        self, model: Any, optimizer: torch.optim.Optimizer, batch: tuple[int, int], dtype: torch.dtype,
+        backend: str | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.optimizer, self.dtype, self.backend = model.train(), optimizer, dtype, backend
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(model.config.vocab_size, batch, generator=generator)
+        self.losses: list[Tensor] = []
+
+    def __call__(self) -> None:
+        with ops.use(self.backend):
+            self.losses.append(train_step(self.model, self.optimizer, self.ids, self.dtype))
+
+
+def difference(ours: Trainee, theirs: Trainee) -> float:
+    """The greatest relative difference of the two losses over the first eight steps, which must see the same course."""
+    pairs = list(zip(ours.losses, theirs.losses, strict=False))[:8]
+    assert pairs[-1][0] < pairs[0][0], "the loss does not fall"
+    greatest = max(float(abs(a / b - 1)) for a, b in pairs)
+    assert greatest < (1e-3 if ours.dtype is theirs.dtype is torch.float32 else 3e-2), pairs
+    return greatest
 
 
 def matmuls(config: GPTConfig, tokens: int, dtype: torch.dtype) -> Limit:

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure  # no pyplot: it would choose a display
+from rich.console import Console
+from rich.table import Table
 
 from benchmarks.goals import Outcome, outcomes
-from gptcore.files import atomic_file, read_json
+from gptcore.files import atomic_file, read_json, write_json
 
 SCHEMA = 1
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,16 @@ def load(path: Path) -> Results:
     if results.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {results.get('schema')}, expected {SCHEMA}: measure again (make bench)")
     return results
+
+
+def joined(parts: list[Results]) -> Results:
+    """The results of several processes as one: all rows, and each limit from where it was measured most often."""
+    limits: dict[str, Any] = {}
+    for part in parts:
+        for name, limit in part["limits"].items():
+            if name not in limits or limit["rounds"] > limits[name]["rounds"]:
+                limits[name] = limit
+    return {**parts[0], "limits": limits, "rows": [row for part in parts for row in part["rows"]]}
 
 
 def quantity(value: float, unit: str) -> str:
@@ -98,6 +110,18 @@ def ceiling(row: dict[str, Any], goal: Outcome) -> str:
     return f"; the whole of {row['limit']} would be {most:.2f} x" if most < goal.goal else ""
 
 
+WHY = """What stops those that are missed, as far as rows of this table show it:
+
+- Where a line says what the whole of a limit would be, the limit itself is in the way: PyTorch is too near to it.
+- Attention in bfloat16, from S=1024 on: softmax. *Attention against its products* does the same work without a mask, and
+  `torch.bmm` does its two products and nothing else; what is missing to the whole of matmul there are exponentials.
+- Attention at S=256: packing, and the blocks on the diagonal, half of which is masked, which are few at S=4096; and the
+  call from Python, which *overhead of a small model's step* shows.
+- GELU: the first touch of new memory, by the system. *GELU into memory that exists* is the same kernels without it.
+- Decoding at batch 1, layer norm in bfloat16: the call. At batch 16 and in float32 the same kernels move more bytes a call.
+- Training steps: what is not a matmul. In GPT-2's, casts of weights and gradients and new memory are most of it."""
+
+
 def markdown(lines: list[list[str]]) -> str:
     heading, *rest = lines
     return "\n".join("| " + " | ".join(line) + " |" for line in [heading, ["---"] * len(heading), *rest])
@@ -136,7 +160,8 @@ def full(results: Results) -> str:
     )
     text += " fewer than eight rounds the extremes. Percentages are of a limit measured in the same rounds."
     listed = "\n".join(f"- {line}" for line in shortfalls(results))
-    return f"# Results\n\n{caption(results)}.\n\n{text}\n\n{listed}\n\n{markdown(table(results))}\n\n{charts}\n"
+    parts = ["# Results", f"{caption(results)}.", text, listed, WHY, markdown(table(results)), charts]
+    return "\n\n".join(parts) + "\n"
 
 
 def insert(text: str, made: str) -> str:
@@ -222,6 +247,21 @@ def roofline_chart(results: Results, figure: Figure) -> bool:
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     return True
+
+
+def present(results: Results, folder: Path) -> None:
+    """Write results.json and the charts, and print the table and what is missed of the goals."""
+    write_json(folder / "results.json", results)
+    draw(results, folder)
+    console = Console(width=None if Console().is_terminal else 160)
+    heading, *lines = table(results)
+    shown = Table(*heading, title=caption(results))
+    for line in lines:
+        shown.add_row(*line)
+    console.print(shown, *shortfalls(results), sep="\n", markup=False, highlight=False)
+    console.print(f"wrote results.json and charts to {folder}", markup=False, highlight=False)
+    if results["load"] > 0.5 and not results["form"].startswith("toy"):
+        console.print(f"the machine was busy when this began (load {results['load']}): do not keep these results")
 
 
 def write(path: Path, make: Callable[[], str]) -> None:

@@ -124,6 +124,15 @@ def test_tables_say_what_is_met_missed_and_lost_in_the_spread() -> None:
     assert "no difference" not in report.times([1.06, 1.02, 1.1])
 
 
+def test_results_of_several_processes_are_joined() -> None:
+    first, second = results_of(gelu_row([0.010], [0.043])), results_of(gelu_row([0.020], [0.050]))
+    second["limits"] = {"copy": {"unit": "B/s", "rate": [20e9] * 3, "rounds": 9}, "read": first["limits"]["copy"]}
+    both = report.joined([first, second])
+    assert both["rows"] == first["rows"] + second["rows"]
+    assert both["limits"] == second["limits"]  # more rounds
+    assert both["date"] == first["date"]
+
+
 def test_insert_replaces_what_is_between_the_markers_and_nothing_else() -> None:
     begin, end = report.MARKERS
     text = f"before\n{begin}\nold\n{end}\nafter\n"
