@@ -113,13 +113,13 @@ def ceiling(row: dict[str, Any], goal: Outcome) -> str:
 WHY = """What stops those that are missed, as far as rows of this table show it:
 
 - Where a line says what the whole of a limit would be, the limit itself is in the way: PyTorch is too near to it.
-- Attention in bfloat16, from S=1024 on: softmax. *Attention against its products* does the same work without a mask, and
+- Attention in bfloat16, from S=1024 on: softmax. *Attention against its products* does the same work without a mask,
   `torch.bmm` does its two products and nothing else; what is missing to the whole of matmul there are exponentials.
 - Attention at S=256: packing, and the blocks on the diagonal, half of which is masked, which are few at S=4096; and the
   call from Python, which *overhead of a small model's step* shows.
 - GELU: the first touch of new memory, by the system. *GELU into memory that exists* is the same kernels without it.
-- Decoding at batch 1, layer norm in bfloat16: the call. At batch 16 and in float32 the same kernels move more bytes a call.
-- Training steps: what is not a matmul. In GPT-2's, casts of weights and gradients and new memory are most of it."""
+- Decoding at batch 1, layer norm in bfloat16: the call. At batch 16, or in float32, the same kernels move more bytes.
+- Training steps: all that is no matmul. In GPT-2's, most of that is casts of weights and gradients, and new memory."""
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -206,12 +206,12 @@ def attention_chart(results: Results, figure: Figure) -> bool:
                 speeds = [row["flops"] / row[side][0] / 1e9 for row in line]
                 axes.plot(lengths, speeds, style, color=colour, label=f"{label}, D={D}")
         if (rate := limit_of(results, rows[0]["limit"])) is not None:
-            axes.axhline(rate / 1e9, color="grey", linestyle=":", label=rows[0]["limit"])
+            axes.axhline(rate / 1e9, color="grey", linestyle=":", label="PyTorch's matmul")
         axes.set(title=group, xlabel="sequence length", ylabel="GFLOP/s", xscale="log", ylim=(0, None))
         axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     return True
 
 
