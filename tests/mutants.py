@@ -411,9 +411,9 @@ SWITCH_HEADER = "namespace gptcore { __attribute__((const)) bool is_mutant(int i
 
 def build(mutants: list[Mutant], folder: Path) -> tuple[Path, Path]:
     """gptcore._simt as CMake left it, and with these mutants of its kernels in it."""
-    databases = sorted(ROOT.glob("build/*/compile_commands.json"), key=lambda path: path.stat().st_mtime)
-    if not databases:
-        raise SystemExit("no build/*/compile_commands.json: build the package first, with pip install -e .")
+    database = ROOT / f"build/cmake-{sys.implementation.cache_tag}/compile_commands.json"  # setup.py says where
+    if not database.exists():
+        raise SystemExit(f"no {database}: build the package first, with pip install -e .")
     for name in ("kernels", "csrc"):
         shutil.copytree(ROOT / name, folder / name)
     files = {mutant.file for mutant in mutants}
@@ -426,18 +426,18 @@ def build(mutants: list[Mutant], folder: Path) -> tuple[Path, Path]:
     objects: list[Path] = []
     mutated: list[Path] = []
     jobs = [(["g++", "-O2", "-fPIC", "-c", "switch.cpp", "-o", "switch.o"], folder)]
-    for entry in json.loads(databases[-1].read_text()):
+    for entry in json.loads(database.read_text()):
         command = [word.replace(str(ROOT / "csrc"), str(folder / "csrc")) for word in shlex.split(entry["command"])]
         command = [f"-I{folder}" if word == f"-I{ROOT}" else word for word in command]
         at = command.index("-o") + 1
         if "simt" not in command[at]:
             continue
-        output = databases[-1].parent / command[at]
+        output = database.parent / command[at]
         objects.append(output)
         if output.name.endswith(".cu.o") and Path(entry["file"]).stem in replaced:
             output = folder / output.name
             command[at] = str(output)
-            jobs.append(([*command, "-O1", "-w", "-include", str(folder / "switch.h")], databases[-1].parent))
+            jobs.append(([*command, "-O1", "-w", "-include", str(folder / "switch.h")], database.parent))
         mutated.append(output)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for result in pool.map(lambda job: subprocess.run(job[0], cwd=job[1], stderr=subprocess.PIPE, text=True), jobs):
