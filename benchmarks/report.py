@@ -110,7 +110,7 @@ def ceiling(row: dict[str, Any], goal: Outcome) -> str:
     return f"; the whole of {row['limit']} would be {most:.2f} x" if most < goal.goal else ""
 
 
-WHY = """What stops those that are missed, as far as rows of this table show it:
+WHY = """What seems to stop those that are missed: rows named here bear on it, the shares themselves were not measured.
 
 - Where a line says what the whole of a limit would be, the limit itself is in the way: PyTorch is too near to it.
 - Attention in bfloat16, from S=1024 on: softmax. *Attention against its products* does the same work without a mask,
