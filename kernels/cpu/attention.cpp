@@ -467,10 +467,12 @@ void pack_panel(const AttentionArgs& args, const BackwardScratch<T>& scratch, co
   Wide<T>* out_columns = (Wide<T>*)scratch.grad_query;  // not in use yet
   pack_panel_columns<S, T>(out_columns, out, args.out.row_stride, rows, args.head_dim, 1.0f);
   for (int64_t v = 0; v < kPanel; v += kLanes) {
-    Vec delta = {};
-    for (int64_t k = 0; k < Sizes<T>(args).steps; ++k)
-      multiply_add(delta, load_wide(out_columns + k * kPanel + v), load_wide(scratch.grad_out + k * kPanel + v));
-    store(scratch.delta + v, delta);
+    Vec delta = {}, part = {};
+    for (int64_t k = 0; k < Sizes<T>(args).steps; ++k) {
+      if (k % (kDepth / kStep<T>) == 0) delta += part, part = Vec{};
+      multiply_add(part, load_wide(out_columns + k * kPanel + v), load_wide(scratch.grad_out + k * kPanel + v));
+    }
+    store(scratch.delta + v, delta + part);
   }
   const int64_t lse_row = (segment.batch * args.query_heads + head) * args.query_len + at;
   for (int64_t i = 0; i < kPanel; ++i) {

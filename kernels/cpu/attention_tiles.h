@@ -11,6 +11,7 @@ namespace {
 constexpr int kPanel = kPanelVectors * kLanes;  // queries in one block of scores
 constexpr int kBlockN = 64;                     // keys in one block of scores
 constexpr int kTileRows = 6;                    // rows of one register tile
+constexpr int kDepth = 64;  // terms that are added up on their own: the error of a sum grows with its length
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -50,7 +51,7 @@ template <int Rows, int Vectors, class T>
 void tile(const T* a, int64_t lda, const Wide<T>* b, int64_t steps, float* c, int64_t ldc, bool accumulate) {
   Vec acc[Rows][Vectors];
   GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
-    GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * kLanes) : Vec{};
+    GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] = Vec{};
   for (int64_t k = 0; k < steps; ++k) {
     decltype(load_wide(b)) row[Vectors];
     GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) row[v] = load_wide(b + k * kPanel + v * kLanes);
@@ -59,7 +60,10 @@ void tile(const T* a, int64_t lda, const Wide<T>* b, int64_t steps, float* c, in
         multiply_add(acc[r][v], splat_wide(a + r * lda + k * kStep<T>), row[v]);
   }
   GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
-    GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) store(c + r * ldc + v * kLanes, acc[r][v]);
+    GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) {
+      float* to = c + r * ldc + v * kLanes;
+      store(to, accumulate ? load(to) + acc[r][v] : acc[r][v]);
+    }
 }
 
 template <int Vectors, class T>
@@ -97,10 +101,14 @@ void multiply(const T* a, int64_t lda, const Wide<T>* b, int64_t rows, int64_t s
 template <class T>
 void multiply_left_right(const T* a, int64_t lda, const Wide<T>* b, int64_t left, int64_t count, int64_t steps,
                          int64_t width, float* c) {
-  multiply<T>(a, lda, b, left, steps, width, c, kPanel, false);
-  if (left < count)
-    multiply<T>(a + left * lda, lda, b + kPanel / 2, count - left, steps, width - kPanel / 2,
-                c + left * kPanel + kPanel / 2, kPanel, false);
+  constexpr int64_t kSteps = kDepth / kStep<T>;
+  for (int64_t done = 0; done < steps; done += kSteps, a += kDepth, b += kSteps * kPanel) {
+    const int64_t these = smaller(kSteps, steps - done);
+    multiply<T>(a, lda, b, left, these, width, c, kPanel, done > 0);
+    if (left < count)
+      multiply<T>(a + left * lda, lda, b + kPanel / 2, count - left, these, width - kPanel / 2,
+                  c + left * kPanel + kPanel / 2, kPanel, done > 0);
+  }
 }
 
 // O^T += V^T P^T: depth is keys.
