@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from grid import BF16, DTYPES, F16, F32, F64, SLOW, check, covering, leaves, over, randn, there, threads
+from grid import BF16, DTYPES, F16, F32, F64, SLOW, covering, errors, judge, leaves, over, randn, there, threads
 from torch import Tensor
 
 from gptcore import ops
@@ -33,14 +34,16 @@ class Attention:
     dropout_p: float = 0.0
     magnitude: float = 1.0  # of queries
     dtype: torch.dtype = F32
+    draw: int = 0  # which of many inputs
 
     def inputs(self) -> tuple[Tensor, ...]:
         """q, k, v, the incoming gradients of out and of the log-sum-exp."""
         (query_len, kv_len), (heads, kv_heads) = self.lengths, self.heads
-        q = randn(self.batch, heads, query_len, self.head_dim, seed=1, scale=self.magnitude, dtype=self.dtype)
-        k, v = (randn(self.batch, kv_heads, kv_len, self.head_dim, seed=s, dtype=self.dtype) for s in (2, 3))
-        grad_out = randn(self.batch, heads, query_len, self.head_dim, seed=4, dtype=self.dtype)
-        return q, k, v, grad_out, randn(self.batch, heads, query_len, seed=5)
+        seed = 5 * self.draw
+        q = randn(self.batch, heads, query_len, self.head_dim, seed=seed + 1, scale=self.magnitude, dtype=self.dtype)
+        k, v = (randn(self.batch, kv_heads, kv_len, self.head_dim, seed=seed + s, dtype=self.dtype) for s in (2, 3))
+        grad_out = randn(self.batch, heads, query_len, self.head_dim, seed=seed + 4, dtype=self.dtype)
+        return q, k, v, grad_out, randn(self.batch, heads, query_len, seed=seed + 5)
 
     def settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {name: getattr(self, name) for name in ("causal", "window", "scale", "dropout_p")}
@@ -145,11 +148,6 @@ def attention_expected(case: Attention) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 def check_attention(case: Attention, backend: str) -> None:
-    run = there(functools.partial(ops.attention, return_lse=True), backend, **case.settings())
-    got = attention_results(run, case, case.dtype)
-    assert got["out"].dtype == case.dtype
-    assert got["lse"].dtype == F32
-    ref, theirs = attention_expected(case)
     condition, roundings = {}, 1
     if backend not in ("cpu", "torch"):
         # dq and dk come of dS = P (dP - delta). Where a few keys have all the weight, two sums of head_dim terms cancel
@@ -157,8 +155,21 @@ def check_attention(case: Attention, backend: str) -> None:
         # dS are rounded for the tensor cores, as in PyTorch on a GPU, but not on the CPU, with which they are compared.
         condition = dict.fromkeys(("dq", "dk"), 2 * math.sqrt(case.head_dim))
         roundings = 2 if case.dtype != F32 else 1
-    for name in ref:
-        check(name, got[name], ref[name], theirs[name], condition.get(name, 0.0), roundings)
+    # Where scores are in the thousands a softmax is a maximum, and which of two keys that nearly tie has it, the last
+    # bit of a score decides: the largest error is luck, ours and PyTorch's. So they are compared by their medians.
+    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for draw in range(25 if case.magnitude >= 1e3 else 1):
+        case = replace(case, draw=draw)
+        run = there(functools.partial(ops.attention, return_lse=True), backend, **case.settings())
+        got = attention_results(run, case, case.dtype)
+        assert got["out"].dtype == case.dtype
+        assert got["lse"].dtype == F32
+        ref, theirs = attention_expected(case)
+        for name in ref:
+            allowance = condition.get(name, 0.0), roundings
+            found[name].append(errors(name, got[name], ref[name], theirs[name], *allowance))
+    for name, draws in found.items():
+        judge(name, draws)
 
 
 # Queries come in panels of 8, 16 or 64 and keys in blocks of 64; products in tiles of 6 rows and vectors of 4, 8 or 16.

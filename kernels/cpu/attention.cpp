@@ -6,8 +6,8 @@
 // product of forward and backward is the same small matrix product, `multiply`, with its right side in the first-level
 // cache:
 //
-//     forward    S^T = K Q^T      O^T += V^T P^T
-//     backward   S^T = K Q^T     dP^T  = V dO^T     dV += P^T dO     dK += dS^T Q     dQ^T += K^T dS^T
+//     forward    S^T = K Q^T     O += P V
+//     backward   S^T = K Q^T   dP^T = V dO^T   dV += P^T dO   dK += dS^T Q   dQ += dS K
 //
 // Operands are packed once per task into the order in which `multiply` reads them, converted on the way; that is where
 // strides, storage types and odd sizes end. T is the type that is multiplied: float, or bfloat16 where the CPU has a
@@ -62,6 +62,14 @@ S* row(const HeadsView& view, int64_t batch, int64_t head, int64_t index) {
   return static_cast<S*>(view.data) + batch * view.batch_stride + head * view.head_stride + index * view.row_stride;
 }
 
+// B of each block of keys, one after the other.
+template <class S, class T>
+void pack_blocks(Wide<T>* to, const S* source, int64_t stride, int64_t keys, int64_t head_dim) {
+  for (int64_t key = 0; key < keys; key += kBlockN)
+    pack_panel_rows<S, T>(to + key / kStep<T> * round_up(head_dim, kPanel), source + key * stride, stride,
+                          smaller(kBlockN, keys - key), head_dim, kBlockN);
+}
+
 // scale = sign x size. The sign goes into Q, so that the largest score stays the largest; scores and their maxima are
 // kept without the size. Only differences of scores are multiplied by size x log2(e), since a product with a large
 // score is rounded by more than an exponent can bear.
@@ -78,9 +86,9 @@ struct Scale {
 
 template <class T>
 struct ForwardScratch {
-  T *key, *value;         // K (keys x depth), V^T (blocks x head_dim x kBlockN)
-  Wide<T>*query, *probs;  // Q^T (steps x kPanel), P^T (kBlockN / kStep x kPanel)
-  float *scores, *out;    // S^T (kBlockN x kPanel), O^T (head_dim x kPanel)
+  T* key;                          // K (keys x depth)
+  Wide<T>*value, *query, *probs;  // V (keys / kStep x width), Q^T (steps x kPanel), P^T (kBlockN / kStep x kPanel)
+  float *scores, *out;             // S^T (kBlockN x kPanel), O (kPanel x width, in panels)
   float *max, *sum;       // of each lane: of the scores, and of exp2((score - max) x size_log2)
   size_t bytes;
 
@@ -89,11 +97,11 @@ struct ForwardScratch {
     const int64_t keys = most_keys(args);
     Arena arena{base};
     key = arena.take<T>(keys * size.depth);
-    value = arena.take<T>(keys * args.head_dim);
+    value = arena.take<Wide<T>>(keys / kStep<T> * size.width);
     query = arena.take<Wide<T>>(size.steps * kPanel);
     probs = arena.take<Wide<T>>(kBlockN / kStep<T> * kPanel);
     scores = arena.take<float>(kBlockN * kPanel);
-    out = arena.take<float>(args.head_dim * kPanel);
+    out = arena.take<float>(kPanel * size.width);
     max = arena.take<float>(kPanel);
     sum = arena.take<float>(kPanel);
     bytes = arena.used;
@@ -111,17 +119,16 @@ constexpr float kMaxLag = 8.0f;
 // the maximum; if that has to rise, what was accumulated under the old one is scaled down.
 template <class T>
 void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, int64_t key, int64_t count, bool first,
-                   float size_log2, int64_t head_dim, Dropout* dropout, float keep_factor) {
+                   float size_log2, int64_t width, Dropout* dropout, float keep_factor) {
   float* scores = scratch.scores + v * kLanes;
+  const int64_t unmasked = panel.unmasked(v, key, count);
   Vec block_max = splat(-kInfinity);
-  if (panel.masked(key, count))
-    for (int64_t j = 0; j < count; ++j) {
-      Vec s = panel.sees(v, key + j) ? load(scores + j * kPanel) : splat(-kInfinity);
-      store(scores + j * kPanel, s);
-      block_max = max(block_max, s);
-    }
-  else
-    for (int64_t j = 0; j < count; ++j) block_max = max(block_max, load(scores + j * kPanel));
+  for (int64_t j = 0; j < unmasked; ++j) block_max = max(block_max, load(scores + j * kPanel));
+  for (int64_t j = unmasked; j < count; ++j) {
+    Vec s = panel.sees(v, key + j) ? load(scores + j * kPanel) : splat(-kInfinity);
+    store(scores + j * kPanel, s);
+    block_max = max(block_max, s);
+  }
   if (count % kStep<T>) store(scores + count * kPanel, splat(-kInfinity));  // completes the last pair
 
   Vec old_max = load(scratch.max + v * kLanes), new_max = max(old_max, block_max);
@@ -130,9 +137,11 @@ void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, 
     // A lane that has seen no key yet has a maximum of -inf, and -inf - -inf would be NaN.
     Vec shrink = exp2((old_max - (new_max == -kInfinity ? splat(0.0f) : new_max)) * size_log2);
     sum *= shrink;
-    for (int64_t d = 0; d < head_dim && !first; ++d) {
-      float* out = scratch.out + d * kPanel + v * kLanes;
-      store(out, load(out) * shrink);
+    for (int64_t i = 0; i < smaller(kLanes, panel.rows - v * kLanes) && !first; ++i) {
+      for (int64_t d = 0; d < width; d += kLanes) {
+        float* out = scratch.out + (d / kPanel * kPanel + v * kLanes + i) * kPanel + d % kPanel;
+        store(out, load(out) * shrink[i]);
+      }
     }
     store(scratch.max + v * kLanes, old_max = new_max);
   }
@@ -160,31 +169,24 @@ void forward_panel(const AttentionArgs& args, const ForwardScratch<T>& scratch, 
   pack_panel_columns<S, T>(scratch.query, row<S>(args.query, segment.batch, head, query_row), args.query.row_stride,
                            panel.rows, args.head_dim, scale.sign);
   for (int i = 0; i < kPanel; ++i) scratch.max[i] = -kInfinity, scratch.sum[i] = 0.0f;
-  if (panel.key_begin == panel.key_end) memset(scratch.out, 0, args.head_dim * kPanel * sizeof(float));
+  if (panel.key_begin == panel.key_end) memset(scratch.out, 0, kPanel * size.width * sizeof(float));
 
   const int64_t first_key = panel.key_begin / kBlockN * kBlockN;
   for (int64_t key = first_key; key < panel.key_end; key += kBlockN) {
-    const int64_t count = smaller(kBlockN, panel.key_end - key), left = panel.left_count<T>(key, count);
-    const T* packed_key = scratch.key + (key - packed_from) * size.depth;
-    const T* packed_value = scratch.value + (key - packed_from) * args.head_dim;
+    const Seen seen = panel.seen<T>(key, smaller(kBlockN, panel.key_end - key));
     const bool first = key == first_key;
-    multiply_left_right<T>(packed_key, size.depth, scratch.query, left, count, size.steps, panel.rows, scratch.scores);
-    for (int v = 0; v < panel.vectors(); ++v)
-      softmax_block<T>(scratch, panel, v, key, v < kPanelVectors / 2 ? left : count, first, scale.size_log2,
-                       args.head_dim, args.dropout_p > 0 ? &dropout : nullptr, (float)(1 / (1 - args.dropout_p)));
-    add_left_right<T>(packed_value, kBlockN, scratch.probs, args.head_dim, left, count, panel.rows, scratch.out,
-                      !first);
+    multiply_keys_queries<T>(by_rows(scratch.key + (key - packed_from) * size.depth, size.depth), scratch.query, seen,
+                             size.steps, scratch.scores);
+    for (int v = 0; v < seen.vectors; ++v)
+      softmax_block<T>(scratch, panel, v, key, seen.count[v], first, scale.size_log2, size.width,
+                       args.dropout_p > 0 ? &dropout : nullptr, (float)(1 / (1 - args.dropout_p)));
+    multiply_queries<T>(scratch.probs, scratch.value + (key - packed_from) / kStep<T> * size.width, seen, panel.rows,
+                        args.head_dim, scratch.out, !first);
   }
 
-  for (int v = 0; v < panel.vectors(); ++v) {
-    Vec sum = load(scratch.sum + v * kLanes), inverse = sum == 0.0f ? splat(0.0f) : 1.0f / sum;  // no key seen: zeros
-    for (int64_t d = 0; d < args.head_dim; ++d) {
-      float* out = scratch.out + d * kPanel + v * kLanes;
-      store(out, load(out) * inverse);
-    }
-  }
-  unpack_columns(row<S>(args.out, segment.batch, head, query_row), args.out.row_stride, scratch.out, panel.rows,
-                 args.head_dim, 1.0f);
+  for (int64_t i = 0; i < panel.rows; ++i)  // no key seen: zeros
+    unpack_row(row<S>(args.out, segment.batch, head, query_row + i), scratch.out + i * kPanel, kPanel, args.head_dim,
+               scratch.sum[i] == 0.0f ? 0.0f : 1.0f / scratch.sum[i]);
   float* lse = args.lse + (segment.batch * args.query_heads + head) * args.query_len + query_row;
   for (int64_t i = 0; i < panel.rows; ++i)
     lse[i] = scale.lse(scratch.max[i], scratch.sum[i]);
@@ -213,10 +215,10 @@ void forward(const AttentionArgs& args) {
       const int64_t key_begin = visible(args, segment, begin).begin / kBlockN * kBlockN;
       const int64_t key_end = visible(args, segment, end - 1).end;
       const int64_t first = segment.key_begin + key_begin, count = larger(0, key_end - key_begin);
-      pack_rows(scratch.key, size.depth, row<S>(args.key, segment.batch, kv_head, first), args.key.row_stride,
-                      count, args.head_dim, size.depth);
-      pack_columns(scratch.value, row<S>(args.value, segment.batch, kv_head, first), args.value.row_stride, count,
-                         args.head_dim);
+      pack_rows(scratch.key, size.depth, row<S>(args.key, segment.batch, kv_head, first), args.key.row_stride, count,
+                args.head_dim);
+      pack_blocks<S, T>(scratch.value, row<S>(args.value, segment.batch, kv_head, first), args.value.row_stride, count,
+                        args.head_dim);
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
         for (int64_t query = begin; query < end; query += kPanel)
           forward_panel<S, T>(args, scratch, segment, head, query, key_begin);
@@ -365,8 +367,8 @@ void forward_few(const AttentionArgs& args) {
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t head = kv_head * group + r / segment.query_len;
         const int64_t query = segment.query_begin + r % segment.query_len;
-        unpack_rows(row<S>(args.out, segment.batch, head, query), 0, scratch.out + r * scratch.width, 0, 1,
-                    args.head_dim, sum[r] == 0 ? 0.0f : 1.0f / sum[r]);
+        unpack_row(row<S>(args.out, segment.batch, head, query), scratch.out + r * scratch.width, 1, args.head_dim,
+                   sum[r] == 0 ? 0.0f : 1.0f / sum[r]);
         args.lse[(segment.batch * args.query_heads + head) * args.query_len + query] = scale.lse(max[r], sum[r]);
       }
     }
@@ -377,14 +379,15 @@ void forward_few(const AttentionArgs& args) {
 
 template <class T>
 struct BackwardScratch {
-  T *key, *value, *key_columns;        // K, V (keys x depth), K^T (blocks x head_dim x kBlockN)
-  float *grad_key, *grad_value;        // dK, dV (keys x width)
+  T *key, *value;                      // K, V (keys x depth)
+  Wide<T>* key_blocks;                 // K (keys / kStep x width)
+  float *grad_key, *grad_value;        // dK, dV (keys x width), in panels
   Wide<T>*query, *grad_out;            // of the panel at hand: Q^T, dO^T (steps x kPanel)
   Wide<T>*query_rows, *grad_out_rows;  // Q, dO (kPanel / kStep x width)
   float *scores, *grad_probs;          // S^T, then P^T; dP^T, then dS^T (kBlockN x kPanel)
   T *probs, *grad_scores;              // P^T, dS^T as left operands; for T = float the same memory
   Wide<T>* grad_scores_wide;           // dS^T as right operand; likewise
-  float* grad_query;                   // dQ^T (head_dim x kPanel)
+  float* grad_query;                   // dQ (kPanel x width), in panels
   float *lse, *delta;                  // of each lane
   size_t bytes;
 
@@ -394,7 +397,7 @@ struct BackwardScratch {
     Arena arena{base};
     key = arena.take<T>(keys * size.depth);
     value = arena.take<T>(keys * size.depth);
-    key_columns = arena.take<T>(keys * args.head_dim);
+    key_blocks = arena.take<Wide<T>>(keys / kStep<T> * size.width);
     grad_key = arena.take<float>(keys * size.width);
     grad_value = arena.take<float>(keys * size.width);
     query = arena.take<Wide<T>>(size.steps * kPanel);
@@ -410,7 +413,7 @@ struct BackwardScratch {
       grad_scores = arena.take<T>(kBlockN * kPanel);
       grad_scores_wide = arena.take<Wide<T>>(kBlockN / kStep<T> * kPanel);
     }
-    grad_query = arena.take<float>(args.head_dim * kPanel);
+    grad_query = arena.take<float>(kPanel * size.width);
     lse = arena.take<float>(kPanel);
     delta = arena.take<float>(kPanel);
     bytes = arena.used;
@@ -419,23 +422,22 @@ struct BackwardScratch {
 
 // From scores and dP to P and dS = P (dP - delta), with P recomputed from the saved LSE (FlashAttention, algorithm 4).
 template <class T>
-void softmax_backward_block(const BackwardScratch<T>& scratch, const Panel& panel, int64_t key, int64_t left,
-                            int64_t count, float size, Dropout* dropout, float keep_factor) {
-  const bool masked = panel.masked(key, count);
-  for (int v = 0; v < kPanelVectors; ++v) {
+void softmax_backward_block(const BackwardScratch<T>& scratch, const Panel& panel, int64_t key, const Seen& seen,
+                            float size, Dropout* dropout, float keep_factor) {
+  for (int v = 0; v < seen.vectors; ++v) {
     const Vec lse = load(scratch.lse + v * kLanes);
     const Vec delta = load(scratch.delta + v * kLanes);
-    const int64_t seen_count = v < kPanelVectors / 2 ? left : count;
-    for (int64_t j = 0; j < seen_count; j += kStep<T>) {
+    const int64_t count = seen.count[v], unmasked = panel.unmasked(v, key, count);
+    for (int64_t j = 0; j < count; j += kStep<T>) {
       Vec ds[2] = {};
-      for (int s = 0; s < kStep<T> && j + s < seen_count; ++s) {
+      for (int s = 0; s < kStep<T> && j + s < count; ++s) {
         const int64_t at = (j + s) * kPanel + v * kLanes;
         // Rounded like the maximum in the LSE, so that equal numbers cancel to the last digit.
         Vec score = rounded(load(scratch.scores + at) * size);
         Vec p = exp2<kExpDegree<T>>((score - lse) * kLog2e), dp = load(scratch.grad_probs + at);
-        if (masked) {
-          IntVec seen = panel.sees(v, key + j + s);
-          p = seen ? p : splat(0.0f), dp = seen ? dp : splat(0.0f);
+        if (j + s >= unmasked) {
+          IntVec sees = panel.sees(v, key + j + s);
+          p = sees ? p : splat(0.0f), dp = sees ? dp : splat(0.0f);
         }
         Vec dropped = p;
         if (dropout) {
@@ -462,8 +464,8 @@ void pack_panel(const AttentionArgs& args, const BackwardScratch<T>& scratch, co
   const S* grad_out = row<S>(args.grad_out, segment.batch, head, at);
   pack_panel_columns<S, T>(scratch.query, query, args.query.row_stride, rows, args.head_dim, Scale(args.scale).sign);
   pack_panel_columns<S, T>(scratch.grad_out, grad_out, args.grad_out.row_stride, rows, args.head_dim, 1.0f);
-  pack_panel_rows<S, T>(scratch.query_rows, query, args.query.row_stride, rows, args.head_dim);
-  pack_panel_rows<S, T>(scratch.grad_out_rows, grad_out, args.grad_out.row_stride, rows, args.head_dim);
+  pack_panel_rows<S, T>(scratch.query_rows, query, args.query.row_stride, rows, args.head_dim, kPanel);
+  pack_panel_rows<S, T>(scratch.grad_out_rows, grad_out, args.grad_out.row_stride, rows, args.head_dim, kPanel);
   Wide<T>* out_columns = (Wide<T>*)scratch.grad_query;  // not in use yet
   pack_panel_columns<S, T>(out_columns, out, args.out.row_stride, rows, args.head_dim, 1.0f);
   for (int64_t v = 0; v < kPanel; v += kLanes) {
@@ -482,20 +484,6 @@ void pack_panel(const AttentionArgs& args, const BackwardScratch<T>& scratch, co
     } else {
       scratch.lse[i] = kInfinity, scratch.delta[i] = 0.0f;  // probability zero: right for idle lanes
     }
-  }
-}
-
-// dV += P^T dO or dK += dS^T Q: rows are keys, depth is queries.
-template <class T>
-void add_to_rows(const AttentionArgs& args, const T* a, const Wide<T>* b, int64_t left, int64_t count, float* c) {
-  const int64_t ld = round_up(args.head_dim, kPanel), steps = kPanel / kStep<T>;
-  for (int64_t d = 0; d < args.head_dim; d += kPanel) {
-    const Wide<T>* columns = b + d * steps;
-    const int64_t width = smaller(kPanel, args.head_dim - d);
-    multiply<T>(a, kPanel, columns, left, steps, width, c + d, ld, true);
-    if (left < count)
-      multiply<T>(a + left * kPanel + kPanel / 2, kPanel, columns + steps / 2 * kPanel, count - left, steps / 2, width,
-                  c + left * ld + d, ld, true);
   }
 }
 
@@ -518,20 +506,21 @@ void few_scores(const AttentionArgs& args, const Segment& segment, int64_t head,
 // One block of keys against the panel: the five products.
 template <class S, class T>
 void backward_block(const AttentionArgs& args, const BackwardScratch<T>& scratch, const Segment& segment, int64_t head,
-                    const Panel& panel, int64_t key, int64_t count, bool few, Dropout* dropout) {
+                    const Panel& panel, int64_t key, bool few, Dropout* dropout) {
   const Sizes<T> size(args);
-  const int64_t left = panel.left_count<T>(key, count);
-  multiply_left_right<T>(scratch.key + key * size.depth, size.depth, scratch.query, left, count, size.steps, kPanel,
-                         scratch.scores);
+  const int64_t count = smaller(kBlockN, panel.key_end - key), keys = round_up(segment.key_len, kBlockN);
+  const Seen seen = panel.seen<T>(key, count);
+  multiply_keys_queries<T>(by_rows(scratch.key + key * size.depth, size.depth), scratch.query, seen, size.steps,
+                           scratch.scores);
   if (few) few_scores<S>(args, segment, head, panel, key, count, scratch.scores);
-  multiply_left_right<T>(scratch.value + key * size.depth, size.depth, scratch.grad_out, left, count, size.steps,
-                         kPanel, scratch.grad_probs);
-  softmax_backward_block<T>(scratch, panel, key, left, count, Scale(args.scale).size, dropout,
+  multiply_keys_queries<T>(by_rows(scratch.value + key * size.depth, size.depth), scratch.grad_out, seen, size.steps,
+                           scratch.grad_probs);
+  softmax_backward_block<T>(scratch, panel, key, seen, Scale(args.scale).size, dropout,
                             (float)(1 / (1 - args.dropout_p)));
-  add_to_rows<T>(args, scratch.probs, scratch.grad_out_rows, left, count, scratch.grad_value + key * size.width);
-  add_to_rows<T>(args, scratch.grad_scores, scratch.query_rows, left, count, scratch.grad_key + key * size.width);
-  add_left_right<T>(scratch.key_columns + key * args.head_dim, kBlockN, scratch.grad_scores_wide, args.head_dim, left,
-                    count, kPanel, scratch.grad_query, true);
+  add_keys<T>(scratch.probs, scratch.grad_out_rows, seen, keys, args.head_dim, scratch.grad_value + key * kPanel);
+  add_keys<T>(scratch.grad_scores, scratch.query_rows, seen, keys, args.head_dim, scratch.grad_key + key * kPanel);
+  multiply_queries<T>(scratch.grad_scores_wide, scratch.key_blocks + key / kStep<T> * size.width, seen, panel.rows,
+                      args.head_dim, scratch.grad_query, true);
 }
 
 // A task is one key-value head of a segment with all of its query heads, so every sum has one owner and one order:
@@ -551,28 +540,31 @@ void backward(const AttentionArgs& args) {
       const int64_t kv_head = task % args.kv_heads, keys = segment.key_len;
       const S* key_rows = row<S>(args.key, segment.batch, kv_head, segment.key_begin);
       const S* value_rows = row<S>(args.value, segment.batch, kv_head, segment.key_begin);
-      pack_rows(scratch.key, size.depth, key_rows, args.key.row_stride, keys, args.head_dim, size.depth);
-      pack_rows(scratch.value, size.depth, value_rows, args.value.row_stride, keys, args.head_dim, size.depth);
-      pack_columns(scratch.key_columns, key_rows, args.key.row_stride, keys, args.head_dim);
-      memset(scratch.grad_key, 0, keys * size.width * sizeof(float));
-      memset(scratch.grad_value, 0, keys * size.width * sizeof(float));
+      pack_rows(scratch.key, size.depth, key_rows, args.key.row_stride, keys, args.head_dim);
+      pack_rows(scratch.value, size.depth, value_rows, args.value.row_stride, keys, args.head_dim);
+      pack_blocks<S, T>(scratch.key_blocks, key_rows, args.key.row_stride, keys, args.head_dim);
+      memset(scratch.grad_key, 0, round_up(keys, kBlockN) * size.width * sizeof(float));
+      memset(scratch.grad_value, 0, round_up(keys, kBlockN) * size.width * sizeof(float));
 
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
         for (int64_t query = 0; query < segment.query_len; query += kPanel) {
           const Panel panel(args, segment, query);
           Dropout dropout(args, segment, head, query);
           pack_panel<S, T>(args, scratch, segment, head, panel);
-          memset(scratch.grad_query, 0, args.head_dim * kPanel * sizeof(float));
-          for (int64_t key = panel.key_begin / kBlockN * kBlockN; key < panel.key_end; key += kBlockN)
-            backward_block<S, T>(args, scratch, segment, head, panel, key, smaller(kBlockN, panel.key_end - key), few,
+          memset(scratch.grad_query, 0, kPanel * size.width * sizeof(float));
+          for (int64_t block = panel.key_begin / kBlockN * kBlockN; block < panel.key_end; block += kBlockN)
+            backward_block<S, T>(args, scratch, segment, head, panel, block, few,
                                  args.dropout_p > 0 ? &dropout : nullptr);
-          unpack_columns(row<S>(args.grad_query, segment.batch, head, segment.query_begin + query),
-                         args.grad_query.row_stride, scratch.grad_query, panel.rows, args.head_dim, args.scale);
+          for (int64_t i = 0; i < panel.rows; ++i)
+            unpack_row(row<S>(args.grad_query, segment.batch, head, segment.query_begin + query + i),
+                       scratch.grad_query + i * kPanel, kPanel, args.head_dim, args.scale);
         }
-      unpack_rows(row<S>(args.grad_key, segment.batch, kv_head, segment.key_begin), args.grad_key.row_stride,
-                  scratch.grad_key, size.width, keys, args.head_dim, args.scale);
-      unpack_rows(row<S>(args.grad_value, segment.batch, kv_head, segment.key_begin), args.grad_value.row_stride,
-                  scratch.grad_value, size.width, keys, args.head_dim, 1.0f);
+      for (int64_t i = 0; i < keys; ++i) {
+        unpack_row(row<S>(args.grad_key, segment.batch, kv_head, segment.key_begin + i), scratch.grad_key + i * kPanel,
+                   round_up(keys, kBlockN), args.head_dim, args.scale);
+        unpack_row(row<S>(args.grad_value, segment.batch, kv_head, segment.key_begin + i),
+                   scratch.grad_value + i * kPanel, round_up(keys, kBlockN), args.head_dim, 1.0f);
+      }
     }
   }
 }

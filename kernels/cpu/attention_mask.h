@@ -27,7 +27,6 @@ Range visible(const AttentionArgs& args, const Segment& segment, int64_t query) 
 struct Panel {
   int64_t first, rows;  // queries [first, first + rows) of the segment; the other lanes are idle
   int64_t key_begin, key_end;      // keys that any of them sees
-  int64_t full_begin, full_end;    // keys that all of them see: blocks inside need no mask
   alignas(64) int32_t begin[kPanel], end[kPanel];
 
   Panel(const AttentionArgs& args, const Segment& segment, int64_t first_query)
@@ -37,16 +36,19 @@ struct Panel {
       begin[i] = (int32_t)range.begin, end[i] = (int32_t)range.end;
     }
     key_begin = begin[0], key_end = end[rows - 1];
-    full_begin = begin[rows - 1], full_end = end[0];
-  }
-  bool masked(int64_t key, int64_t count) const { return key < full_begin || key + count > full_end; }
-  // Of `count` keys from `key`, how many the left half of the lanes sees at the most; all if there is no other half.
-  template <class T>
-  int64_t left_count(int64_t key, int64_t count) const {
-    if (rows <= kPanel / 2) return count;
-    return smaller(count, round_up(larger(0, end[kPanel / 2 - 1] - key), kStep<T>));
   }
   int vectors() const { return (int)((rows + kLanes - 1) / kLanes); }
+  template <class T>
+  Seen seen(int64_t key, int64_t count) const {
+    Seen seen{vectors(), {}};
+    for (int v = 0; v < seen.vectors; ++v)
+      seen.count[v] = smaller(count, round_up(larger(0, end[(v + 1) * kLanes - 1] - key), kStep<T>));
+    return seen;
+  }
+  // How many keys from `key` on all queries of a vector see: these need no mask.
+  int64_t unmasked(int vector, int64_t key, int64_t count) const {
+    return key < begin[(vector + 1) * kLanes - 1] ? 0 : smaller(count, larger(0, end[vector * kLanes] - key));
+  }
 
   // All ones in the lanes that see this key.
   IntVec sees(int vector, int64_t key) const {

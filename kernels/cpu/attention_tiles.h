@@ -11,7 +11,9 @@ namespace {
 constexpr int kPanel = kPanelVectors * kLanes;  // queries in one block of scores
 constexpr int kBlockN = 64;                     // keys in one block of scores
 constexpr int kTileRows = 6;                    // rows of one register tile
-constexpr int kDepth = 64;  // terms that are added up on their own: the error of a sum grows with its length
+// Terms of a dot product that are added up on their own: the error of a sum grows with its length. Fewer where vectors
+// are short, since there a product is rounded before it is added.
+constexpr int kDepth = 4 * kLanes;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -19,14 +21,28 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- the matrix product -----------------------------------------------------------------------------------------------
 //
-// C (rows x width) = or += A (rows x depth) B (depth x width). A is row-major in T. B is in Wide<T>: a float, or two
-// bfloat16 that are neighbours in depth, side by side for one column; `steps` counts those, so depth = steps x kStep.
+// C (rows x width) = or += A (rows x depth) B (depth x width), in T. B is in Wide<T>: a float, or two bfloat16 that are
+// neighbours in depth, side by side for one column; `steps` counts those, so depth = steps x kStep. B and C lie in
+// panels of kPanel columns, one after the other: a product is made for one panel of each.
 
 template <class T> struct Operand;
 template <> struct Operand<float> { using Wide = float; static constexpr int kStep = 1; };
 template <> struct Operand<bfloat16> { using Wide = uint32_t; static constexpr int kStep = 2; };
 template <class T> using Wide = typename Operand<T>::Wide;
 template <class T> constexpr int kStep = Operand<T>::kStep;
+
+// A: the kStep numbers of row r and step k begin at data + r * row + k * step.
+template <class T>
+struct Left {
+  const T* data;
+  int64_t row, step;
+  Left from_row(int64_t r) const { return {data + r * row, row, step}; }
+  Left from_step(int64_t k) const { return {data + k * step, row, step}; }
+};
+template <class T>
+Left<T> by_rows(const T* data, int64_t ld) { return {data, ld, kStep<T>}; }
+template <class T>  // what was packed as a right operand, turned
+Left<T> by_columns(const Wide<T>* data) { return {(const T*)data, kStep<T>, kStep<T> * kPanel}; }
 
 GPTCORE_INLINE void multiply_add(Vec& acc, Vec a, Vec b) { acc += a * b; }
 GPTCORE_INLINE Vec splat_wide(const float* p) { return splat(*p); }
@@ -48,7 +64,7 @@ GPTCORE_INLINE UintVec load_wide(const uint32_t* p) { return bit_cast<UintVec>(l
 #define GPTCORE_UNROLL _Pragma("GCC unroll 8")
 
 template <int Rows, int Vectors, class T>
-void tile(const T* a, int64_t lda, const Wide<T>* b, int64_t steps, float* c, int64_t ldc, bool accumulate) {
+GPTCORE_INLINE void tile(Left<T> a, const Wide<T>* b, int64_t steps, float* c, bool accumulate) {
   Vec acc[Rows][Vectors];
   GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
     GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] = Vec{};
@@ -57,68 +73,83 @@ void tile(const T* a, int64_t lda, const Wide<T>* b, int64_t steps, float* c, in
     GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) row[v] = load_wide(b + k * kPanel + v * kLanes);
     GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
       GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v)
-        multiply_add(acc[r][v], splat_wide(a + r * lda + k * kStep<T>), row[v]);
+        multiply_add(acc[r][v], splat_wide(a.data + r * a.row + k * a.step), row[v]);
   }
   GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
     GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) {
-      float* to = c + r * ldc + v * kLanes;
+      float* to = c + r * kPanel + v * kLanes;
       store(to, accumulate ? load(to) + acc[r][v] : acc[r][v]);
     }
 }
 
 template <int Vectors, class T>
-void multiply_rows(const T* a, int64_t lda, const Wide<T>* b, int64_t rows, int64_t steps, float* c, int64_t ldc,
-                   bool accumulate) {
-  for (; rows >= kTileRows; rows -= kTileRows, a += kTileRows * lda, c += kTileRows * ldc)
-    tile<kTileRows, Vectors>(a, lda, b, steps, c, ldc, accumulate);
-  switch (rows) {
-    case 5: return tile<5, Vectors>(a, lda, b, steps, c, ldc, accumulate);
-    case 4: return tile<4, Vectors>(a, lda, b, steps, c, ldc, accumulate);
-    case 3: return tile<3, Vectors>(a, lda, b, steps, c, ldc, accumulate);
-    case 2: return tile<2, Vectors>(a, lda, b, steps, c, ldc, accumulate);
-    case 1: return tile<1, Vectors>(a, lda, b, steps, c, ldc, accumulate);
+void multiply_rows(Left<T> a, const Wide<T>* b, int64_t rows, int64_t steps, float* c, bool accumulate) {
+  for (int64_t tiles = (rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+    const int64_t count = (rows + tiles - 1) / tiles;  // of tiles that are about the same
+    switch (count) {
+      case 6: tile<6, Vectors>(a, b, steps, c, accumulate); break;
+      case 5: tile<5, Vectors>(a, b, steps, c, accumulate); break;
+      case 4: tile<4, Vectors>(a, b, steps, c, accumulate); break;
+      case 3: tile<3, Vectors>(a, b, steps, c, accumulate); break;
+      case 2: tile<2, Vectors>(a, b, steps, c, accumulate); break;
+      case 1: tile<1, Vectors>(a, b, steps, c, accumulate); break;
+    }
+    rows -= count, a = a.from_row(count), c += count * kPanel;
   }
 }
 
-// The first `width` columns (rounded up to whole vectors) of a product whose B has rows of kPanel.
+// The first `width` columns, rounded up to whole vectors.
 template <class T>
-void multiply(const T* a, int64_t lda, const Wide<T>* b, int64_t rows, int64_t steps, int64_t width, float* c,
-              int64_t ldc, bool accumulate) {
+void multiply(Left<T> a, const Wide<T>* b, int64_t rows, int64_t steps, int64_t width, float* c, bool accumulate) {
   switch ((width + kLanes - 1) / kLanes) {
-    case 1: return multiply_rows<1>(a, lda, b, rows, steps, c, ldc, accumulate);
-    case 2: return multiply_rows<2>(a, lda, b, rows, steps, c, ldc, accumulate);
+    case 1: return multiply_rows<1>(a, b, rows, steps, c, accumulate);
+    case 2: return multiply_rows<2>(a, b, rows, steps, c, accumulate);
 #if defined(__AVX512F__)
-    case 3: return multiply_rows<3>(a, lda, b, rows, steps, c, ldc, accumulate);
-    case 4: return multiply_rows<4>(a, lda, b, rows, steps, c, ldc, accumulate);
+    case 3: return multiply_rows<3>(a, b, rows, steps, c, accumulate);
+    case 4: return multiply_rows<4>(a, b, rows, steps, c, accumulate);
 #endif
   }
 }
 
-// Under a causal mask the left half of a panel's queries sees only the first `left` of `count` keys: the products of a
-// block of scores spare what no query of a half sees.
+// How many keys of a block each vector of a panel's queries sees at the most: no fewer than the vector before it. The
+// products of a block of scores spare what no query of a vector sees.
+struct Seen {
+  int vectors;
+  int64_t count[kPanelVectors];
+  int64_t most() const { return count[vectors - 1]; }
+};
 
-// S^T = K Q^T: rows are keys.
+// S^T = K Q^T or dP^T = V dO^T: rows are keys, columns queries, depth is head_dim.
 template <class T>
-void multiply_left_right(const T* a, int64_t lda, const Wide<T>* b, int64_t left, int64_t count, int64_t steps,
-                         int64_t width, float* c) {
+void multiply_keys_queries(Left<T> a, const Wide<T>* b, const Seen& seen, int64_t steps, float* c) {
   constexpr int64_t kSteps = kDepth / kStep<T>;
-  for (int64_t done = 0; done < steps; done += kSteps, a += kDepth, b += kSteps * kPanel) {
-    const int64_t these = smaller(kSteps, steps - done);
-    multiply<T>(a, lda, b, left, these, width, c, kPanel, done > 0);
-    if (left < count)
-      multiply<T>(a + left * lda, lda, b + kPanel / 2, count - left, these, width - kPanel / 2,
-                  c + left * kPanel + kPanel / 2, kPanel, done > 0);
-  }
+  for (int64_t done = 0; done < steps; done += kSteps, a = a.from_step(kSteps), b += kSteps * kPanel)
+    for (int64_t v = 0, key = 0; v < seen.vectors; key = seen.count[v++])
+      multiply<T>(a.from_row(key), b + v * kLanes, seen.count[v] - key, smaller(kSteps, steps - done),
+                  (seen.vectors - v) * kLanes, c + key * kPanel + v * kLanes, done > 0);
 }
 
-// O^T += V^T P^T: depth is keys.
+// O = or += P V, dQ += dS K: rows are `queries`, columns head_dim, depth is the block of keys.
 template <class T>
-void add_left_right(const T* a, int64_t lda, const Wide<T>* b, int64_t rows, int64_t left, int64_t count, int64_t width,
-                    float* c, bool accumulate) {
-  const int64_t left_steps = (left + kStep<T> - 1) / kStep<T>, steps = (count + kStep<T> - 1) / kStep<T>;
-  if (left == count) return multiply<T>(a, lda, b, rows, steps, width, c, kPanel, accumulate);
-  multiply<T>(a, lda, b, rows, left_steps, kPanel / 2, c, kPanel, accumulate);
-  multiply<T>(a, lda, b + kPanel / 2, rows, steps, width - kPanel / 2, c + kPanel / 2, kPanel, accumulate);
+void multiply_queries(const Wide<T>* a, const Wide<T>* b, const Seen& seen, int64_t queries, int64_t head_dim, float* c,
+                      bool accumulate) {
+  for (int64_t d = 0; d < head_dim; d += kPanel)
+    for (int64_t v = 0, end; v < seen.vectors; v = end) {
+      for (end = v + 1; end < seen.vectors && seen.count[end] == seen.count[v];) ++end;
+      multiply<T>(by_columns<T>(a + v * kLanes), b + d * (kBlockN / kStep<T>), smaller(queries, end * kLanes) - v * kLanes,
+                  (seen.count[v] + kStep<T> - 1) / kStep<T>, smaller(kPanel, head_dim - d),
+                  c + (d + v * kLanes) * kPanel, accumulate);
+    }
+}
+
+// dV += P^T dO, dK += dS^T Q: rows are keys, columns head_dim, depth is the panel of queries. Panels of C are `keys` long.
+template <class T>
+void add_keys(const T* a, const Wide<T>* b, const Seen& seen, int64_t keys, int64_t head_dim, float* c) {
+  for (int64_t d = 0; d < head_dim; d += kPanel)
+    for (int64_t v = 0, key = 0; v < seen.vectors; key = seen.count[v++])
+      multiply<T>(by_rows(a + key * kPanel + v * kLanes, kPanel), b + (d + v * kLanes) / kStep<T> * kPanel,
+                  seen.count[v] - key, (seen.vectors - v) * kLanes / kStep<T>, smaller(kPanel, head_dim - d),
+                  c + d * keys + key * kPanel, true);
 }
 
 // ---- packing: from strided rows of any storage type S to operands of type T -------------------------------------------
@@ -162,56 +193,19 @@ GPTCORE_INLINE void load_square(Vec (&v)[kLanes], const S* source, int64_t strid
   for (int i = 0; i < kLanes; ++i) v[i] = i < rows ? load_up_to(source + i * stride, columns) : Vec{};
 }
 
-// A, one source row a row, zeros up to `depth` columns (a multiple of kStep).
-template <class T>
-void pack_rows(T* to, int64_t ld, const T* source, int64_t stride, int64_t rows, int64_t columns, int64_t depth) {
-  for (int64_t i = 0; i < rows; ++i) {
-    memcpy(to + i * ld, source + i * stride, columns * sizeof(T));
-    memset(to + i * ld + columns, 0, (depth - columns) * sizeof(T));
-  }
-}
+// A, one source row a row, zeros up to `depth` columns (a multiple of kStep). It would do as it lies, if nothing is
+// converted; but this copy comes in from memory at full speed, which rows that are read side by side do not.
 template <class S, class T>
-void pack_rows(T* to, int64_t ld, const S* source, int64_t stride, int64_t rows, int64_t columns, int64_t depth) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < depth; j += kLanes) {
-      Vec v = j < columns ? load_up_to(source + i * stride + j, columns - j) : Vec{};
-      store_up_to(to + i * ld + j, v, depth - j);
+void pack_rows(T* to, int64_t depth, const S* source, int64_t stride, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i, to += depth, source += stride)
+    if constexpr (sizeof(S) == sizeof(T)) {
+      memcpy(to, source, columns * sizeof(T));
+      memset(to + columns, 0, (depth - columns) * sizeof(T));
+    } else {
+      for (int64_t j = 0; j < depth; j += kLanes)
+        store_up_to(to + j, j < columns ? load_up_to(source + j, columns - j) : Vec{}, depth - j);
     }
 }
-
-// A, one source column a row: to[column][row], in blocks of kBlockN source rows, each `columns` x kBlockN.
-template <class S, class T>
-void pack_columns(T* to, const S* source, int64_t stride, int64_t rows, int64_t columns) {
-  for (int64_t i = 0; i < rows; i += kLanes) {
-    T* block = to + i / kBlockN * kBlockN * columns + i % kBlockN;
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      Vec v[kLanes];
-      load_square(v, source + i * stride + j, stride, rows - i, columns - j);
-      transpose(v);
-      for (int64_t c = 0; c < smaller(kLanes, columns - j); ++c) store(block + (j + c) * kBlockN, v[c]);
-    }
-  }
-}
-
-#if defined(__AVX512BF16__)
-// The same from bfloat16 to bfloat16: rows in pairs, which are moved as one number of 32 bits.
-void pack_columns(bfloat16* to, const bfloat16* source, int64_t stride, int64_t rows, int64_t columns) {
-  for (int64_t i = 0; i < rows; i += 2 * kLanes) {
-    bfloat16* block = to + i / kBlockN * kBlockN * columns + i % kBlockN;
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      Vec v[kLanes];
-      for (int r = 0; r < kLanes; ++r) {
-        const bfloat16* at = source + (i + 2 * r) * stride + j;
-        Vec pair[2];
-        for (int s = 0; s < 2; ++s) pair[s] = i + 2 * r + s < rows ? load_up_to(at + s * stride, columns - j) : Vec{};
-        v[r] = bit_cast<Vec>(bit_cast<UintVec>(pair[0]) >> 16 | bit_cast<UintVec>(pair[1]));
-      }
-      transpose(v);
-      for (int64_t c = 0; c < smaller(kLanes, columns - j); ++c) store((float*)(block + (j + c) * kBlockN), v[c]);
-    }
-  }
-}
-#endif
 
 // B, one source row a column: depth runs along the source's columns; kPanel source rows, times `sign`.
 template <class S, class T>
@@ -231,12 +225,12 @@ void pack_panel_columns(Wide<T>* to, const S* source, int64_t stride, int64_t ro
     }
 }
 
-// B, one source column a column: depth runs along the rows; panels of kPanel columns, each kPanel rows deep.
+// B, one source column a column: depth runs along the rows, `depth` of them; in panels of kPanel columns.
 template <class S, class T>
-void pack_panel_rows(Wide<T>* to, const S* source, int64_t stride, int64_t rows, int64_t columns) {
+void pack_panel_rows(Wide<T>* to, const S* source, int64_t stride, int64_t rows, int64_t columns, int64_t depth) {
   for (int64_t j = 0; j < columns; j += kLanes) {
-    Wide<T>* panel = to + j / kPanel * kPanel * (kPanel / kStep<T>) + j % kPanel;
-    for (int64_t i = 0; i < kPanel; i += kStep<T>) {
+    Wide<T>* panel = to + j / kPanel * kPanel * (depth / kStep<T>) + j % kPanel;
+    for (int64_t i = 0; i < depth; i += kStep<T>) {
       Vec v[2];
       for (int s = 0; s < kStep<T>; ++s)
         v[s] = i + s < rows ? load_up_to(source + (i + s) * stride + j, columns - j) : Vec{};
@@ -245,23 +239,11 @@ void pack_panel_rows(Wide<T>* to, const S* source, int64_t stride, int64_t rows,
   }
 }
 
-// From accumulators with one destination row a column (rows of kPanel) to the strided rows of a tensor, times `factor`.
+// From row 0 of accumulators in panels, each `rows` long, to a row of a tensor, times `factor`.
 template <class S>
-void unpack_columns(S* to, int64_t stride, const float* from, int64_t rows, int64_t columns, float factor) {
-  for (int64_t i = 0; i < rows; i += kLanes)
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      Vec v[kLanes];
-      for (int c = 0; c < kLanes; ++c) v[c] = j + c < columns ? load(from + (j + c) * kPanel + i) * factor : Vec{};
-      transpose(v);
-      for (int64_t r = 0; r < smaller(kLanes, rows - i); ++r) store_up_to(to + (i + r) * stride + j, v[r], columns - j);
-    }
-}
-
-template <class S>
-void unpack_rows(S* to, int64_t stride, const float* from, int64_t ld, int64_t rows, int64_t columns, float factor) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += kLanes)
-      store_up_to(to + i * stride + j, load(from + i * ld + j) * factor, columns - j);
+void unpack_row(S* to, const float* from, int64_t rows, int64_t columns, float factor) {
+  for (int64_t j = 0; j < columns; j += kLanes)
+    store_up_to(to + j, load(from + j / kPanel * kPanel * rows + j % kPanel) * factor, columns - j);
 }
 
 }  // namespace
