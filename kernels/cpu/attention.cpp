@@ -116,10 +116,11 @@ template <class T> constexpr int kExpDegree = kStep<T> == 1 ? 6 : 5;
 constexpr float kMaxLag = 8.0f;
 
 // One step of the online softmax for one vector of queries over `count` keys: scores become probabilities relative to
-// the maximum; if that has to rise, what was accumulated under the old one is scaled down.
-template <class T>
+// the maximum; if that has to rise, what was accumulated under the old one is scaled down. An `if` around dropout in the
+// innermost loop, instead of kDropout, would double its time.
+template <bool kDropout, class T>
 void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, int64_t key, int64_t count, bool first,
-                   float size_log2, int64_t width, Dropout* dropout, float keep_factor) {
+                   float size_log2, int64_t width, Dropout& dropout, float keep_factor) {
   float* scores = scratch.scores + v * kLanes;
   const int64_t unmasked = panel.unmasked(v, key, count);
   Vec block_max = splat(-kInfinity);
@@ -137,12 +138,11 @@ void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, 
     // A lane that has seen no key yet has a maximum of -inf, and -inf - -inf would be NaN.
     Vec shrink = exp2((old_max - (new_max == -kInfinity ? splat(0.0f) : new_max)) * size_log2);
     sum *= shrink;
-    for (int64_t i = 0; i < smaller(kLanes, panel.rows - v * kLanes) && !first; ++i) {
+    for (int64_t i = 0; i < smaller(kLanes, panel.rows - v * kLanes) && !first; ++i)
       for (int64_t d = 0; d < width; d += kLanes) {
         float* out = scratch.out + (d / kPanel * kPanel + v * kLanes + i) * kPanel + d % kPanel;
         store(out, load(out) * shrink[i]);
       }
-    }
     store(scratch.max + v * kLanes, old_max = new_max);
   }
   const Vec shift = old_max == -kInfinity ? splat(0.0f) : old_max;
@@ -151,7 +151,7 @@ void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, 
     for (int s = 0; s < kStep<T>; ++s) {
       p[s] = exp2<kExpDegree<T>>((load(scores + (j + s) * kPanel) - shift) * size_log2);
       sum += p[s];
-      if (dropout) p[s] = dropout->keeps(v, key + j + s) ? p[s] * keep_factor : splat(0.0f);
+      if (kDropout) p[s] = dropout.keeps(v, key + j + s) ? p[s] * keep_factor : splat(0.0f);
     }
     store_wide(scratch.probs + j / kStep<T> * kPanel + v * kLanes, p);
   }
@@ -171,6 +171,7 @@ void forward_panel(const AttentionArgs& args, const ForwardScratch<T>& scratch, 
   for (int i = 0; i < kPanel; ++i) scratch.max[i] = -kInfinity, scratch.sum[i] = 0.0f;
   if (panel.key_begin == panel.key_end) memset(scratch.out, 0, kPanel * size.width * sizeof(float));
 
+  const auto softmax = args.dropout_p > 0 ? softmax_block<true, T> : softmax_block<false, T>;
   const int64_t first_key = panel.key_begin / kBlockN * kBlockN;
   for (int64_t key = first_key; key < panel.key_end; key += kBlockN) {
     const Seen seen = panel.seen<T>(key, smaller(kBlockN, panel.key_end - key));
@@ -178,8 +179,8 @@ void forward_panel(const AttentionArgs& args, const ForwardScratch<T>& scratch, 
     multiply_keys_queries<T>(by_rows(scratch.key + (key - packed_from) * size.depth, size.depth), scratch.query, seen,
                              size.steps, scratch.scores);
     for (int v = 0; v < seen.vectors; ++v)
-      softmax_block<T>(scratch, panel, v, key, seen.count[v], first, scale.size_log2, size.width,
-                       args.dropout_p > 0 ? &dropout : nullptr, (float)(1 / (1 - args.dropout_p)));
+      softmax(scratch, panel, v, key, seen.count[v], first, scale.size_log2, size.width, dropout,
+              (float)(1 / (1 - args.dropout_p)));
     multiply_queries<T>(scratch.probs, scratch.value + (key - packed_from) / kStep<T> * size.width, seen, panel.rows,
                         args.head_dim, scratch.out, !first);
   }
@@ -421,9 +422,9 @@ struct BackwardScratch {
 };
 
 // From scores and dP to P and dS = P (dP - delta), with P recomputed from the saved LSE (FlashAttention, algorithm 4).
-template <class T>
+template <bool kDropout, class T>
 void softmax_backward_block(const BackwardScratch<T>& scratch, const Panel& panel, int64_t key, const Seen& seen,
-                            float size, Dropout* dropout, float keep_factor) {
+                            float size, Dropout& dropout, float keep_factor) {
   for (int v = 0; v < seen.vectors; ++v) {
     const Vec lse = load(scratch.lse + v * kLanes);
     const Vec delta = load(scratch.delta + v * kLanes);
@@ -440,8 +441,8 @@ void softmax_backward_block(const BackwardScratch<T>& scratch, const Panel& pane
           p = sees ? p : splat(0.0f), dp = sees ? dp : splat(0.0f);
         }
         Vec dropped = p;
-        if (dropout) {
-          IntVec kept = dropout->keeps(v, key + j + s);
+        if (kDropout) {
+          IntVec kept = dropout.keeps(v, key + j + s);
           dropped = kept ? p * keep_factor : splat(0.0f), dp = kept ? dp * keep_factor : splat(0.0f);
         }
         ds[s] = p * (dp - delta);
@@ -506,7 +507,7 @@ void few_scores(const AttentionArgs& args, const Segment& segment, int64_t head,
 // One block of keys against the panel: the five products.
 template <class S, class T>
 void backward_block(const AttentionArgs& args, const BackwardScratch<T>& scratch, const Segment& segment, int64_t head,
-                    const Panel& panel, int64_t key, bool few, Dropout* dropout) {
+                    const Panel& panel, int64_t key, bool few, Dropout& dropout) {
   const Sizes<T> size(args);
   const int64_t count = smaller(kBlockN, panel.key_end - key), keys = round_up(segment.key_len, kBlockN);
   const Seen seen = panel.seen<T>(key, count);
@@ -515,8 +516,8 @@ void backward_block(const AttentionArgs& args, const BackwardScratch<T>& scratch
   if (few) few_scores<S>(args, segment, head, panel, key, count, scratch.scores);
   multiply_keys_queries<T>(by_rows(scratch.value + key * size.depth, size.depth), scratch.grad_out, seen, size.steps,
                            scratch.grad_probs);
-  softmax_backward_block<T>(scratch, panel, key, seen, Scale(args.scale).size, dropout,
-                            (float)(1 / (1 - args.dropout_p)));
+  const auto softmax = args.dropout_p > 0 ? softmax_backward_block<true, T> : softmax_backward_block<false, T>;
+  softmax(scratch, panel, key, seen, Scale(args.scale).size, dropout, (float)(1 / (1 - args.dropout_p)));
   add_keys<T>(scratch.probs, scratch.grad_out_rows, seen, keys, args.head_dim, scratch.grad_value + key * kPanel);
   add_keys<T>(scratch.grad_scores, scratch.query_rows, seen, keys, args.head_dim, scratch.grad_key + key * kPanel);
   multiply_queries<T>(scratch.grad_scores_wide, scratch.key_blocks + key / kStep<T> * size.width, seen, panel.rows,
@@ -553,8 +554,7 @@ void backward(const AttentionArgs& args) {
           pack_panel<S, T>(args, scratch, segment, head, panel);
           memset(scratch.grad_query, 0, kPanel * size.width * sizeof(float));
           for (int64_t block = panel.key_begin / kBlockN * kBlockN; block < panel.key_end; block += kBlockN)
-            backward_block<S, T>(args, scratch, segment, head, panel, block, few,
-                                 args.dropout_p > 0 ? &dropout : nullptr);
+            backward_block<S, T>(args, scratch, segment, head, panel, block, few, dropout);
           for (int64_t i = 0; i < panel.rows; ++i)
             unpack_row(row<S>(args.grad_query, segment.batch, head, segment.query_begin + query + i),
                        scratch.grad_query + i * kPanel, kPanel, args.head_dim, args.scale);
