@@ -136,20 +136,8 @@ GPTCORE_DEVICE uint32_t pack<float16>(float lo, float hi) {
   return bits;
 }
 
-// The stream variants are for data that is used once and should not displace other data from the caches.
-GPTCORE_DEVICE Vec16 load_vec(const void* global) { return *static_cast<const Vec16*>(global); }
-GPTCORE_DEVICE Vec16 load_vec_stream(const void* global) {
-  Vec16 v;
-  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(__cvta_generic_to_global(global))
-               : "memory");
-  return v;
-}
+GPTCORE_DEVICE Vec16 load_vec(const void* from) { return *static_cast<const Vec16*>(from); }
 GPTCORE_DEVICE void store_vec(void* to, Vec16 v) { *static_cast<Vec16*>(to) = v; }
-GPTCORE_DEVICE void store_vec_stream(void* global, Vec16 v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "r"(v.w[0]),
-               "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
-}
 
 #else
 
@@ -234,9 +222,7 @@ GPTCORE_DEVICE uint32_t pack<float16>(float lo, float hi) {
 }
 
 GPTCORE_DEVICE Vec16 load_vec(const void* from) { return __builtin_bit_cast(Vec16, simt::load_vec(from)); }
-GPTCORE_DEVICE Vec16 load_vec_stream(const void* from) { return load_vec(from); }
 GPTCORE_DEVICE void store_vec(void* to, Vec16 v) { simt::store_vec(to, __builtin_bit_cast(simt::Words4, v)); }
-GPTCORE_DEVICE void store_vec_stream(void* to, Vec16 v) { store_vec(to, v); }
 
 #endif
 
