@@ -45,6 +45,7 @@ from test_ops import (  # noqa: F401
     test_only_the_gradients_that_are_needed,
     test_slices_of_one_projection_and_expanded_tensors,
     test_strides_do_not_change_a_bit,
+    test_tensors_without_elements,
 )
 from torch import Tensor
 

@@ -105,13 +105,9 @@ GPTCORE_DEVICE float rcp_approx(float x) {  // 1 ulp
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-GPTCORE_DEVICE float exp_of(float x) { return expf(x); }
 GPTCORE_DEVICE float log_of(float x) { return logf(x); }
-GPTCORE_DEVICE float tanh_of(float x) { return tanhf(x); }
-GPTCORE_DEVICE float erf_of(float x) { return erff(x); }
 GPTCORE_DEVICE float rsqrt_of(float x) { return rsqrtf(x); }
 GPTCORE_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }  // never part of a fused multiply-add
-GPTCORE_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 GPTCORE_DEVICE uint32_t mul_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 GPTCORE_DEVICE float to_float(float x) { return x; }
@@ -198,13 +194,9 @@ GPTCORE_DEVICE float exp2_approx(float x) {
   return y < 0x1p-126f ? 0.0f : y;  // NaN stays NaN
 }
 GPTCORE_DEVICE float rcp_approx(float x) { return simt::special(1 / x); }
-GPTCORE_DEVICE float exp_of(float x) { return simt::special(expf(x)); }
 GPTCORE_DEVICE float log_of(float x) { return simt::special(logf(x)); }
-GPTCORE_DEVICE float tanh_of(float x) { return simt::special(tanhf(x)); }
-GPTCORE_DEVICE float erf_of(float x) { return simt::special(erff(x)); }
 GPTCORE_DEVICE float rsqrt_of(float x) { return simt::special(1 / sqrtf(x)); }
 GPTCORE_DEVICE float mul_rn(float a, float b) { return a * b; }
-GPTCORE_DEVICE float add_rn(float a, float b) { return a + b; }
 GPTCORE_DEVICE uint32_t mul_high(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b >> 32; }
 
 GPTCORE_DEVICE float to_float(float x) { return x; }
