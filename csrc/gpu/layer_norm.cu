@@ -23,7 +23,7 @@ RowPlan forward_plan(const LayerNormArgs& args) {
       whole_vectors(args.width, {args.x, args.residual, args.weight, args.bias, args.out, args.sum});
   const int warps = warps_of_row(args.width, kForwardChunks, kForwardWarps);
   if (warps == 1) return {1, int(std::min<int64_t>(kForwardWarps, ceil_div(args.rows, multiprocessors()))), vectors};
-  return {warps, warps == 0 ? 1 : std::max(1, 4 / warps), vectors};
+  return {warps, warps == kForwardSharing ? 2 : 1, vectors};
 }
 
 // As many rows at a time as a block holds.
@@ -41,11 +41,6 @@ unsigned backward_blocks(const LayerNormArgs& args, const RowPlan& plan) {
   return unsigned(std::min<int64_t>(ceil_div(args.rows, std::max(4, plan.groups)), multiprocessors()));
 }
 
-// Floats of shared memory through which the groups of a block hand on `chunks` chunks of each thread of a row.
-size_t shared_floats(const RowPlan& plan, int chunks) {
-  return plan.groups > 1 ? size_t(chunks) * kChunk * 32 * plan.warps : 0;
-}
-
 template <class X, class R>
 void forward(const LayerNormArgs& args) {
   const RowPlan plan = forward_plan(args);
@@ -59,7 +54,7 @@ void forward(const LayerNormArgs& args) {
   const int warps = plan.warps * plan.groups, resident = multiprocessors() * std::max(1, kForwardWarps / warps);
   const unsigned blocks = unsigned(std::min<int64_t>(ceil_div(args.rows, plan.groups), resident));
   launch({"layer_norm_forward", blocks, 1, 1, unsigned(32 * warps),
-          (kForwardSums + shared_floats(plan, 2 * kForwardChunks)) * sizeof(float), args.stream},
+          (kForwardSums + (plan.groups > 1 ? kForwardShared : 0)) * sizeof(float), args.stream},
          layer_norm_forward_kernel<X, R>, args, plan);
 }
 
@@ -74,7 +69,7 @@ void backward(const LayerNormArgs& args) {
     return;
   }
   launch({"layer_norm_backward", blocks, 1, 1, unsigned(32 * plan.warps * plan.groups),
-          (kBackwardSums + shared_floats(plan, 2 * kBackwardChunks<T>)) * sizeof(float), args.stream},
+          (kBackwardSums + (plan.groups > 1 ? kBackwardShared<T> : 0)) * sizeof(float), args.stream},
          layer_norm_backward_kernel<T>, args, plan);
 }
 

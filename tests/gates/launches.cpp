@@ -42,9 +42,8 @@ void widths(const char* math) {
 
 template <class T>
 void layer_norm_backward(const char* type) {
-  const int groups_share = 2 * kBackwardChunks<T> * kChunk * 32 * (kBackwardWarps / 2);  // with two groups
   std::printf("layer_norm_backward_kernel<%s> %d %d\n", type, kBackwardThreads,
-              int(sizeof(float)) * (kBackwardSums + groups_share));
+              int(sizeof(float)) * (kBackwardSums + kBackwardShared<T>));
 }
 
 int main() {
@@ -57,8 +56,7 @@ int main() {
   layer_norm_backward<float>("float");
   std::printf("attention_delta %d 0\n", kDeltaThreads);
   std::printf("attention_combine %d %d\n", kCombineThreads, int(kCombineThreads / 32 * kMaxSplits * sizeof(float)));
-  const int groups_share = 2 * kForwardChunks * kChunk * 32 * 2;  // with rows of two warps
-  std::printf("layer_norm_forward_kernel %d %d\n", kForwardThreads, int(sizeof(float)) * (kForwardSums + groups_share));
+  std::printf("layer_norm_forward_kernel %d %d\n", kForwardThreads, int(sizeof(float)) * (kForwardSums + kForwardShared));
   std::printf("layer_norm_forward_wide %d %d\n", kForwardThreads, int(sizeof(float)) * kForwardSums);
   std::printf("layer_norm_backward_wide %d %d\n", kBackwardThreads, int(sizeof(float)) * kBackwardSums);
   std::printf("gelu_forward %d 0\n", 32 * kGeluWarps);
