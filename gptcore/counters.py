@@ -202,10 +202,10 @@ def count() -> Iterator[Count]:
 def table(counts: list[Count]) -> str:
     """Markdown: what was counted, then the bounds that follow."""
     lines = [
-        f"Attention: one causal head of {S} x {D}; layer norm: {ROWS} x {WIDTH}; GELU: {GELU_ROWS} x {WIDTH}; bfloat16.",
-        "Global bytes are those that threads ask for. What they ask for again (keys by the next tile of queries, the",
-        "weight of a layer norm by the next block) is the caches' to serve; different bytes are what memory must move at",
-        "least.",
+        f"Attention: one causal head of {S} x {D}; layer norm: {ROWS} x {WIDTH}, all rows of a layer, since what each",
+        f"block reads and writes for itself is much of few rows; GELU: {GELU_ROWS} x {WIDTH}; bfloat16. Global bytes",
+        "are those that threads ask for. What they ask for again (keys by the next tile of queries, the weight of a",
+        "layer norm by the next block) is the caches' to serve; different bytes are what memory must move at least.",
         "",
         "| operation | global bytes | its schedule's | ratio | different bytes | its tensors once | ratio | mma | of "
         "the least | bank conflicts | special functions |",

@@ -275,7 +275,7 @@ def test_attention(backend: str, case: Attention) -> None:
 
 
 def check_a_key_with_all_the_weight(backend: str, lengths: tuple[int, int], head_dim: int) -> None:
-    """Not even a rounding error comes back: it would be multiplied with what makes such a weight, large queries and keys."""
+    """Not even a rounding error: it would be multiplied with the large queries and keys that make such a weight."""
     query_len, kv_len = lengths
     q, k, v = leaves(*(randn(1, 2, n, head_dim, seed=n + s) for s, n in enumerate((query_len, kv_len, kv_len))))
     with torch.no_grad():

@@ -93,7 +93,7 @@ def test_slices_of_one_projection_and_expanded_tensors(kernel: str) -> None:
 
 
 def test_tensors_without_elements(backend: str) -> None:
-    """An empty result, and zeros for those whom it leaves out. The gradient of a sum has strides of 0, which say nothing."""
+    """An empty result, and zeros for whom it leaves out. The gradient of a sum has strides of 0, which say nothing."""
     for batch, query_len, kv_len in ((0, 3, 3), (1, 0, 3), (1, 3, 0), (2, 0, 0)):
         q, k, v = leaves(randn(batch, 2, query_len, 8), *(randn(batch, 2, kv_len, 8) for _ in range(2)))
         out, lse = ops.attention(q, k, v, return_lse=True, backend=backend)
