@@ -45,7 +45,7 @@ void check_heads(const TensorView& t, const char* name, const TensorView& query)
   check_same_dtype(t, name, query);
   if (t.ndim != 4)
     refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected (batch, heads, length, head_dim)");
-  if (t.shape[3] > 1 && t.strides[3] != 1)
+  if (t.shape[3] > 1 && t.strides[3] != 1 && t.size() > 0)  // with no elements .contiguous() would change nothing
     refuse(name, " has stride ", t.strides[3], " in head_dim, expected 1; call .contiguous() on it first");
 }
 

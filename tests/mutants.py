@@ -57,29 +57,24 @@ HARMLESS: dict[tuple[str, str, str], str] = {
     ): "the compiler, which then knows that they are few, needs up to 22 registers less",
     (
         "layer_norm.cuh",
-        "for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {",
-        "c < width -> c <= width",
-    ): "the chunk that begins at the end is empty",
-    (
-        "layer_norm.cuh",
-        "for (int group = 0; group < plan.groups; ++group) {",
-        "group < plan.groups -> group <= plan.groups",
-    ): "no thread belongs to a group of this number",
+        "return {mean, rest, rsqrt_of((variance > 0.0f ? variance : 0.0f) + eps)};",
+        "variance > 0.0f -> true",
+    ): "rounding may make the variance of equal numbers negative, which matters only where eps is smaller still",
     (
         "layer_norm.cuh",
         "GPTCORE_DEVICE int left(int64_t n) { return n < kChunk ? int(n) : kChunk; }",
         "n < kChunk -> true",
-    ): "n may be more than an int holds",
+    ): "n may be more than an int holds, and 64-bit counts take registers",
     (
         "gelu.cuh",
         "static GPTCORE_DEVICE int clamp(int64_t n) { return n > kChunk ? kChunk : int(n); }",
         "n > kChunk -> false",
-    ): "n may be more than an int holds",
+    ): "n may be more than an int holds, and 64-bit counts take registers",
     (
         "layer_norm.cuh",
-        "return {mean, rest, rsqrt_of((variance > 0.0f ? variance : 0.0f) + eps)};",
-        "variance > 0.0f -> true",
-    ): "rounding may make the variance of equal numbers negative, which matters only where eps is smaller still",
+        "for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {",
+        "c < width -> c <= width",
+    ): "the chunk that begins at the end is empty",
 }
 
 
@@ -260,16 +255,25 @@ def decode(dtype: torch.dtype, shape: tuple[int, ...], **options: Any) -> Call:
     return call
 
 
-def layer_norm(dtype: torch.dtype, rows: int, width: int, bias: bool, residual: torch.dtype | None = None) -> Call:
+def layer_norm(
+    dtype: torch.dtype,
+    rows: int,
+    width: int,
+    bias: bool,
+    residual: torch.dtype | None = None,
+    constant: bool = False,
+    eps: float = 1e-5,
+) -> Call:
     def call() -> list[torch.Tensor]:
         from gptcore import ops
 
         torch.manual_seed(0)
         mean = 1e6 if dtype == F32 else 3.0  # one that matters, also to the backward, which corrects for a wrong one
-        x = (torch.randn(rows, width) + mean).to(dtype).requires_grad_()
+        x = torch.randn(rows, 1 if constant else width).expand(rows, width)
+        x = (x + mean).to(dtype).requires_grad_()
         parameters = [torch.randn(width, requires_grad=True) for _ in range(1 + bias)]
         added = [torch.randn(rows, width).to(residual).requires_grad_()] if residual else []
-        out = ops.layer_norm(x, *parameters, residual=added[0] if added else None, backend="simt")
+        out = ops.layer_norm(x, *parameters, eps=eps, residual=added[0] if added else None, backend="simt")
         outs = list(out) if isinstance(out, tuple) else [out]
         loss = sum(((o.float() * torch.arange(1, width + 1)).sin().sum() for o in outs), torch.zeros(()))
         return [*outs, *torch.autograd.grad(loss, [x, *parameters, *added])]
@@ -318,14 +322,17 @@ GRID = {
     ],
     "layer_norm": [
         layer_norm(BF16, 9, 1000, True),
-        layer_norm(BF16, 70, 96, True, BF16),
+        layer_norm(BF16, 130, 96, True, BF16),  # several rows at a time share weight and bias
+        layer_norm(F16, 1800, 8, True),  # and several times
         layer_norm(F16, 5, 1007, False),
         layer_norm(BF16, 6, 768, True, F32),
-        layer_norm(BF16, 20, 1504, True),  # several rows, of several warps each, and several times
+        layer_norm(BF16, 5, 1504, True),  # several rows at a time, of several warps each
+        layer_norm(BF16, 10, 4504, True),  # and in the backward several times
         layer_norm(F32, 3, 8200, True),
         layer_norm(BF16, 3, 40004, True, BF16),
         layer_norm(F32, 2, 40001, False, F32),
         layer_norm(F16, 2, 12301, True),
+        layer_norm(F32, 9, 1000, True, constant=True, eps=1e-12),  # variances of next to nothing
     ],
     "gelu": [
         gelu(BF16, 70, 264, True, "tanh"),

@@ -27,6 +27,7 @@ def test_attention_moves_what_its_tiles_must(counts: dict[str, counters.Count]) 
 
 
 def test_rows_are_moved_once(counts: dict[str, counters.Count]) -> None:
+    """Layer norm by all rows of a layer: each block of a full GPU reads the weight, over 2 % of 1024 rows by itself."""
     for name, most in (
         ("layer norm forward", 1.02),
         ("layer norm with residual forward", 1.02),
@@ -36,7 +37,7 @@ def test_rows_are_moved_once(counts: dict[str, counters.Count]) -> None:
         ("GELU backward", 1.02),
     ):
         count = counts[name]
-        assert count.distinct <= most * count.case.schedule, name
+        assert count.distinct <= count.bytes <= most * count.case.schedule, name
         assert count.distinct >= 0.99 * count.case.schedule, f"{name} leaves out a tensor"
         assert count.bank_conflicts == 0, name
         assert count.mma == 0

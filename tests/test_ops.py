@@ -92,6 +92,30 @@ def test_slices_of_one_projection_and_expanded_tensors(kernel: str) -> None:
         assert_same_bits(run_all(kernel, *args), run_all(kernel, *(t.contiguous() for t in args)))
 
 
+def test_tensors_without_elements(backend: str) -> None:
+    """An empty result, and zeros for whom it leaves out. The gradient of a sum has strides of 0, which say nothing."""
+    for batch, query_len, kv_len in ((0, 3, 3), (1, 0, 3), (1, 3, 0), (2, 0, 0)):
+        q, k, v = leaves(randn(batch, 2, query_len, 8), *(randn(batch, 2, kv_len, 8) for _ in range(2)))
+        out, lse = ops.attention(q, k, v, return_lse=True, backend=backend)
+        out.sum().backward()
+        assert out.shape == q.shape
+        assert lse.shape == q.shape[:3]
+        assert not out.any()
+        assert (lse == -math.inf).all()
+        assert all(t.grad.shape == t.shape and not t.grad.any() for t in (q, k, v))
+    for shape in ((0, 4), (2, 0, 4)):
+        x, weight, bias = leaves(randn(*shape), randn(4), randn(4))
+        ops.layer_norm(x, weight, bias, backend=backend).sum().backward()
+        assert x.grad.shape == shape
+        assert not weight.grad.any()
+        assert not bias.grad.any()
+    for shape in ((0, 4), (3, 0), (0,)):
+        x, bias = leaves(randn(*shape), randn(shape[-1]))
+        ops.gelu(x, bias=bias, backend=backend).sum().backward()
+        assert x.grad.shape == shape
+        assert not bias.grad.any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_again_and_with_any_number_of_threads(kernel: str, dtype: torch.dtype) -> None:
     tensors = ordinary(dtype)

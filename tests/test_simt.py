@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import test_attention as attention_grid
+import test_gelu as gelu_grid
+import test_layer_norm as layer_norm_grid
 import torch
+from grid import DTYPES, F32
 
 from gptcore import _simt, ops
 from tests import mutants
@@ -131,13 +137,69 @@ def test_wrong_configurations_are_refused(arguments: dict[str, object], words: s
         _simt.configure(**arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", mutants.GRID)
-def test_every_schedule_gives_the_same_bits(family: str) -> None:
-    def everything() -> list[torch.Tensor]:
-        return [tensor.detach() for call in mutants.GRID[family] for tensor in call()]
+# ---- schedules -------------------------------------------------------------------------------------------------------
 
-    first = everything()
+
+Results = list[torch.Tensor]
+
+
+def attention(case: attention_grid.Attention, tf32: bool = False) -> Results:
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
+    try:
+        run = functools.partial(ops.attention, return_lse=True, backend="simt", **case.settings())
+        return list(attention_grid.attention_results(run, case, case.dtype).values())
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def layer_norm(case: layer_norm_grid.LayerNorm) -> Results:
+    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> object:
+        return ops.layer_norm(x, weight, bias, eps=case.eps, residual=residual, backend="simt")
+
+    return list(layer_norm_grid.layer_norm_results(run, case).values())
+
+
+def gelu(case: gelu_grid.Gelu) -> Results:
+    def run(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return ops.gelu(x, bias=bias, approximate=case.approximate, backend="simt")
+
+    return list(gelu_grid.gelu_results(run, case).values())
+
+
+def largest() -> dict[str, Callable[[], Results]]:
+    """The largest shape of each kernel in the kernel grid, in each dtype, and tests/mutants.py's grid."""
+
+    def work(case: attention_grid.Attention) -> int:
+        return int(case.seen().sum()) * case.heads[0] * case.head_dim
+
+    def decodes(case: attention_grid.Attention) -> bool:
+        return case.lengths[0] * case.heads[0] <= 16 * case.heads[1]
+
+    calls: dict[str, Callable[[], Results]] = {}
+    for dtype in DTYPES:
+        attentions = [case for case in attention_grid.TILES if case.dtype == dtype]
+        calls[f"attention-{dtype}"] = functools.partial(attention, max(attentions, key=work))
+        calls[f"decoding-{dtype}"] = functools.partial(attention, max(filter(decodes, attentions), key=work))
+        norms = [case for case in layer_norm_grid.FEW if case.dtype == dtype]
+        for wide in (False, True):
+            most = max((case for case in norms if (case.width > 12288) == wide), key=lambda c: c.rows * c.width)
+            calls[f"layer_norm{'_wide' * wide}-{dtype}"] = functools.partial(layer_norm, most)
+        gelus = [case for case in gelu_grid.FEW if case.dtype == dtype]
+        calls[f"gelu-{dtype}"] = functools.partial(gelu, max(gelus, key=lambda case: math.prod(case.shape)))
+    float32 = [case for case in attention_grid.TILES if case.dtype == F32]
+    calls["attention-tf32"] = functools.partial(attention, max(float32, key=work), tf32=True)
+    for family, grid in mutants.GRID.items():
+        calls[f"mutants-{family}"] = lambda grid=grid: [t.detach() for call in grid for t in call()]  # type: ignore[misc]
+    return calls
+
+
+LARGEST = largest()
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_every_schedule_gives_the_same_bits(name: str) -> None:
+    first = LARGEST[name]()
     for order, seed in ORDERS[1:]:
         _simt.configure(order=order, seed=seed)
-        for a, b in zip(first, everything(), strict=True):
+        for a, b in zip(first, LARGEST[name](), strict=True):
             assert torch.equal(a.nan_to_num(), b.nan_to_num()), (order, seed)

@@ -45,6 +45,7 @@ from test_ops import (  # noqa: F401
     test_only_the_gradients_that_are_needed,
     test_slices_of_one_projection_and_expanded_tensors,
     test_strides_do_not_change_a_bit,
+    test_tensors_without_elements,
 )
 from torch import Tensor
 
@@ -199,19 +200,7 @@ def test_dropout_drops_what_the_reference_drops() -> None:
 @pytest.mark.parametrize("head_dim", [3, 64, 80, 128])
 @pytest.mark.parametrize("lengths", [(1, 1), (3, 130)])
 def test_a_key_with_all_the_weight_has_no_gradient(lengths: tuple[int, int], head_dim: int) -> None:
-    """Not even a rounding error: it would be multiplied with the large queries and keys that make such a weight."""
-    query_len, kv_len = lengths
-    q, k, v = leaves(*(randn(1, 2, n, head_dim, seed=n + s) for s, n in enumerate((query_len, kv_len, kv_len))))
-    with torch.no_grad():
-        q.abs_().add_(1.0)
-        k.abs_().add_(1.0).mul_(-1e3)
-        k[:, :, -1] *= -1
-    out = ops.attention(q, k, v, causal=False, backend="triton")
-    dq, dk, dv = torch.autograd.grad(out, (q, k, v), randn(*out.shape, seed=4))
-    assert torch.equal(out, v[:, :, -1:].expand_as(out))
-    assert not dq.any()
-    assert not dk.any()
-    assert dv[:, :, -1].all()
+    attention_grid.check_a_key_with_all_the_weight("triton", lengths, head_dim)
 
 
 @pytest.mark.parametrize("far", [0, 1, 2], ids=["batch", "head", "token"])

@@ -10,44 +10,51 @@ namespace GPTCORE_GPU {
 namespace {
 
 // As many warps as a row needs, if each of their threads holds `chunks` of it; none if a block has too few.
-RowPlan plan_rows(int64_t width, int chunks, int max_warps, int min_warps, bool vectors) {
+int warps_of_row(int64_t width, int chunks, int max_warps) {
   const int64_t warps = ceil_div(width, 32 * chunks * kChunk);
-  if (warps > max_warps) return {0, 1, vectors};
-  return {int(warps), std::max(1, min_warps / int(warps)), vectors};
+  return warps > max_warps ? 0 : int(warps);
 }
 
+// A block reads weight and bias once. Rows of one warp never wait for each other, so one block takes as many as a
+// multiprocessor runs at a time (fewer where all multiprocessors would not have a block). Rows of several warps wait at
+// barriers: there small blocks load while others add up.
 RowPlan forward_plan(const LayerNormArgs& args) {
   const bool vectors =
       whole_vectors(args.width, {args.x, args.residual, args.weight, args.bias, args.out, args.sum});
-  return plan_rows(args.width, kForwardChunks, kForwardWarps, 4, vectors);
+  const int warps = warps_of_row(args.width, kForwardChunks, kForwardWarps);
+  if (warps == 1) return {1, int(std::min<int64_t>(kForwardWarps, ceil_div(args.rows, multiprocessors()))), vectors};
+  return {warps, warps == kForwardSharing ? 2 : 1, vectors};
 }
 
+// As many rows at a time as a block holds.
 template <class T>
 RowPlan backward_plan(const LayerNormArgs& args) {
   const bool vectors =
       whole_vectors(args.width, {args.x, args.grad_out, args.grad_sum, args.weight, args.grad_x, args.workspace});
-  return plan_rows(args.width, kBackwardChunks<T>, kBackwardWarps, kBackwardWarps, vectors);
+  const int warps = warps_of_row(args.width, kBackwardChunks<T>, kBackwardWarps);
+  return {warps, warps == 0 ? 1 : kBackwardWarps / warps, vectors};
 }
 
-// A block writes two rows of partial sums, so it must have taken enough rows for them not to count.
+// A multiprocessor runs one block, which writes partial sums and has them read again, 16 bytes a column in all: less
+// than its rows if these are four or more, at three times 2 or 4 bytes a column.
 unsigned backward_blocks(const LayerNormArgs& args, const RowPlan& plan) {
-  return unsigned(std::min<int64_t>(ceil_div(args.rows, 6 * plan.groups), multiprocessors()));
+  return unsigned(std::min<int64_t>(ceil_div(args.rows, std::max(4, plan.groups)), multiprocessors()));
 }
 
 template <class X, class R>
 void forward(const LayerNormArgs& args) {
   const RowPlan plan = forward_plan(args);
   if (plan.warps == 0) {
-    launch({"layer_norm_forward_wide", unsigned(args.rows), 1, 1, kForwardThreads, 3 * kForwardWarps * sizeof(float),
+    launch({"layer_norm_forward_wide", unsigned(args.rows), 1, 1, kForwardThreads, kForwardSums * sizeof(float),
             args.stream},
            layer_norm_forward_wide<X, R>, args, plan.vectors);
     return;
   }
-  // As many blocks as a GPU runs at a time with 128 registers a thread: weight and bias are read once for many rows.
+  // As many blocks as a GPU runs at a time with 128 registers a thread: so each stays for many rows.
   const int warps = plan.warps * plan.groups, resident = multiprocessors() * std::max(1, kForwardWarps / warps);
   const unsigned blocks = unsigned(std::min<int64_t>(ceil_div(args.rows, plan.groups), resident));
-  launch({"layer_norm_forward", blocks, 1, 1, unsigned(32 * warps), 3 * kForwardWarps * sizeof(float),
-          args.stream},
+  launch({"layer_norm_forward", blocks, 1, 1, unsigned(32 * warps),
+          (kForwardSums + (plan.groups > 1 ? kForwardShared : 0)) * sizeof(float), args.stream},
          layer_norm_forward_kernel<X, R>, args, plan);
 }
 
@@ -56,14 +63,13 @@ void backward(const LayerNormArgs& args) {
   const RowPlan plan = backward_plan<T>(args);
   const unsigned blocks = backward_blocks(args, plan);
   if (plan.warps == 0) {
-    launch({"layer_norm_backward_wide", blocks, 1, 1, kBackwardThreads, 6 * kBackwardWarps * sizeof(float),
+    launch({"layer_norm_backward_wide", blocks, 1, 1, kBackwardThreads, kBackwardSums * sizeof(float),
             args.stream},
            layer_norm_backward_wide<T>, args, plan.vectors);
     return;
   }
-  const size_t row_floats = plan.groups > 1 ? 2 * kBackwardChunks<T> * kChunk * 32 * plan.warps : 0;
   launch({"layer_norm_backward", blocks, 1, 1, unsigned(32 * plan.warps * plan.groups),
-          (6 * kBackwardWarps + row_floats) * sizeof(float), args.stream},
+          (kBackwardSums + (plan.groups > 1 ? kBackwardShared<T> : 0)) * sizeof(float), args.stream},
          layer_norm_backward_kernel<T>, args, plan);
 }
 

@@ -119,7 +119,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (batch, heads, length, head_dim)")
         if tensor.dtype != q.dtype or tensor.device != q.device:
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, expected {q.dtype} on {q.device} like q")
-        if tensor.shape[3] > 1 and tensor.stride(3) != 1:
+        if tensor.shape[3] > 1 and tensor.stride(3) != 1 and tensor.numel():
             raise ValueError(
                 f"{name} has stride {tensor.stride(3)} in its last dimension, expected 1; call .contiguous() on it"
             )

@@ -45,8 +45,9 @@ struct AttentionBackwardParams {
 // ---- delta -----------------------------------------------------------------------------------------------------------
 
 constexpr int kDeltaThreads = 128;
-// Lanes to a row. One for float: it sums in the order in which multiply_transposed sums dP, so that dP - delta is exactly
-// 0 where one key has all the weight, and the gradient of a large score is no rounding error.
+// Lanes to a row. One for float: it sums in the order in which multiply_transposed sums dP, so that where one key has all
+// the weight and O is its value bit for bit (kDifferenceFirst) dP - delta is exactly 0, and the gradient of a large score
+// is no rounding error.
 template <class T>
 constexpr int kDeltaLanes = sizeof(T) == 4 ? 1 : 8;
 

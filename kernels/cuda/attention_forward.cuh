@@ -75,14 +75,23 @@ GPTCORE_DEVICE void mask_scores(float (&s)[kM][kN][4], const Range* ranges, int 
 // division by their sum, and the sums so far hardly ever need to be scaled (FlashAttention-4).
 constexpr float kMaxLag = 8.0f;
 
-// What is subtracted in the exponent. Rounded once, and the same wherever this maximum is used: its error cancels.
-GPTCORE_DEVICE float shift_log2(float max, float scale_log2) {
-  return max == kMinusInfinity ? 0.0f : mul_rn(max, scale_log2);
+// Exponents are (score - max) scale_log2. For 16 bits one fused multiply-add subtracts the maximum times the scale, which
+// is rounded once and the same wherever this maximum is used: its error cancels. For float32 the difference comes first,
+// one operation more, so that the maximum has a probability of exactly 1: where one key has all the weight, the output
+// is its value, bit for bit, and the backward subtracts equal numbers.
+template <class T>
+constexpr bool kDifferenceFirst = sizeof(T) == 4;
+
+// From sums relative to one maximum to sums relative to another.
+template <class T>
+GPTCORE_DEVICE float rescale(float from, float to, float scale_log2) {
+  return exp2_approx(kDifferenceFirst<T> ? mul_rn(from - to, scale_log2)
+                                         : mul_rn(from, scale_log2) - mul_rn(to, scale_log2));
 }
 
 // One step of the online softmax: scores become probabilities relative to the row's maximum; if that has to rise, what
 // was summed under the old one is scaled down. Sums are of the lane's own columns; its quad's are added at the end.
-template <int kM, int kN, int kO>
+template <class T, int kM, int kN, int kO>
 GPTCORE_DEVICE void softmax_step(float (&s)[kM][kN][4], RowSoftmax (&rows)[kM][2], float (&acc)[kM][kO][4],
                                  float scale_log2) {
 #pragma unroll
@@ -96,18 +105,19 @@ GPTCORE_DEVICE void softmax_step(float (&s)[kM][kN][4], RowSoftmax (&rows)[kM][2
       max = fmaxf(max, shuffle_xor(max, 1));
       max = fmaxf(max, shuffle_xor(max, 2));
       if ((max - row.max) * scale_log2 > kMaxLag) {  // also when there was no maximum yet; not if there still is none
-        const float shrink = exp2_approx(mul_rn(row.max, scale_log2) - mul_rn(max, scale_log2));
+        const float shrink = rescale<T>(row.max, max, scale_log2);
         row.max = max;
         row.sum *= shrink;
 #pragma unroll
         for (int j = 0; j < kO; ++j) acc[m][j][half * 2] *= shrink, acc[m][j][half * 2 + 1] *= shrink;
       }
-      const float shift = shift_log2(row.max, scale_log2);
+      const float base = row.max == kMinusInfinity ? 0.0f : row.max, shift = mul_rn(base, scale_log2);
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int i = half * 2; i < half * 2 + 2; ++i) {
-          s[m][n][i] = exp2_approx(fmaf(s[m][n][i], scale_log2, -shift));
+          s[m][n][i] = exp2_approx(kDifferenceFirst<T> ? mul_rn(s[m][n][i] - base, scale_log2)
+                                                       : fmaf(s[m][n][i], scale_log2, -shift));
           row.sum += s[m][n][i];
         }
     }
@@ -142,10 +152,11 @@ GPTCORE_DEVICE void drop(float (&s)[kM][kN][4], const AttentionForwardParams& p,
   }
 }
 
+template <class T>
 GPTCORE_DEVICE float log_sum_exp(RowSoftmax row, float scale, float scale_log2) {
   if (row.sum == 0.0f) return kMinusInfinity;
   // The sum is relative to the rounded shift; the score that the LSE stands for is rounded as the backward rounds it.
-  const float shift_error = fmaf(row.max, scale_log2, -shift_log2(row.max, scale_log2));
+  const float shift_error = kDifferenceFirst<T> ? 0.0f : fmaf(row.max, scale_log2, -mul_rn(row.max, scale_log2));
   return mul_rn(row.max, scale) + (log_of(row.sum) - kLn2 * shift_error);
 }
 
@@ -244,7 +255,7 @@ __launch_bounds__(ForwardShared<Math, kWidth, kFew>::kThreads, ForwardShared<Mat
     }
     const bool all_see_all = key >= warp_last.begin && key + kKeys <= warp_first.end;
     if (!all_see_all) mask_scores(s, ranges + warp_row, key, lane);
-    softmax_step(s, rows, acc, p.scale_log2);
+    softmax_step<T>(s, rows, acc, p.scale_log2);
     if (p.dropout) drop(s, p, batch, kv_head, first_row + warp_row, key, lane);
     multiply_add<Math>(acc, s, value_tile(tile), 0, lane);
   }
@@ -288,7 +299,7 @@ __launch_bounds__(ForwardShared<Math, kWidth, kFew>::kThreads, ForwardShared<Mat
     for (int half = 0; half < 2; ++half) {
       const RowSoftmax row = rows[m][half];
       const int in_tile = warp_row + m * 16 + half * 8 + lane / 4, at = first_row + in_tile;
-      if (lane % 4 == 0 && at < all_rows) p.lse[lse_row(at)] = log_sum_exp(row, p.scale, p.scale_log2);
+      if (lane % 4 == 0 && at < all_rows) p.lse[lse_row(at)] = log_sum_exp<T>(row, p.scale, p.scale_log2);
       const float factor = row.sum == 0.0f ? 0.0f : p.keep_factor / row.sum;
 #pragma unroll
       for (int j = 0; j < kWidth / 8; ++j)
@@ -318,9 +329,8 @@ __global__ void __launch_bounds__(kCombineThreads) attention_combine_kernel(Atte
   for (int i = lane; i < p.splits; i += 32) total.max = fmaxf(total.max, parts[i].max);
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) total.max = fmaxf(total.max, shuffle_xor(total.max, mask));
-  const float shift = shift_log2(total.max, p.scale_log2);
   for (int i = lane; i < p.splits; i += 32) {
-    weights[i] = parts[i].sum == 0.0f ? 0.0f : exp2_approx(mul_rn(parts[i].max, p.scale_log2) - shift);
+    weights[i] = parts[i].sum == 0.0f ? 0.0f : rescale<T>(parts[i].max, total.max, p.scale_log2);
     total.sum += weights[i] * parts[i].sum;
   }
 #pragma unroll
@@ -337,7 +347,7 @@ __global__ void __launch_bounds__(kCombineThreads) attention_combine_kernel(Atte
       if (weights[i] != 0.0f) sum += weights[i] * part_out[i * p.width + d];
     out[d] = from_float<T>(sum * factor);
   }
-  if (lane == 0) p.lse[row] = log_sum_exp(total, p.scale, p.scale_log2);
+  if (lane == 0) p.lse[row] = log_sum_exp<T>(total, p.scale, p.scale_log2);
 }
 
 }  // namespace GPTCORE_GPU

@@ -1,9 +1,9 @@
 // Layer normalisation (Ba et al. 2016, arXiv:1607.06450), with the residual addition before it fused in.
 //
 // Memory is the limit. A row is read once, lives in the registers of its warps while its sums are taken, and is written
-// once. Weight and bias are read once a thread and kept, since a thread holds the same columns of every row that it
-// sees; a block runs over many rows. A row too wide for registers goes to the *_wide kernels, which read it again for
-// each sum: from the L2 cache, mostly.
+// once. Weight and bias are read once a block and kept, since a thread holds the same columns of every row that it sees;
+// a block runs over many rows. A row too wide for registers goes to the *_wide kernels, which read it again for each
+// sum: from the L2 cache, mostly.
 #pragma once
 
 #include "kernels/cuda/rows.cuh"
@@ -18,11 +18,13 @@ struct RowPlan {
   bool vectors;  // every row of every tensor is whole 16-byte vectors
 };
 
+// kForwardSharing and kBackwardSharing are the warps of a row at most where a block has several groups.
+//
 // 512 threads leave 128 registers to each: enough for three chunks of x, weight and bias, which makes 12288 columns of
 // a block, GPT-3's width. Backward, 384 threads with 168 registers hold four chunks of x and dy as they are stored,
 // weight and two sums: the same width.
-constexpr int kForwardThreads = 512, kForwardWarps = kForwardThreads / 32, kForwardChunks = 3;
-constexpr int kBackwardThreads = 384, kBackwardWarps = kBackwardThreads / 32;
+constexpr int kForwardThreads = 512, kForwardWarps = kForwardThreads / 32, kForwardChunks = 3, kForwardSharing = 2;
+constexpr int kBackwardThreads = 384, kBackwardWarps = kBackwardThreads / 32, kBackwardSharing = kBackwardWarps / 2;
 template <class T>
 constexpr int kBackwardChunks = sizeof(T) == 2 ? 4 : 3;
 
@@ -33,6 +35,47 @@ struct RowThread {
       : threads(32 * plan.warps), group(threadIdx.x / threads), thread(threadIdx.x % threads) {}
   GPTCORE_DEVICE int column(int chunk) const { return (chunk * threads + thread) * kChunk; }
 };
+
+// Chunks of the threads of a row, kWarps warps at most, in shared memory: 16 bytes of each thread after one another, in
+// all banks.
+template <int kWarps>
+struct SharedChunks {
+  static constexpr int kParts = Chunk<float>::kParts, kThreads = 32 * kWarps;
+  static constexpr int floats(int chunks) { return chunks * kChunk * kThreads; }
+  Vec16* of_thread;
+
+  GPTCORE_DEVICE SharedChunks(float* shared, int thread) : of_thread(reinterpret_cast<Vec16*>(shared) + thread) {}
+  GPTCORE_DEVICE void put(int index, const float (&v)[kChunk]) const {
+    Chunk<float> chunk;
+    chunk.set(v);
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) store_vec(of_thread + (index * kParts + k) * kThreads, chunk.parts[k]);
+  }
+  GPTCORE_DEVICE void get(int index, float (&v)[kChunk]) const {
+    Chunk<float> chunk;
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) chunk.parts[k] = load_vec(of_thread + (index * kParts + k) * kThreads);
+    chunk.get(v);
+  }
+  GPTCORE_DEVICE void add_to(float (&v)[kChunk], int index) const {
+    float before[kChunk];
+    get(index, before);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) v[i] += before[i];
+  }
+};
+
+// What the first group of the block has read, for the others: chunks `index` and on in shared memory.
+template <int kWarps, int kChunks>
+GPTCORE_DEVICE void share(float (&v)[kChunks][kChunk], SharedChunks<kWarps> shared, int index, int group) {
+#pragma unroll
+  for (int j = 0; j < kChunks; ++j)
+    if (group == 0) shared.put(index + j, v[j]);
+  barrier();  // they are there
+#pragma unroll
+  for (int j = 0; j < kChunks; ++j)
+    if (group > 0) shared.get(index + j, v[j]);
+}
 
 struct Statistics {
   float mean, rest, rstd;  // the mean is mean + rest: `rest` is by how much it was rounded
@@ -45,21 +88,26 @@ GPTCORE_DEVICE Statistics statistics(float mean, const float (&sums)[2], float w
   return {mean, rest, rsqrt_of((variance > 0.0f ? variance : 0.0f) + eps)};
 }
 
-// X is the type of x, R that of everything from the sum on. Dynamic shared memory: 3 floats a warp.
+// X is the type of x, R that of everything from the sum on. Dynamic shared memory: kForwardSums floats, then, where the
+// block has several groups, kForwardShared of weight and bias.
+constexpr int kForwardSums = 3 * kForwardWarps;
+constexpr int kForwardShared = SharedChunks<kForwardSharing>::floats(2 * kForwardChunks);
 template <class X, class R>
 __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(LayerNormArgs args, RowPlan plan) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const RowThread at(plan);
   const int width = args.width;
+  const int own = at.group == 0 ? width : 0;  // the first group reads weight and bias for all
   float weight[kForwardChunks][kChunk], bias[kForwardChunks][kChunk];
 #pragma unroll
   for (int j = 0; j < kForwardChunks; ++j) {
     const int column = at.column(j);
-    load_chunk(args.weight + column, width - column, plan.vectors, weight[j]);
-    load_chunk(args.bias + column, args.bias ? width - column : 0, plan.vectors, bias[j]);
+    load_chunk(args.weight + column, own - column, plan.vectors, weight[j]);
+    load_chunk(args.bias + column, args.bias ? own - column : 0, plan.vectors, bias[j]);
   }
 
-  for (int64_t first = int64_t(blockIdx.x) * plan.groups; first < args.rows; first += gridDim.x * plan.groups) {
+  const int64_t begin_rows = int64_t(blockIdx.x) * plan.groups;
+  for (int64_t first = begin_rows; first < args.rows; first += gridDim.x * plan.groups) {
     // Groups past the last row go along with no columns, so that all threads meet at the barriers.
     const int64_t row = first + at.group, begin = row * width;
     const int end = row < args.rows ? width : 0;
@@ -67,6 +115,11 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(Lay
 #pragma unroll
     for (int j = 0; j < kForwardChunks; ++j)
       x[j].load(static_cast<const X*>(args.x) + begin + at.column(j), end - at.column(j), plan.vectors);
+    if (plan.groups > 1 && first == begin_rows) {  // while the first rows are on their way
+      const SharedChunks<kForwardSharing> chunks(shared + kForwardSums, at.thread);
+      share(weight, chunks, 0, at.group);
+      share(bias, chunks, kForwardChunks, at.group);
+    }
     float v[kForwardChunks][kChunk], sum[1] = {};
     if (args.residual) {
       Chunk<R> stored[kForwardChunks];
@@ -191,30 +244,39 @@ GPTCORE_DEVICE RowMeans row_means(const float (&sums)[3], float width) {
 
 // A row is read once; the sums over rows stay in registers until the end, when the groups of the block add theirs up,
 // one after the other, and the last writes partial row blockIdx.x of args.workspace: (gridDim.x, 2, width).
-// Dynamic shared memory: 6 floats a warp, then a row's 2 * kChunks * kChunk floats for each of its threads.
+// Dynamic shared memory: kBackwardSums floats, then, where the block has several groups, kBackwardShared of the weight,
+// later of two sums.
+constexpr int kBackwardSums = 6 * kBackwardWarps;
+template <class T>
+constexpr int kBackwardShared = SharedChunks<kBackwardSharing>::floats(2 * kBackwardChunks<T>);
 template <class T>
 __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(LayerNormArgs args, RowPlan plan) {
   constexpr int kChunks = kBackwardChunks<T>;
   float* shared = reinterpret_cast<float*>(shared_memory());
   const RowThread at(plan);
   const int width = args.width;
+  const int own = at.group == 0 ? width : 0;  // as in the forward
   float weight[kChunks][kChunk], weight_sum[kChunks][kChunk] = {}, bias_sum[kChunks][kChunk] = {};
 #pragma unroll
   for (int j = 0; j < kChunks; ++j)
-    load_chunk(args.weight + at.column(j), width - at.column(j), plan.vectors, weight[j]);
+    load_chunk(args.weight + at.column(j), own - at.column(j), plan.vectors, weight[j]);
 
-  // A fast warp writes its part of the next row's sums while a slow one still reads this row's: so they lie apart.
-  const int turns = int((args.rows - int64_t(blockIdx.x) * plan.groups - 1) / (int64_t(gridDim.x) * plan.groups)) + 1;
-  for (int turn = 0; turn < turns; ++turn) {
-    const int64_t row = (int64_t(turn) * gridDim.x + blockIdx.x) * plan.groups + at.group, begin = row * width;
+  const SharedChunks<kBackwardSharing> chunks(shared + kBackwardSums, at.thread);
+  int turn = 0;  // a fast warp writes its part of the next row's sums while a slow one still reads this row's: elsewhere
+  const int64_t begin_rows = int64_t(blockIdx.x) * plan.groups;
+  for (int64_t first = begin_rows; first < args.rows; first += gridDim.x * plan.groups, turn ^= 1) {
+    const int64_t row = first + at.group, begin = row * width;
     const int end = row < args.rows ? width : 0;
-    const float mean = end > 0 ? args.mean[row] : 0.0f, rstd = end > 0 ? args.rstd[row] : 0.0f;
+    float mean = 0.0f, rstd = 0.0f;
+    if (threadIdx.x % 32 == 0 && end > 0) mean = args.mean[row], rstd = args.rstd[row];
     Chunk<T> x[kChunks], dy[kChunks];
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
       x[j].load(static_cast<const T*>(args.x) + begin + at.column(j), end - at.column(j), plan.vectors);
       dy[j].load(static_cast<const T*>(args.grad_out) + begin + at.column(j), end - at.column(j), plan.vectors);
     }
+    mean = shuffle(mean, 0), rstd = shuffle(rstd, 0);
+    if (plan.groups > 1 && first == begin_rows) share(weight, chunks, 0, at.group);
     float sums[3] = {};
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
@@ -229,7 +291,7 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
         sums[2] += g * xhat;
       }
     }
-    sum_over_row(sums, plan.warps, shared + turn % 2 * (kBackwardWarps * 3));
+    sum_over_row(sums, plan.warps, shared + turn * (kBackwardWarps * 3));
     const RowMeans of = row_means(sums, width);
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
@@ -248,32 +310,20 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
     }
   }
 
-  float* sums = shared + kBackwardWarps * 6 + at.thread;
   float* partial = args.workspace + int64_t(blockIdx.x) * 2 * width;
   for (int group = 0; group < plan.groups; ++group) {
-    if (group == at.group) {
+    if (plan.groups > 1) barrier();  // nobody reads the weight there any more, or: the last group's sums are there
+    if (group != at.group) continue;
 #pragma unroll
-      for (int j = 0; j < kChunks; ++j) {
-        if (group > 0) {
-#pragma unroll
-          for (int i = 0; i < kChunk; ++i) {
-            weight_sum[j][i] += sums[(2 * (j * kChunk + i)) * at.threads];
-            bias_sum[j][i] += sums[(2 * (j * kChunk + i) + 1) * at.threads];
-          }
-        }
-        if (group + 1 < plan.groups) {
-#pragma unroll
-          for (int i = 0; i < kChunk; ++i) {
-            sums[(2 * (j * kChunk + i)) * at.threads] = weight_sum[j][i];
-            sums[(2 * (j * kChunk + i) + 1) * at.threads] = bias_sum[j][i];
-          }
-        } else {
-          store_chunk(partial + at.column(j), width - at.column(j), plan.vectors, weight_sum[j]);
-          store_chunk(partial + width + at.column(j), width - at.column(j), plan.vectors, bias_sum[j]);
-        }
+    for (int j = 0; j < kChunks; ++j) {
+      if (group > 0) chunks.add_to(weight_sum[j], 2 * j), chunks.add_to(bias_sum[j], 2 * j + 1);
+      if (group + 1 < plan.groups) {
+        chunks.put(2 * j, weight_sum[j]), chunks.put(2 * j + 1, bias_sum[j]);
+      } else {
+        store_chunk(partial + at.column(j), width - at.column(j), plan.vectors, weight_sum[j]);
+        store_chunk(partial + width + at.column(j), width - at.column(j), plan.vectors, bias_sum[j]);
       }
     }
-    if (group + 1 < plan.groups) barrier();  // the sums of this group are there for the next one
   }
 }
 

@@ -105,13 +105,9 @@ GPTCORE_DEVICE float rcp_approx(float x) {  // 1 ulp
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-GPTCORE_DEVICE float exp_of(float x) { return expf(x); }
 GPTCORE_DEVICE float log_of(float x) { return logf(x); }
-GPTCORE_DEVICE float tanh_of(float x) { return tanhf(x); }
-GPTCORE_DEVICE float erf_of(float x) { return erff(x); }
 GPTCORE_DEVICE float rsqrt_of(float x) { return rsqrtf(x); }
 GPTCORE_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }  // never part of a fused multiply-add
-GPTCORE_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 GPTCORE_DEVICE uint32_t mul_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 GPTCORE_DEVICE float to_float(float x) { return x; }
@@ -136,20 +132,8 @@ GPTCORE_DEVICE uint32_t pack<float16>(float lo, float hi) {
   return bits;
 }
 
-// The stream variants are for data that is used once and should not displace other data from the caches.
-GPTCORE_DEVICE Vec16 load_vec(const void* global) { return *static_cast<const Vec16*>(global); }
-GPTCORE_DEVICE Vec16 load_vec_stream(const void* global) {
-  Vec16 v;
-  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(__cvta_generic_to_global(global))
-               : "memory");
-  return v;
-}
+GPTCORE_DEVICE Vec16 load_vec(const void* from) { return *static_cast<const Vec16*>(from); }
 GPTCORE_DEVICE void store_vec(void* to, Vec16 v) { *static_cast<Vec16*>(to) = v; }
-GPTCORE_DEVICE void store_vec_stream(void* global, Vec16 v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "r"(v.w[0]),
-               "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
-}
 
 #else
 
@@ -210,13 +194,9 @@ GPTCORE_DEVICE float exp2_approx(float x) {
   return y < 0x1p-126f ? 0.0f : y;  // NaN stays NaN
 }
 GPTCORE_DEVICE float rcp_approx(float x) { return simt::special(1 / x); }
-GPTCORE_DEVICE float exp_of(float x) { return simt::special(expf(x)); }
 GPTCORE_DEVICE float log_of(float x) { return simt::special(logf(x)); }
-GPTCORE_DEVICE float tanh_of(float x) { return simt::special(tanhf(x)); }
-GPTCORE_DEVICE float erf_of(float x) { return simt::special(erff(x)); }
 GPTCORE_DEVICE float rsqrt_of(float x) { return simt::special(1 / sqrtf(x)); }
 GPTCORE_DEVICE float mul_rn(float a, float b) { return a * b; }
-GPTCORE_DEVICE float add_rn(float a, float b) { return a + b; }
 GPTCORE_DEVICE uint32_t mul_high(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b >> 32; }
 
 GPTCORE_DEVICE float to_float(float x) { return x; }
@@ -234,9 +214,7 @@ GPTCORE_DEVICE uint32_t pack<float16>(float lo, float hi) {
 }
 
 GPTCORE_DEVICE Vec16 load_vec(const void* from) { return __builtin_bit_cast(Vec16, simt::load_vec(from)); }
-GPTCORE_DEVICE Vec16 load_vec_stream(const void* from) { return load_vec(from); }
 GPTCORE_DEVICE void store_vec(void* to, Vec16 v) { simt::store_vec(to, __builtin_bit_cast(simt::Words4, v)); }
-GPTCORE_DEVICE void store_vec_stream(void* to, Vec16 v) { store_vec(to, v); }
 
 #endif
 

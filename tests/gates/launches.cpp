@@ -42,9 +42,8 @@ void widths(const char* math) {
 
 template <class T>
 void layer_norm_backward(const char* type) {
-  const int groups_share = 2 * kBackwardChunks<T> * kChunk * 32 * (kBackwardWarps / 2);
   std::printf("layer_norm_backward_kernel<%s> %d %d\n", type, kBackwardThreads,
-              int(sizeof(float)) * (6 * kBackwardWarps + groups_share));
+              int(sizeof(float)) * (kBackwardSums + kBackwardShared<T>));
 }
 
 int main() {
@@ -57,8 +56,9 @@ int main() {
   layer_norm_backward<float>("float");
   std::printf("attention_delta %d 0\n", kDeltaThreads);
   std::printf("attention_combine %d %d\n", kCombineThreads, int(kCombineThreads / 32 * kMaxSplits * sizeof(float)));
-  std::printf("layer_norm_forward %d %d\n", kForwardThreads, int(3 * kForwardWarps * sizeof(float)));
-  std::printf("layer_norm_backward_wide %d %d\n", kBackwardThreads, int(6 * kBackwardWarps * sizeof(float)));
+  std::printf("layer_norm_forward_kernel %d %d\n", kForwardThreads, int(sizeof(float)) * (kForwardSums + kForwardShared));
+  std::printf("layer_norm_forward_wide %d %d\n", kForwardThreads, int(sizeof(float)) * kForwardSums);
+  std::printf("layer_norm_backward_wide %d %d\n", kBackwardThreads, int(sizeof(float)) * kBackwardSums);
   std::printf("gelu_forward %d 0\n", 32 * kGeluWarps);
   std::printf("gelu_backward %d %d\n", 32 * kGeluWarps, kGeluSharedBytes);
   std::printf("sum_partials %d %d\n", 32 * 8, int(32 * 8 * sizeof(float)));
