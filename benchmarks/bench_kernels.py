@@ -59,6 +59,19 @@ def bench_attention(backward: bool, dtype: torch.dtype, D: int, S: int, compare:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("S", pick([16], [256, 1024]))
+@pytest.mark.parametrize("alone", ["all but products", "call"])
+@dtypes
+def bench_share_of_attention(dtype: torch.dtype, alone: str, S: int, compare: Compare) -> None:
+    """Of head_dim 2, the same scores without their products; of one query, the call alone: the ratio is the share."""
+    q, k, v = (torch.randn(1, HEADS, S, 64).to(dtype) for _ in range(3))
+    less = [t[..., :2].contiguous() if alone == "all but products" else t[:, :1, :1] for t in (q, k, v)]
+    compare(
+        f"share of attention {name_of(dtype)}", f"{alone}, D=64 S={S}",
+        lambda: ops.attention(q, k, v), lambda: ops.attention(*less), against=alone,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("S", pick([16], [256, 1024, 4096]))
 @dtypes
 def bench_attention_products(dtype: torch.dtype, S: int, compare: Compare) -> None:
