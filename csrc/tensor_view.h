@@ -88,7 +88,7 @@ struct type_caster<gptcore::TensorView> {
   bool load(handle source, bool) {
     const Torch& torch = Torch::get();
     value.tensor = source;
-    if (torch.view && torch.is_plain(source) && load_dlpack(torch, source)) return true;
+    if (torch.view && is_plain(source) && load_dlpack(torch, source)) return true;
     if (!isinstance(source, torch.tensor))
       throw type_error("expected a torch.Tensor, got " + std::string(str(type::handle_of(source).attr("__name__"))));
     object shape = source.attr(torch.shape), strides = source.attr(torch.stride)();
@@ -120,6 +120,9 @@ struct type_caster<gptcore::TensorView> {
 
   static handle cast(const gptcore::TensorView&, return_value_policy, handle) = delete;
 
+  // A tensor that is no other subclass: what those hold, and whether it is memory, is for their attributes to say.
+  static bool is_plain(handle source) { return Torch::get().is_plain(source); }
+
  private:
   // Names are interned and types looked up once: a call with four tensors costs about as much as one small torch.add.
   struct Torch {
@@ -129,7 +132,6 @@ struct type_caster<gptcore::TensorView> {
 
     decltype(gptcore::dlpack::DLPackExchangeAPI::dltensor_from_py_object_no_sync) view = nullptr;
 
-    // Of no other subclass: what it holds, and whether that is memory, is for its own attributes to say.
     bool is_plain(handle source) const {
       auto type = reinterpret_cast<PyObject*>(Py_TYPE(source.ptr()));
       return type == tensor.ptr() || type == parameter.ptr();

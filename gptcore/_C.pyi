@@ -53,6 +53,9 @@ def attention_backward(
 ) -> None:
     """Fills grad_query, grad_key and grad_value, except for keys of a document that has no queries."""
 
+def attention_takes(query: object, key: object, value: object) -> bool:
+    """Whether these are tensors that attention's kernels can read, with shapes that fit. Never raises."""
+
 def segments(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, batch: int, query_len: int, kv_len: int
 ) -> list[tuple[int, int, int, int, int]]:

@@ -211,7 +211,7 @@ class _LayerNorm(torch.autograd.Function):
         return out.view(x.shape), None if residual is None else total.view(x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @native.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, mean, rstd = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
