@@ -69,6 +69,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("prefer_huge_pages", py::overload_cast<const TensorView&>(&prefer_huge_pages), py::arg("out"),
         "Advises the system to back a large tensor that nothing has written yet by pages of 2 MB.");
+  m.def("keep_freed_memory", &keep_freed_memory,
+        "From now on malloc keeps what is freed, for the whole process. False where malloc is not glibc's.");
 
   m.def("compiled_isas", &compiled_isas, "CPU instruction sets that the kernels are compiled for, lowest first.");
   m.def("supported_isas", &supported_isas, "Those of them that this CPU has, lowest first.");

@@ -46,7 +46,7 @@ def implement(op: str, function: type[torch.autograd.Function]) -> None:
     """Register function.apply(..., backend) as what runs `op` on every backend that has kernels."""
 
     # What function.apply comes to where functorch is not at work; finding that out takes it as long as a small kernel.
-    apply = super(torch.autograd.Function, function).apply
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def run(backend: str, *args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
