@@ -42,7 +42,6 @@ void bind_ops(py::module_& m) {
       py::arg("lse"), py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"), py::arg("cu_seqlens_q"),
       py::arg("cu_seqlens_k"), py::arg("scale"), py::arg("causal"), py::arg("window_left"), py::arg("window_right"),
       py::arg("dropout_p"), py::arg("seed"), py::arg("execution"));
-  m.def("attention_takes", &attention_takes, py::arg("query"), py::arg("key"), py::arg("value"));
   m.def(
       "segments",
       [](const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k, int64_t batch, int64_t query_len,

@@ -60,6 +60,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   }
 
   bind_ops(m);
+  m.def("attention_takes", &attention_takes, py::arg("query"), py::arg("key"), py::arg("value"),
+        "Whether these are tensors that attention's kernels can read, with shapes that fit. Never raises.");
   m.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("targets"), py::arg("gradient"),
         py::arg("num_threads"));
   m.def("grad_norm", &grad_norm, py::arg("grads"), py::arg("num_threads"));
