@@ -1,5 +1,5 @@
-// TensorView: what a kernel needs to know of a torch.Tensor, read through Python's own attributes, or where PyTorch offers
-// it (from 2.9 on) through DLPack's C functions, in a tenth of the time.
+// TensorView: what a kernel needs to know of a torch.Tensor, read through Python's own attributes, or in a tenth of the time
+// through DLPack's C functions, where this PyTorch has them.
 //
 // Nothing of libtorch is included or linked, so that one build of this module serves every version of PyTorch.
 // A view is borrowed: it is good while the caller holds the tensor, which the arguments of a call do.

@@ -341,7 +341,7 @@ def test_right_arguments_are_taken(name: str) -> None:
 
 
 class Named(torch.Tensor):
-    """What the native functions read by its attributes, as they read every tensor of a PyTorch before 2.9."""
+    """What the native functions read by its attributes, as they read every tensor of an older PyTorch."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
