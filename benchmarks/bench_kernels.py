@@ -7,7 +7,9 @@ be read and written at least: what is computed again or kept in between counts n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -113,6 +115,54 @@ def bench_decode(dtype: torch.dtype, batch: int, compare: Compare) -> None:
 
 
 @dtypes
+def bench_decode_native(dtype: torch.dtype, compare: Compare) -> None:
+    """The native function alone, against `ops.attention`: what that takes longer is Python's part of the call."""
+    keys = pick(32, 1024)
+    one = 2 * HEADS * keys * 64 * dtype.itemsize
+    layers = math.ceil(pick(1, 2**27) / one)
+    q, out, lse = (
+        torch.randn(1, HEADS, 1, 64).to(dtype),
+        torch.empty(1, HEADS, 1, 64).to(dtype),
+        torch.empty(1, HEADS, 1),
+    )
+    kv = [[torch.randn(1, HEADS, keys, 64).to(dtype) for _ in "kv"] for _ in range(layers)]
+    threads = torch.get_num_threads()
+
+    def ours() -> None:
+        for k, v in kv:
+            _C.attention_forward(q, k, v, out, lse, None, None, 0.125, True, -1, -1, 0.0, 0, threads)
+
+    compare(
+        f"attention decode, native function alone {name_of(dtype)}", f"batch 1, {keys} keys, {layers} layers",
+        ours, lambda: [ops.attention(q, k, v) for k, v in kv],
+        against="ops.attention", limit=measure.read(), bytes=layers * one,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
+@pytest.mark.parametrize("op", ["attention", "layer norm", "GELU"])
+def bench_call(op: str, backward: bool, compare: Compare) -> None:
+    """So few numbers that the time is that of the call."""
+    q, k, v, x, w, b = (
+        torch.randn(*shape).requires_grad_(backward)
+        for shape in ((1, 2, 1, 16), (1, 2, 4, 16), (1, 2, 4, 16), (4, 16), (16,), (16,))
+    )
+    cases: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]] = {
+        "attention": (ops.attention, F.scaled_dot_product_attention, [q, k, v]),
+        "layer norm": (ops.layer_norm, lambda x, w, b: F.layer_norm(x, w.shape, w, b), [x, w, b]),
+        "GELU": (ops.gelu, lambda x: F.gelu(x, approximate="tanh"), [x]),
+    }
+    ours, theirs, inputs = cases[op]
+    grads = [torch.randn(inputs[0].shape)]
+    case = f"forward{' + backward' * backward} of almost nothing"
+    if backward:
+        runs = forward_backward(ours, inputs, grads), forward_backward(theirs, inputs, grads)
+    else:
+        runs = (lambda: ours(*inputs)), (lambda: theirs(*inputs))
+    compare(f"call of {op}", case, *runs, against="PyTorch")
+
+
+@dtypes
 def bench_gelu(dtype: torch.dtype, compare: Compare) -> None:
     shape = pick((16, 64), (4096, 3072))
     gelu = reference(F.gelu)
@@ -164,4 +214,83 @@ def bench_layer_norm(dtype: torch.dtype, residual: bool, compare: Compare) -> No
         f"layer norm{' with residual' * residual} forward + backward {name_of(dtype)}", "{} x {}".format(*shape),
         ours, theirs, against=PYTORCH, limit=measure.copy(), bytes=(8 if residual else 5) * x.nbytes,
         flops=20 * x.numel(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@dtypes
+def bench_layer_norm_in_place(dtype: torch.dtype, residual: bool, compare: Compare) -> None:
+    """The kernels into memory that exists, against `ops.layer_norm`, which makes new tensors."""
+    rows, width = shape = pick((16, 64), (4096, 768))
+    x, y, grad, grad_sum, out, total, grad_x = (torch.randn(shape).to(dtype) for _ in range(7))
+    weight, bias, grad_weight, grad_bias = (torch.rand(width) for _ in range(4))
+    mean, rstd, threads = torch.empty(rows), torch.empty(rows), torch.get_num_threads()
+    inputs = [tensor.clone().requires_grad_() for tensor in ([x, weight, bias, y] if residual else [x, weight, bias])]
+
+    def ours() -> None:
+        added = (y, total) if residual else (None, None)
+        _C.layer_norm_forward(x, added[0], weight, bias, out, added[1], mean, rstd, 1e-5, threads)
+        grads = (grad, grad_sum if residual else None)
+        _C.layer_norm_backward(*grads, x, weight, mean, rstd, grad_x, grad_weight, grad_bias, threads)
+
+    if residual:
+        call = forward_backward(lambda x, w, b, y: ops.layer_norm(x, w, b, residual=y), inputs, [grad, grad_sum])
+    else:
+        call = forward_backward(ops.layer_norm, inputs, [grad])
+    compare(
+        f"layer norm{', residual,' * residual} into memory that exists {name_of(dtype)}", f"{rows} x {width}",
+        ours, call, against="ops.layer_norm", limit=measure.copy(), bytes=(8 if residual else 5) * x.nbytes,
+    )  # fmt: skip
+
+
+def shape_of(name: str) -> tuple[int, int]:
+    return pick((16, 64), (4096, 3072) if name == "GELU" else (4096, 768))
+
+
+def memory_bound(name: str, dtype: torch.dtype) -> Callable[[], Any]:
+    """Forward and backward of an operation that is limited by memory, on tensors of its own."""
+    shape = shape_of(name)
+    x, y, grad = (torch.randn(shape).to(dtype) for _ in range(3))
+    inputs = [x] if name == "GELU" else [x, torch.rand(shape[1]).to(dtype), torch.rand(shape[1]).to(dtype)]
+    run: Callable[..., Any] = ops.gelu if name == "GELU" else ops.layer_norm
+    grads = [grad]
+    if name == "layer norm with residual":
+        run, inputs, grads = (lambda x, w, b, y: ops.layer_norm(x, w, b, residual=y)), [*inputs, y], [grad, y]
+    return forward_backward(run, [tensor.requires_grad_() for tensor in inputs], grads)
+
+
+def serve(pipe: Connection, kept: bool) -> None:
+    """Runs operations in a process of its own, since what malloc does with freed memory is for the whole process."""
+    if kept:
+        _C.keep_freed_memory()
+    runs: dict[Any, Callable[[], Any]] = {}
+    while (case := pipe.recv()) is not None:
+        if case not in runs:
+            runs = {case: memory_bound(*case)}
+        runs[case]()
+        pipe.send(None)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[list[Connection]]:
+    """Two that serve: one that keeps freed memory, and one as malloc has it."""
+    context, pipes = multiprocessing.get_context("spawn"), []
+    for kept in (True, False):
+        ours, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, kept), daemon=True).start()
+        pipes.append(ours)
+    yield pipes
+    for pipe in pipes:
+        pipe.send(None)
+
+
+@pytest.mark.parametrize("name", ["GELU", "layer norm", "layer norm with residual"])
+@dtypes
+def bench_kept_memory(dtype: torch.dtype, name: str, processes: list[Connection], compare: Compare) -> None:
+    """What it takes that malloc gives memory back to the system, which must clear it before it is used again."""
+    shape, tensors = shape_of(name), 8 if name.endswith("residual") else 5
+    kept, usual = (lambda pipe=pipe: (pipe.send((name, dtype)), pipe.recv()) for pipe in processes)
+    compare(
+        f"{name}, freed memory kept {name_of(dtype)}", "forward + backward, {} x {}".format(*shape), kept, usual,
+        against="freed memory given back", limit=measure.copy(), bytes=tensors * math.prod(shape) * dtype.itemsize,
     )  # fmt: skip

@@ -49,23 +49,29 @@ void check_heads(const TensorView& t, const char* name, const TensorView& query)
     refuse(name, " has stride ", t.strides[3], " in head_dim, expected 1; call .contiguous() on it first");
 }
 
-// All that forward and backward share: the checks of query, key and value, and the arguments made from them.
-AttentionArgs common_args(const TensorView& query, const TensorView& key, const TensorView& value,
-                          const TensorView& out, const TensorView& lse, const AttentionOptions& options,
-                          const Execution& execution) {
+void check_inputs(const TensorView& query, const TensorView& key, const TensorView& value) {
   check_float(query, "query");
   check_heads(query, "query", query);
   check_heads(key, "key", query);
   check_heads(value, "value", query);
-  check_heads(out, "out", query);
-  int64_t batch = query.shape[0], query_heads = query.shape[1], query_len = query.shape[2], head_dim = query.shape[3];
-  int64_t kv_heads = key.shape[1], kv_len = key.shape[2];
+  const int64_t batch = query.shape[0], query_heads = query.shape[1], head_dim = query.shape[3];
+  const int64_t kv_heads = key.shape[1], kv_len = key.shape[2];
   check_shape(key, "key", {batch, kv_heads, kv_len, head_dim});
   check_shape(value, "value", {batch, kv_heads, kv_len, head_dim});
-  check_shape(out, "out", {batch, query_heads, query_len, head_dim});
   if (head_dim < 1 || head_dim > 256) refuse("head_dim is ", head_dim, ", expected 1 to 256");
   if (kv_heads < 1 || query_heads % kv_heads)
     refuse("query has ", query_heads, " heads, which is not a multiple of the ", kv_heads, " heads of key and value");
+}
+
+// All that forward and backward share: the checks of query, key and value, and the arguments made from them.
+AttentionArgs common_args(const TensorView& query, const TensorView& key, const TensorView& value,
+                          const TensorView& out, const TensorView& lse, const AttentionOptions& options,
+                          const Execution& execution) {
+  check_inputs(query, key, value);
+  check_heads(out, "out", query);
+  int64_t batch = query.shape[0], query_heads = query.shape[1], query_len = query.shape[2], head_dim = query.shape[3];
+  int64_t kv_heads = key.shape[1], kv_len = key.shape[2];
+  check_shape(out, "out", {batch, query_heads, query_len, head_dim});
   // Kernels count heads, the rows of a group of heads, and the end of a tile of keys in 32 bits.
   for (int64_t size : {batch * query_heads, query_len * (query_heads / kv_heads), kv_len})
     if (size > INT32_MAX - 256)
@@ -98,6 +104,18 @@ AttentionArgs common_args(const TensorView& query, const TensorView& key, const 
 }
 
 }  // namespace
+
+bool attention_takes(pybind11::handle query, pybind11::handle key, pybind11::handle value) {
+  try {
+    for (pybind11::handle tensor : {query, key, value})
+      if (!pybind11::detail::type_caster<TensorView>::is_plain(tensor)) return false;
+    check_inputs(query.cast<TensorView>(), key.cast<TensorView>(), value.cast<TensorView>());
+    return true;
+  } catch (const pybind11::builtin_exception&) {
+  } catch (const pybind11::error_already_set&) {
+  }
+  return false;
+}
 
 std::vector<Segment> make_segments(const OptionalView& cu_seqlens_q, const OptionalView& cu_seqlens_k, int64_t batch,
                                    int64_t query_len, int64_t kv_len) {

@@ -60,6 +60,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   }
 
   bind_ops(m);
+  m.def("attention_takes", &attention_takes, py::arg("query"), py::arg("key"), py::arg("value"),
+        "Whether these are tensors that attention's kernels can read, with shapes that fit. Never raises.");
   m.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("targets"), py::arg("gradient"),
         py::arg("num_threads"));
   m.def("grad_norm", &grad_norm, py::arg("grads"), py::arg("num_threads"));
@@ -69,6 +71,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("prefer_huge_pages", py::overload_cast<const TensorView&>(&prefer_huge_pages), py::arg("out"),
         "Advises the system to back a large tensor that nothing has written yet by pages of 2 MB.");
+  m.def("keep_freed_memory", &keep_freed_memory,
+        "From now on malloc keeps what is freed, for the whole process. False where malloc is not glibc's.");
 
   m.def("compiled_isas", &compiled_isas, "CPU instruction sets that the kernels are compiled for, lowest first.");
   m.def("supported_isas", &supported_isas, "Those of them that this CPU has, lowest first.");

@@ -25,6 +25,10 @@ struct AttentionOptions {
 std::vector<Segment> make_segments(const OptionalView& cu_seqlens_q, const OptionalView& cu_seqlens_k, int64_t batch,
                                    int64_t query_len, int64_t kv_len);
 
+// Whether these are tensors that attention's kernels can read, with shapes that fit; false where somebody has to look
+// closer, and never throws.
+bool attention_takes(pybind11::handle query, pybind11::handle key, pybind11::handle value);
+
 void attention_forward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
                        const TensorView& lse, const AttentionOptions& options, const Execution& execution);
 void attention_backward(const TensorView& grad_out, const OptionalView& grad_lse, const TensorView& query,

@@ -1,4 +1,5 @@
-// TensorView: what a kernel needs to know of a torch.Tensor, read through Python's own attributes.
+// TensorView: what a kernel needs to know of a torch.Tensor, read through Python's own attributes, or in a tenth of the time
+// through DLPack's C functions, where this PyTorch has them.
 //
 // Nothing of libtorch is included or linked, so that one build of this module serves every version of PyTorch.
 // A view is borrowed: it is good while the caller holds the tensor, which the arguments of a call do.
@@ -7,6 +8,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
 #include <string>
 
 #include "kernels/kernels.h"
@@ -50,6 +52,30 @@ inline int64_t item_size(DType dtype) {
 }
 inline int64_t TensorView::bytes() const { return size() * item_size(dtype); }
 
+// The part that is used here of DLPack 1's dlpack.h: its types, by their own names, with the layout that it promises.
+namespace dlpack {
+
+enum : int32_t { kDLCPU = 1, kDLCUDA = 2 };
+enum : uint8_t { kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4 };
+struct DLDataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+struct DLTensor {
+  void* data;
+  struct { int32_t device_type, device_id; } device;
+  int32_t ndim;
+  DLDataType dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct DLPackExchangeAPI {
+  struct { uint32_t major, minor; } version;
+  void *prev_api, *managed_tensor_allocator, *managed_tensor_from_py_object_no_sync, *managed_tensor_to_py_object_no_sync;
+  int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
+};
+
+}  // namespace dlpack
 }  // namespace gptcore
 
 namespace pybind11::detail {
@@ -61,6 +87,8 @@ struct type_caster<gptcore::TensorView> {
 
   bool load(handle source, bool) {
     const Torch& torch = Torch::get();
+    value.tensor = source;
+    if (torch.view && is_plain(source) && load_dlpack(torch, source)) return true;
     if (!isinstance(source, torch.tensor))
       throw type_error("expected a torch.Tensor, got " + std::string(str(type::handle_of(source).attr("__name__"))));
     object shape = source.attr(torch.shape), strides = source.attr(torch.stride)();
@@ -85,7 +113,6 @@ struct type_caster<gptcore::TensorView> {
       value.device_type = cuda ? gptcore::Device::cuda : gptcore::Device::other;
       value.device_index = source.attr("get_device")().cast<int64_t>();
     }
-    value.tensor = source;
     value.data = reinterpret_cast<void*>(source.attr(torch.data_ptr)().cast<uintptr_t>());
     if (!value.data && value.size() > 0) throw value_error("a tensor without storage: its data pointer is null");
     return true;
@@ -93,17 +120,31 @@ struct type_caster<gptcore::TensorView> {
 
   static handle cast(const gptcore::TensorView&, return_value_policy, handle) = delete;
 
+  // A tensor that is no other subclass: what those hold, and whether it is memory, is for their attributes to say.
+  static bool is_plain(handle source) { return Torch::get().is_plain(source); }
+
  private:
   // Names are interned and types looked up once: a call with four tensors costs about as much as one small torch.add.
   struct Torch {
     static constexpr int kDTypes = 6;
-    object tensor, dtypes[kDTypes];
+    object tensor, parameter, dtypes[kDTypes];
     object shape, stride, dtype, is_cpu, is_cuda, data_ptr;
 
+    decltype(gptcore::dlpack::DLPackExchangeAPI::dltensor_from_py_object_no_sync) view = nullptr;
+
+    bool is_plain(handle source) const {
+      auto type = reinterpret_cast<PyObject*>(Py_TYPE(source.ptr()));
+      return type == tensor.ptr() || type == parameter.ptr();
+    }
     static object interned(const char* name) { return reinterpret_steal<object>(PyUnicode_InternFromString(name)); }
     Torch() {
       module_ torch = module_::import("torch");
-      tensor = torch.attr("Tensor");
+      tensor = torch.attr("Tensor"), parameter = torch.attr("nn").attr("Parameter");
+      if (hasattr(tensor, "__dlpack_c_exchange_api__")) {
+        capsule table = tensor.attr("__dlpack_c_exchange_api__");
+        auto* api = static_cast<gptcore::dlpack::DLPackExchangeAPI*>(table.get_pointer());
+        if (api->version.major == 1) view = api->dltensor_from_py_object_no_sync;
+      }
       const char* names[kDTypes] = {"float32", "bfloat16", "float16", "int32", "int64", "uint8"};  // the order of DType
       for (int i = 0; i < kDTypes; ++i) dtypes[i] = torch.attr(names[i]);
       shape = interned("shape"), stride = interned("stride"), dtype = interned("dtype");
@@ -114,6 +155,29 @@ struct type_caster<gptcore::TensorView> {
       return *torch;
     }
   };
+
+  // False for what DLPack has no word for; the attributes then say what it is, or why it is refused.
+  bool load_dlpack(const Torch& torch, handle source) {
+    gptcore::dlpack::DLTensor t;
+    if (torch.view(source.ptr(), &t) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    using namespace gptcore::dlpack;
+    if (t.ndim > gptcore::kMaxDims || (t.device.device_type != kDLCPU && t.device.device_type != kDLCUDA)) return false;
+    value.ndim = t.ndim;
+    for (int i = 0; i < t.ndim; ++i) value.shape[i] = t.shape[i], value.strides[i] = t.strides[i];
+    static constexpr DLDataType kTypes[Torch::kDTypes] = {{kDLFloat, 32, 1}, {kDLBfloat, 16, 1}, {kDLFloat, 16, 1},
+                                                          {kDLInt, 32, 1},   {kDLInt, 64, 1},    {kDLUInt, 8, 1}};
+    value.dtype = gptcore::DType::other;
+    for (int i = 0; i < Torch::kDTypes; ++i)
+      if (memcmp(&kTypes[i], &t.dtype, sizeof t.dtype) == 0) value.dtype = static_cast<gptcore::DType>(i);
+    const bool cpu = t.device.device_type == kDLCPU;
+    value.device_type = cpu ? gptcore::Device::cpu : gptcore::Device::cuda;
+    value.device_index = cpu ? -1 : t.device.device_id;
+    value.data = static_cast<char*>(t.data) + t.byte_offset;
+    return value.data || value.size() == 0;
+  }
 };
 
 }  // namespace pybind11::detail

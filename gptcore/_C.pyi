@@ -53,6 +53,9 @@ def attention_backward(
 ) -> None:
     """Fills grad_query, grad_key and grad_value, except for keys of a document that has no queries."""
 
+def attention_takes(query: object, key: object, value: object) -> bool:
+    """Whether these are tensors that attention's kernels can read, with shapes that fit. Never raises."""
+
 def segments(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, batch: int, query_len: int, kv_len: int
 ) -> list[tuple[int, int, int, int, int]]:
@@ -127,6 +130,14 @@ def adamw(
 
 def prefer_huge_pages(out: Tensor) -> None:
     """Advises the system to back a large tensor that nothing has written yet by pages of 2 MB."""
+
+def keep_freed_memory() -> bool:
+    """From now on malloc, which PyTorch's tensors on the CPU come from, keeps what is freed for the tensors to come.
+
+    glibc's own way is to give every tensor above 32 MB and the free end of its heap back to the system, and new memory
+    is slow to touch: operations limited by memory take up to twice their time. For the whole process, whose memory then
+    stays at its peak. False where malloc is not glibc's.
+    """
 
 def compiled_isas() -> list[str]:
     """CPU instruction sets that the kernels are compiled for, lowest first."""

@@ -6,6 +6,7 @@ import ast
 import importlib
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -337,6 +338,65 @@ def calls() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", calls())
 def test_right_arguments_are_taken(name: str) -> None:
     call(name, calls()[name])
+
+
+class Named(torch.Tensor):
+    """What the native functions read by its attributes, as they read every tensor of an older PyTorch."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attributes_and_dlpack_say_the_same(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    kv, out, lse = torch.randn(2, 6, 4, 2, 16).to(dtype), torch.empty(2, 4, 6, 16, dtype=dtype), torch.empty(2, 4, 6)
+    q, k, v = torch.randn(2, 4, 6, 16).to(dtype), kv[:, :, :2, 0].transpose(1, 2), kv[:, :, 2:, 1].transpose(1, 2)
+    boundaries, results = torch.tensor([0, 2, 6], dtype=torch.int32), []
+    for kind in (torch.Tensor, Named):
+        tensors = [tensor.as_subclass(kind) for tensor in (q, k, v, out.fill_(7), lse.fill_(7), boundaries, boundaries)]
+        _C.attention_forward(*tensors, 0.3, True, -1, -1, 0.0, 0, 1)
+        results.append((out.clone(), lse.clone()))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    for tensor in (torch.zeros(3, 3), torch.zeros(3, 3, dtype=torch.float64), torch.zeros((1,) * 9), torch.zeros(0, 3)):
+        words = []
+        for kind in (torch.Tensor, Named):
+            with pytest.raises(ValueError, match=r"expected|supported") as error:
+                _C.gelu_forward(torch.zeros(2, 3), None, tensor.as_subclass(kind), True, 1)
+            words.append(str(error.value))
+        assert words[0] == words[1]
+
+
+def test_what_attention_takes() -> None:
+    q, k = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 6, 8)
+    assert _C.attention_takes(q, k, k)
+    assert _C.attention_takes(torch.nn.Parameter(q), k.transpose(2, 1).contiguous().transpose(2, 1), k)
+    for wrong in (
+        k[0], k[:1], k[..., :7], k[..., ::2], k.half(), k.double(), k.long(), k.to("meta"), k[:, :0], q[:, :3],
+        k.to_sparse(), torch.empty(2, 2, 6, 300), k.as_subclass(Named), k.numpy(), None, 3,
+    ):  # fmt: skip
+        assert not _C.attention_takes(q, k, wrong)
+        assert not _C.attention_takes(q, wrong, k)
+    for wrong in (q.half(), q[:, :3], q[:1], q[..., :0], torch.zeros(2, 4, 5, 257), None):
+        assert not _C.attention_takes(wrong, k, k)
+
+
+TOUCHED_AGAIN = """
+import resource, torch
+from gptcore import _C
+assert _C.keep_freed_memory()
+def faults(megabytes):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(megabytes << 20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+for megabytes in (100, 40, 10):
+    faults(megabytes)
+    print(faults(megabytes))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_freed_memory_is_kept() -> None:
+    text = subprocess.run([sys.executable, "-c", TOUCHED_AGAIN], capture_output=True, text=True, check=True).stdout
+    assert all(int(line) < 100 for line in text.split()), text  # of 2,560 pages and more
 
 
 def test_a_fake_tensor_is_refused() -> None:

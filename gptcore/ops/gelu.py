@@ -119,7 +119,7 @@ class _Gelu(torch.autograd.Function):
         return _forward(rows, wide, tanh_form, backend).view(x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @native.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         rows, bias = ctx.saved_tensors
         grad, grad_bias = _backward(grad_out.reshape(rows.shape).contiguous(), rows, bias, *ctx.settings)

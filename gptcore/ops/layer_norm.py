@@ -70,24 +70,22 @@ def layer_norm(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    if x.dim() < 1 or x.shape[-1] < 1:
+    shape, dtype, device = x.shape, x.dtype, x.device  # each is made from nothing when it is asked for
+    width = shape[-1:]
+    if x.dim() < 1 or width[0] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., width) with a width of at least 1")
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"x is {x.dtype}, expected a floating-point dtype")
-    for name, tensor, shape in (
-        ("weight", weight, x.shape[-1:]),
-        ("bias", bias, x.shape[-1:]),
-        ("residual", residual, x.shape),
-    ):
+    if not dtype.is_floating_point:
+        raise ValueError(f"x is {dtype}, expected a floating-point dtype")
+    for name, tensor, expected in (("weight", weight, width), ("bias", bias, width), ("residual", residual, shape)):
         if tensor is None:
             continue
-        if tensor.shape != shape:
+        if tensor.shape != expected:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} for x of {tuple(x.shape)}"
+                f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected)} for x of {tuple(shape)}"
             )
-        if tensor.dtype not in (x.dtype, torch.float32) or tensor.device != x.device:
+        if tensor.dtype not in (dtype, torch.float32) or tensor.device != device:
             raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, expected {x.dtype} or torch.float32 on {x.device}"
+                f"{name} is {tensor.dtype} on {tensor.device}, expected {dtype} or torch.float32 on {device}"
             )
 
 
@@ -130,13 +128,8 @@ def _outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = x if residual is None else residual
     total = like.new_empty(0) if residual is None else torch.empty_like(like)
-    rows = (x.shape[0],)
-    return (
-        torch.empty_like(like),
-        total,
-        x.new_empty(rows, dtype=torch.float32),
-        x.new_empty(rows, dtype=torch.float32),
-    )
+    mean = x.new_empty(x.shape[:1], dtype=torch.float32)
+    return torch.empty_like(like), total, mean, torch.empty_like(mean)
 
 
 def _backward_body(
@@ -211,7 +204,7 @@ class _LayerNorm(torch.autograd.Function):
         return out.view(x.shape), None if residual is None else total.view(x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @native.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, mean, rstd = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes

@@ -45,22 +45,35 @@ def _is_watched(tensor: torch.Tensor) -> bool:
 def implement(op: str, function: type[torch.autograd.Function]) -> None:
     """Register function.apply(..., backend) as what runs `op` on every backend that has kernels."""
 
+    # What function.apply comes to where functorch is not at work; finding that out takes it as long as a small kernel.
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
     def run(backend: str, *args: Any) -> Any:
-        if _is_differentiated(args):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return function.apply(*args, backend)
-        return function.forward(_NothingToKeep(), *args, backend)  # apply takes as long as a small kernel
+        if _is_differentiated(args):
+            return apply(*args, backend)
+        return function.forward(_NothingToKeep(), *args, backend)
 
     for backend in KERNEL_BACKENDS:
         registry.BACKENDS[backend].implementations[op] = functools.partial(run, backend)
 
 
 def _is_differentiated(args: tuple[Any, ...]) -> bool:
-    """Whether autograd, in either direction, or a transform or tracer above it has to see this call."""
+    """Whether autograd, in either direction, has to see this call."""
     if torch.is_grad_enabled() and any(arg.requires_grad for arg in args if isinstance(arg, torch.Tensor)):
         return True
-    return (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    return forward_ad._current_level >= 0
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's own, for a fraction of its time where nobody will differentiate again."""
+    checked = torch.autograd.function.once_differentiable(backward)
+
+    def run(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        return checked(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run
 
 
 class _NothingToKeep:
@@ -123,7 +136,7 @@ def check_flags(**flags: object) -> None:
 
 def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Inside torch.autocast, float32 tensors in its dtype, as for PyTorch's own attention; else as they are."""
-    device = tensors[0].device.type
+    device = "cpu" if tensors[0].is_cpu else tensors[0].device.type  # made from nothing each time
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

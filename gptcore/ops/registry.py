@@ -112,7 +112,10 @@ def select(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., 
         if reason:
             raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}")
         return BACKENDS[name].implementations[op]
-    return BACKENDS[chosen(op, tensor)[0]].implementations[op]
+    for candidate in BACKENDS.values():
+        if candidate.refusal(op, tensor) is None:
+            return candidate.implementations[op]
+    return BACKENDS[chosen(op, tensor)[0]].implementations[op]  # raises
 
 
 def chosen(op: str, tensor: torch.Tensor) -> tuple[str, str]:

@@ -273,6 +273,14 @@ void load_query(FewQuery<S>* to, const S* query, int64_t head_dim, float sign) {
     store(to + d, d < head_dim ? load_up_to(query + d, head_dim - d) * sign : Vec{});
 }
 
+#if defined(__AVX512BF16__)
+// Up to 2 kLanes elements, zeros after them.
+GPTCORE_INLINE UintVec load_pairs(const bfloat16* p, int64_t n) {
+  if (n >= 2 * kLanes) return bit_cast<UintVec>(load((const float*)p));
+  return (UintVec)_mm512_maskz_loadu_epi16(n > 0 ? (1u << n) - 1 : 0, p);
+}
+#endif
+
 // The lanes of query . key, still to be summed.
 template <class S>
 GPTCORE_INLINE Vec dot_lanes(const float* query, const S* key, int64_t head_dim) {
@@ -283,11 +291,8 @@ GPTCORE_INLINE Vec dot_lanes(const float* query, const S* key, int64_t head_dim)
 #if defined(__AVX512BF16__)
 GPTCORE_INLINE Vec dot_lanes(const bfloat16* query, const bfloat16* key, int64_t head_dim) {
   Vec sum = {};
-  for (int64_t d = 0; d < head_dim; d += 2 * kLanes) {
-    const __mmask32 there = head_dim - d >= 2 * kLanes ? ~0u : (1u << (head_dim - d)) - 1;
-    multiply_add(sum, bit_cast<UintVec>(load((const float*)(query + d))),
-                 (UintVec)_mm512_maskz_loadu_epi16(there, key + d));
-  }
+  for (int64_t d = 0; d < head_dim; d += 2 * kLanes)
+    multiply_add(sum, bit_cast<UintVec>(load((const float*)(query + d))), load_pairs(key + d, head_dim - d));
   return sum;
 }
 #endif
@@ -319,6 +324,46 @@ void add_values(const float* probs, const S* values, int64_t stride, int64_t cou
       if (d + v * kLanes < head_dim) store(out + d + v * kLanes, sum[v]);
   }
 }
+
+#if defined(__AVX512BF16__)
+// Two keys at a time, whose values are interleaved to the pairs that the dot product takes. So probabilities are rounded
+// to bfloat16, as those of many queries are.
+void add_values(const float* probs, const bfloat16* values, int64_t stride, int64_t count, int64_t head_dim,
+                float shrink, float* out) {
+  uint32_t pairs[kBlockN / 2];
+  for (int64_t j = 0; j < count; j += kLanes) store((bfloat16*)pairs + j, load_up_to(probs + j, count - j));
+  // Interleaving is by groups of four: lanes 4g to 4g + 3 of `low` are elements 8g to 8g + 3, of `high` the next four.
+  const IntVec lane = lane_index(), swapped = (lane & 3) + ((lane & 4) ? lane * 0 + kLanes : lane * 0);
+  const IntVec first = swapped + (lane >> 3) * 4, second = first + kLanes / 2;
+  const IntVec low = (lane & 3) + (lane >> 2) * 8, high = low + 4;
+  constexpr int kParts = 2;
+  for (int64_t d = 0; d < head_dim; d += kParts * 2 * kLanes) {
+    Vec sum[kParts][2] = {};
+    for (int p = 0; p < kParts; ++p)
+      if (float* at = out + d + p * 2 * kLanes; d + p * 2 * kLanes < head_dim) {
+        sum[p][0] = __builtin_shuffle(load(at), load(at + kLanes), low) * shrink;
+        sum[p][1] = __builtin_shuffle(load(at), load(at + kLanes), high) * shrink;
+      }
+    for (int64_t j = 0; j < count; j += 2) {
+      const UintVec pair = UintVec{} + pairs[j / 2];
+      for (int p = 0; p < kParts; ++p) {
+        const int64_t at = d + p * 2 * kLanes;
+        if (at >= head_dim) continue;
+        const bfloat16* value = values + j * stride + at;
+        const __m512i even = (__m512i)load_pairs(value, head_dim - at);
+        const __m512i odd = (__m512i)load_pairs(value + stride, j + 1 < count ? head_dim - at : 0);
+        multiply_add(sum[p][0], pair, (UintVec)_mm512_unpacklo_epi16(even, odd));
+        multiply_add(sum[p][1], pair, (UintVec)_mm512_unpackhi_epi16(even, odd));
+      }
+    }
+    for (int p = 0; p < kParts; ++p)
+      if (float* at = out + d + p * 2 * kLanes; d + p * 2 * kLanes < head_dim) {
+        store(at, __builtin_shuffle(sum[p][0], sum[p][1], first));
+        store(at + kLanes, __builtin_shuffle(sum[p][0], sum[p][1], second));
+      }
+  }
+}
+#endif
 
 // A task is a key-value head of a segment with all of its queries.
 template <class S>

@@ -13,8 +13,11 @@ struct Normal {
 
 // What a result of type T needs: all of float32's accuracy, or just enough for 16 bits (their rounding errors are 2^-9
 // and 2^-12) at about half of the instructions.
+template <class T> constexpr int kExpDegree = 6;
+template <> constexpr int kExpDegree<bfloat16> = 3;
+template <> constexpr int kExpDegree<float16> = 4;
 template <class T>
-GPTCORE_INLINE Vec exp2_for(Vec x) { return sizeof(T) == 4 ? exp2(x) : exp2<4>(x); }
+GPTCORE_INLINE Vec exp2_for(Vec x) { return exp2<kExpDegree<T>>(x); }
 template <class T>
 GPTCORE_INLINE Vec reciprocal_for(Vec x) {
 #if defined(__AVX512F__)
@@ -27,10 +30,11 @@ GPTCORE_INLINE Vec reciprocal_for(Vec x) {
 template <class T>
 GPTCORE_INLINE Normal tanh_form(Vec x) {
   constexpr float kSlope = 1.5957691216f, kCube = 0.044715f;  // 2 sqrt(2/pi)
-  Vec square = min(splat(1e3f), x * x);  // finite, so that no 0 * inf comes of a large x: by then cdf is 0 or 1
+  Vec square = x * x;
   Vec e = exp2_for<T>(x * (square * (-kSlope * kCube * kLog2e) - kSlope * kLog2e));
   Vec cdf = reciprocal_for<T>(1.0f + e);
   Vec upper = min(e * cdf, splat(1.0f));  // 1 - cdf without cancelling; inf * 0 = NaN counts as 1
+  square = min(splat(1e3f), square);  // finite, so that no 0 * inf comes of a large x: by then cdf is 0 or 1
   return {cdf, (upper * cdf * x) * (square * (3 * kSlope * kCube) + kSlope)};
 }
 
