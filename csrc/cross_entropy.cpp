@@ -7,7 +7,10 @@ namespace gptcore {
 
 double cross_entropy(const TensorView& logits, const TensorView& targets, bool gradient, int64_t num_threads) {
   check_cpu(logits, "logits");
-  check_matrix(logits, "logits");
+  check_float(logits, "logits");
+  if (logits.ndim != 2) refuse("logits has shape ", shape_text(logits.shape, logits.ndim), ", expected (rows, vocab)");
+  if (logits.shape[1] > 1 && logits.strides[1] != 1) refuse("the rows of logits are not dense; call .contiguous() first");
+  check_distinct(logits, "logits");
   const int64_t rows = logits.shape[0], vocab = logits.shape[1];
   check_cpu(targets, "targets");
   check_dtype(targets, "targets", DType::int64, "torch.int64");
@@ -26,6 +29,7 @@ double cross_entropy(const TensorView& logits, const TensorView& targets, bool g
   args.dtype = logits.dtype;
   args.rows = rows, args.vocab = vocab;
   args.logits = logits.data;
+  args.row_stride = logits.strides[0];
   args.targets = checked.data();
   args.losses = losses;
   args.gradient = gradient;

@@ -104,7 +104,7 @@ def gelu_backward(
     """Fills grad_x and, with a bias, grad_bias."""
 
 def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool, num_threads: int) -> float:
-    """The sum of the rows' cross entropies; logits is (rows, vocabulary).
+    """The sum of the rows' cross entropies; logits is (rows, vocabulary), whose rows are dense.
 
     If `gradient`, the logits are overwritten with the gradient of that sum.
     """

@@ -247,7 +247,9 @@ class GPT(nn.Module):
             position_ids = torch.arange(start, start + T, device=input_ids.device)
         _check_values(config, input_ids, attention_mask, labels, cu_seqlens, position_ids)
 
-        # A dense gradient of wte would be all zeros but for T rows, which are added to that of the output projection
+        # A dense gradient of wte would be all zeros but for T rows. They are added to that of the output projection in
+        # place: autograd has it last, and holds nothing else that has its memory, because of an alias made first
+        output_weight = torch.ops.aten.alias((self.wte if self.lm_head is None else self.lm_head).weight)  # (V, C)
         sparse = self.lm_head is None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         x = F.embedding(input_ids, self.wte.weight, sparse=sparse)  # (B, T, C)
         if self.wpe is not None:
@@ -261,7 +263,6 @@ class GPT(nn.Module):
             cache.length += T
         if self.ln_f is not None:
             x, _ = self.ln_f(x, update)
-        output_weight = self.wte.weight if self.lm_head is None else self.lm_head.weight  # (V, C)
         targets = None if labels is None else targets_of(labels, attention_mask, cu_seqlens).long()
         if targets is not None and logits_to_keep == 0:
             loss = ops.linear_cross_entropy(x, output_weight, targets, ignore_index=IGNORED)

@@ -91,7 +91,7 @@ struct GeluArgs {
 
 struct CrossEntropyArgs {
   DType dtype;
-  int64_t rows, vocab;
+  int64_t rows, vocab, row_stride;
   void* logits;            // (rows, vocab); becomes the gradient, softmax - onehot, if `gradient`
   const int64_t* targets;  // (rows,), each in [0, vocab)
   double* losses;          // (rows,)

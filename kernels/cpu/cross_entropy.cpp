@@ -65,7 +65,7 @@ void cross_entropy(const CrossEntropyArgs& args) {
   with_type(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     parallel_for(args.rows, threads, [&](int64_t r) {
-      args.losses[r] = cross_entropy_row((T*)args.logits + r * args.vocab, args.vocab, args.targets[r], args.gradient);
+      args.losses[r] = cross_entropy_row((T*)args.logits + r * args.row_stride, args.vocab, args.targets[r], args.gradient);
     });
   });
 }
