@@ -293,6 +293,31 @@ def test_the_logits_of_all_tokens_never_exist(dtype: torch.dtype, monkeypatch: p
     assert largest["cpu"] <= chunk * vocab, "larger than a chunk"
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_memory_is_taken_again_when_nothing_lives_in_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["gptcore.ops.linear_cross_entropy"], "LARGE", 0)
+
+    def gradient(seed: int, rows: int = 5) -> Tensor:
+        x, weight = randn(rows, 8, dtype=dtype, seed=seed), randn(65, 8, dtype=F32).requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype is BF16):
+            ops.linear_cross_entropy(x, weight, targets_for((rows,), 65, ignored=0.0), backend="cpu").backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    first = gradient(1)
+    before, address = first.clone(), first.data_ptr()
+    second = gradient(2)
+    assert second.data_ptr() != address
+    assert torch.equal(first, before), "overwritten while it is in use"
+    assert torch.equal(gradient(1), before), "the same bits in used memory"
+    address = gradient(3).data_ptr()
+    assert gradient(4).data_ptr() == address
+    view = gradient(3, rows=4)[:9]  # a part of a tensor keeps its memory as well
+    before = view.clone()
+    assert gradient(4).data_ptr() != view.data_ptr()
+    assert torch.equal(view, before)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -385,8 +410,10 @@ def test_the_model_computes_the_same_loss_without_logits(name: str, tied: bool) 
         model(ids, logits_to_keep=0)
 
 
-def test_the_gradient_of_a_tied_weight_is_copied_only_to_be_kept() -> None:
+@pytest.mark.parametrize("large", [0, 1 << 20])
+def test_the_gradient_of_a_tied_weight_is_copied_only_to_be_kept(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of the lookup is added to the projection's in place: in GPT-2 a copy would take 154 MB."""
+    monkeypatch.setattr(sys.modules["gptcore.ops.linear_cross_entropy"], "LARGE", large)
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=33)).eval()
     ids = torch.randint(33, (2, 9))
 

@@ -6,6 +6,10 @@ scalar's own gradient is known: Liger kernels (Hsu et al. 2024, arXiv:2410.10989
 
 from __future__ import annotations
 
+import math
+import mmap
+import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +22,7 @@ from gptcore.ops import native, registry
 
 CHUNK = 512  # tokens whose logits exist at once: of fewer, matmuls are slower, and weight's gradient is added up often
 VOCAB_BLOCK = 4096  # tokens of the vocabulary whose 16-bit weight gradient stays in the cache until it is added up
+LARGE = 4 << 20  # bytes: what is smaller comes from PyTorch's allocator
 ROW = 16  # logits: the rows of a matrix begin at multiples of this, or float32 matmuls are a quarter slower
 
 
@@ -108,17 +113,17 @@ def _forward_body(
     counted = (targets != ignore_index).nonzero().flatten()
     count, everything = len(counted), len(counted) == len(targets)
     rows = (x if everything else x[counted]).to(dtype)
-    narrow = weight if weight.dtype == dtype else _fresh(weight.shape, dtype).copy_(weight)
+    narrow = weight if weight.dtype == dtype else _kept("narrow", weight.shape, dtype).copy_(weight)
     targets = targets.contiguous() if everything else targets[counted]
     # The factor 1 / count comes after the sums: softmax / count would vanish in float16
     scale = 1.0 / max(1, count)
     grad_rows = torch.empty_like(rows if need_x else rows[:0])
-    grad_weight = _fresh(weight.shape if need_weight else (0,), torch.float32)
+    grad_weight = _kept("gradient", weight.shape if need_weight else (0,), torch.float32)
     if count == 0:
         grad_weight.zero_()
 
     size = max(1, -(-count // max(1, -(-count // CHUNK))))
-    buffer, total = _fresh((min(size, count), -(-vocab // ROW) * ROW), dtype)[:, :vocab], 0.0
+    buffer, total = _kept("logits", (min(size, count), -(-vocab // ROW) * ROW), dtype)[:, :vocab], 0.0
     for begin in range(0, count, size):
         chunk = slice(begin, begin + size)
         part = rows[chunk]
@@ -134,11 +139,26 @@ def _forward_body(
     return torch.tensor(total * scale, dtype=torch.float32), grad_x, grad_weight.to(weight.dtype)
 
 
-def _fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory of the size of the vocabulary, which is new in every step: see csrc/pages.h."""
-    tensor = torch.empty(shape, dtype=dtype)
-    _C.prefer_huge_pages(tensor)
-    return tensor
+_memory = threading.local()  # what _kept gave last for each purpose, and whether a tensor still lives in it
+
+
+def _kept(purpose: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory of the size of the vocabulary, written anew in each step: that of the last step, if it is free by now.
+
+    The system takes long to hand out new memory, and very long where the host of a virtual machine has to find it:
+    GPT-2's gradient of 154 MB took 9 to 180 ms, for what the kernels write in 6.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE:
+        return torch.empty(shape, dtype=dtype)
+    memory, last_use = vars(_memory).get(purpose, (b"", None))
+    if len(memory) < size or last_use() is not None:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)  # one fault for 2 MB instead of 512
+    use = memoryview(memory)  # which lives as long as the tensor's storage does
+    vars(_memory)[purpose] = memory, weakref.ref(use)
+    return torch.frombuffer(use, dtype=dtype, count=math.prod(shape)).resize_(shape)  # no view: autograd adds in place
 
 
 def _add_product(grad_weight: Tensor, logits: Tensor, rows: Tensor, scale: float, first: bool) -> None:
