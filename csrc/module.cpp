@@ -69,8 +69,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("steps"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
         py::arg("grad_scale"), py::arg("num_threads"));
 
-  m.def("prefer_huge_pages", py::overload_cast<const TensorView&>(&prefer_huge_pages), py::arg("out"),
-        "Advises the system to back a large tensor that nothing has written yet by pages of 2 MB.");
   m.def("keep_freed_memory", &keep_freed_memory,
         "From now on malloc keeps what is freed, for the whole process. False where malloc is not glibc's.");
 

@@ -128,9 +128,6 @@ def adamw(
 ) -> None:
     """Updates params, exp_avgs and exp_avg_sqs by grad_scale x grads, and adds 1 to steps, which are scalars."""
 
-def prefer_huge_pages(out: Tensor) -> None:
-    """Advises the system to back a large tensor that nothing has written yet by pages of 2 MB."""
-
 def keep_freed_memory() -> bool:
     """From now on malloc, which PyTorch's tensors on the CPU come from, keeps what is freed for the tensors to come.
 

@@ -71,6 +71,7 @@ def test_chunk_edges(backend: str, dtype: torch.dtype, monkeypatch: pytest.Monke
     module = sys.modules["gptcore.ops.linear_cross_entropy"]  # the name in the package is the function
     x, weight, targets = randn(13, 8, dtype=dtype), randn(65, 8, dtype=dtype, seed=1), targets_for((13,), 65)
     monkeypatch.setattr(module, "VOCAB_BLOCK", 20)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 65 * dtype.itemsize)
     for rows in (1, 4, 5, 13):
         monkeypatch.setattr(module, "CHUNK", rows)
         compare(backend, x, weight, targets)
@@ -282,7 +283,9 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_the_logits_of_all_tokens_never_exist(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, width, vocab, chunk = 400, 4, 2000, 48
-    monkeypatch.setattr(sys.modules["gptcore.ops.linear_cross_entropy"], "CHUNK", chunk)
+    module = sys.modules["gptcore.ops.linear_cross_entropy"]
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 3)
     x, weight = leaves(randn(rows, width, dtype=dtype), randn(vocab, width, dtype=dtype))
     largest = {}
     for argument in ("cpu", "torch"):

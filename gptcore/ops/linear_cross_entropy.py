@@ -20,7 +20,8 @@ from torch import Tensor
 from gptcore import _C
 from gptcore.ops import native, registry
 
-CHUNK = 512  # tokens whose logits exist at once: of fewer, matmuls are slower, and weight's gradient is added up often
+CHUNK = 512  # tokens whose logits exist at once: of fewer, matmuls are slower, and weight's gradient is added up often;
+CHUNK_BYTES = 32 << 20  # and more of them, while their logits have at most so many bytes
 VOCAB_BLOCK = 4096  # tokens of the vocabulary whose 16-bit weight gradient stays in the cache until it is added up
 LARGE = 4 << 20  # bytes: what is smaller comes from PyTorch's allocator
 ROW = 16  # logits: the rows of a matrix begin at multiples of this, or float32 matmuls are a quarter slower
@@ -122,7 +123,8 @@ def _forward_body(
     if count == 0:
         grad_weight.zero_()
 
-    size = max(1, -(-count // max(1, -(-count // CHUNK))))
+    most = max(CHUNK, CHUNK_BYTES // (vocab * dtype.itemsize))
+    size = max(1, -(-count // max(1, -(-count // most))))
     buffer, total = _kept("logits", (min(size, count), -(-vocab // ROW) * ROW), dtype)[:, :vocab], 0.0
     for begin in range(0, count, size):
         chunk = slice(begin, begin + size)
