@@ -7,9 +7,7 @@ map (VmHWM), not ru_maxrss, which a child inherits from its parent.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.measure import FORM, pick
+from benchmarks.measure import FORM, in_child, pick
 from benchmarks.models import BATCH, GPT2, train_step
 from gptcore import GPT
 from gptcore.optim import AdamW
@@ -51,12 +49,7 @@ def child(which: str, dtype: str) -> None:
 
 
 def peak(which: str, dtype: str) -> int:
-    command = [sys.executable, "-m", "benchmarks.bench_memory", which, dtype]
-    root = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout.splitlines()[-1])
+    measured = in_child("benchmarks.bench_memory", which, dtype)
     return int(measured["peak"] - measured["before"])
 
 

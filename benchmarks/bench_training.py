@@ -1,32 +1,124 @@
-"""GPT-2 124M training steps, against transformers."""
+"""GPT-2 124M training steps, against transformers, and what such a step spends beside its matmuls."""
 
 from __future__ import annotations
 
+import copy
+import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks.measure import name_of
-from benchmarks.models import BATCH, GPT2, Trainee, difference, matmuls, transformers_gpt2
-from gptcore import GPT
+from benchmarks.measure import FORM, in_child, name_of, seconds
+from benchmarks.models import (
+    BATCH,
+    GPT2,
+    Trainee,
+    compute_gradients,
+    difference,
+    matmuls,
+    train_step,
+    transformers_gpt2,
+)
+from gptcore import GPT, ops
+from gptcore.ops.registry import BACKENDS, FLOATS, Backend
 from gptcore.optim import AdamW
 
 Compare = Callable[..., None]
+CASE = "batch {} x {}".format(*BATCH)
+DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def bench_gpt2(dtype: torch.dtype, compare: Compare) -> None:
+def pair(dtype: torch.dtype) -> tuple[Trainee, Trainee]:
+    """Our model and transformers', with the same weights."""
     torch.manual_seed(0)
     model = GPT(GPT2)
     other = transformers_gpt2(model)
     ours = Trainee(model, AdamW(model.parameters(), lr=1e-4), BATCH, dtype)
     # fused: what transformers' own Trainer takes
-    theirs = Trainee(other, torch.optim.AdamW(other.parameters(), lr=1e-4, fused=True), BATCH, dtype)
+    return ours, Trainee(other, torch.optim.AdamW(other.parameters(), lr=1e-4, fused=True), BATCH, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def bench_gpt2(dtype: torch.dtype, compare: Compare) -> None:
+    ours, theirs = pair(dtype)
     extra: dict[str, Any] = {"tokens": BATCH[0] * BATCH[1]}
     compare(
-        f"GPT-2 124M training step {name_of(dtype)}", "batch {} x {}".format(*BATCH), ours, theirs,
+        f"GPT-2 124M training step {name_of(dtype)}", CASE, ours, theirs,
         against="transformers", limit=matmuls(GPT2, BATCH[0] * BATCH[1], dtype), extra=extra,
     )  # fmt: skip
     extra["loss difference"] = difference(ours, theirs)
+
+
+def no_kernels() -> str:
+    """A backend whose attention, norms and GELU return what they are given: the rest of a step is what it would be."""
+
+    def layer_norm(
+        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = x if residual is None else x + residual
+        return total, total
+
+    nothing: dict[str, Callable[..., Any]] = {
+        "attention": lambda q, k, v, *rest: (v, None),
+        "layer_norm": layer_norm,
+        "gelu": lambda x, bias, tanh: x,
+    }
+    implementations = {**BACKENDS["cpu"].implementations, **nothing}
+    BACKENDS["nothing"] = Backend("nothing", devices=("cpu",), dtypes=FLOATS, implementations=implementations)
+    return "nothing"
+
+
+PARTS = ["without AdamW and clipping", "nor casts", "nor attention, norms and GELU"]  # each is gone in the next as well
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if FORM == "quick" else DTYPES, ids=name_of)
+def bench_parts(dtype: torch.dtype, part: str, compare: Compare) -> None:
+    """How much shorter a step is without some of its parts, which is what they take."""
+    if part == "nor casts" and dtype is torch.float32:
+        pytest.skip("float32 has none")
+    torch.manual_seed(0)
+    model = GPT(GPT2).train()
+    optimizer = AdamW(model.parameters(), lr=1e-4)
+    ids = torch.randint(GPT2.vocab_size, BATCH)
+    less = model if part == PARTS[0] else copy.deepcopy(model).to(dtype)  # weights that no autocast has to cast
+    backend = no_kernels() if part == PARTS[2] else None
+
+    def gradients() -> None:
+        with ops.use(backend):
+            compute_gradients(less, ids, dtype)
+        less.zero_grad()
+
+    compare(
+        f"GPT-2 124M step in parts {name_of(dtype)}", part, gradients, lambda: train_step(model, optimizer, ids, dtype),
+        against="the whole step", limit=matmuls(GPT2, BATCH[0] * BATCH[1], dtype),
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(FORM == "quick", reason="takes two minutes: only in the full form")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def bench_kept_memory(dtype: torch.dtype, record: Callable[..., None]) -> None:
+    """The same in a process whose malloc gives no memory back to the system, which no one gets without asking for it.
+
+    What the ratio is then less than above is what transformers' step waits for new memory.
+    """
+    pytest.importorskip("transformers", reason='transformers is not installed (pip install "gptcore[bench]")')
+    kept = ":".join(f"glibc.malloc.{name}_threshold={2**40}" for name in ("mmap", "trim"))
+    ours, theirs = in_child("benchmarks.bench_training", name_of(dtype), GLIBC_TUNABLES=kept)
+    record(f"GPT-2 124M step in kept memory {name_of(dtype)}", CASE, ours, theirs, against="transformers")
+
+
+def child(dtype: str) -> None:
+    """Train both, and print the seconds of their steps, after some in which their memory grows."""
+    steps = {"toy": 2, "quick": 3, "full": 5}[FORM]
+    trainees = pair(getattr(torch, dtype))
+    times = [[seconds(trainee) for trainee in trainees] for _ in range(2 + steps)]
+    print(json.dumps(list(zip(*times[2:], strict=True))))
+
+
+if __name__ == "__main__":
+    child(*sys.argv[1:])

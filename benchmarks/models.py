@@ -32,12 +32,18 @@ def transformers_gpt2(model: GPT) -> Any:
     return theirs
 
 
-def train_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """One step, as one writes it with either optimizer: loss, gradients, clipping to 1, update. bfloat16: autocast."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+def compute_gradients(model: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """The part of a step before the optimizer's, and the loss. bfloat16 with float32 weights: autocast."""
+    with torch.autocast("cpu", dtype, enabled=dtype is not next(model.parameters()).dtype):
         only_loss = {"logits_to_keep": 0} if isinstance(model, GPT) else {}  # as our Trainer asks for it
         loss: Tensor = model(input_ids=ids, labels=ids, **only_loss).loss
     loss.backward()
+    return loss
+
+
+def train_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """One step, as one writes it with either optimizer: loss, gradients, clipping to 1, update."""
+    loss = compute_gradients(model, ids, dtype)
     if isinstance(optimizer, AdamW):
         optimizer.step(grad_scale=min(1.0, 1.0 / (optimizer.grad_norm() + 1e-6)))
     else:
