@@ -169,7 +169,8 @@ def _add_product(grad_weight: Tensor, logits: Tensor, rows: Tensor, scale: float
         grad_weight.addmm_(logits.t(), rows, beta=0 if first else 1, alpha=scale)
         return
     # PyTorch's 16-bit matmul has a 16-bit result: made in blocks, it never leaves the cache
-    product, wide = (rows.new_empty(VOCAB_BLOCK, rows.shape[1], dtype=d) for d in (rows.dtype, torch.float32))
+    shape = min(VOCAB_BLOCK, len(grad_weight)), rows.shape[1]
+    product, wide = (rows.new_empty(shape, dtype=dtype) for dtype in (rows.dtype, torch.float32))
     for block in grad_weight.split(VOCAB_BLOCK):
         logits, some = logits[:, len(block) :], logits[:, : len(block)]
         part = torch.mm(some.t(), rows, out=product[: len(block)])
