@@ -23,7 +23,7 @@ from benchmarks.models import (
     train_step,
     transformers_gpt2,
 )
-from gptcore import GPT, ops
+from gptcore import _C, GPT, ops
 from gptcore.ops.registry import BACKENDS, FLOATS, Backend
 from gptcore.optim import AdamW
 
@@ -107,13 +107,13 @@ def bench_kept_memory(dtype: torch.dtype, record: Callable[..., None]) -> None:
     What the ratio is then less than above is what transformers' step waits for new memory.
     """
     pytest.importorskip("transformers", reason='transformers is not installed (pip install "gptcore[bench]")')
-    kept = ":".join(f"glibc.malloc.{name}_threshold={2**40}" for name in ("mmap", "trim"))
-    ours, theirs = in_child("benchmarks.bench_training", name_of(dtype), GLIBC_TUNABLES=kept)
+    ours, theirs = in_child("benchmarks.bench_training", name_of(dtype))
     record(f"GPT-2 124M step in kept memory {name_of(dtype)}", CASE, ours, theirs, against="transformers")
 
 
 def child(dtype: str) -> None:
     """Train both, and print the seconds of their steps, after some in which their memory grows."""
+    assert _C.keep_freed_memory()
     steps = {"toy": 2, "quick": 3, "full": 5}[FORM]
     trainees = pair(getattr(torch, dtype))
     times = [[seconds(trainee) for trainee in trainees] for _ in range(2 + steps)]

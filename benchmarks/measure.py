@@ -87,12 +87,12 @@ def seconds(run: Run, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def in_child(module: str, *arguments: str, **environment: str) -> Any:
+def in_child(module: str, *arguments: str) -> Any:
     """What `python -m module` prints as its last line, JSON, in a process of its own."""
     root = Path(__file__).parents[1]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=root, env={**os.environ, "PYTHONPATH": paths, **environment},
+        [sys.executable, "-m", module, *arguments], cwd=root, env={**os.environ, "PYTHONPATH": paths},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
