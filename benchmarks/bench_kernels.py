@@ -262,7 +262,7 @@ def memory_bound(name: str, dtype: torch.dtype) -> Callable[[], Any]:
 def serve(pipe: Connection, kept: bool) -> None:
     """Runs operations in a process of its own, since what malloc does with freed memory is for the whole process."""
     if kept:
-        _C.keep_freed_memory()
+        measure.keep_freed_memory()
     runs: dict[Any, Callable[[], Any]] = {}
     while (case := pipe.recv()) is not None:
         if case not in runs:

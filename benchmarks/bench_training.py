@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import FORM, in_child, name_of, seconds
+from benchmarks.measure import FORM, in_child, keep_freed_memory, name_of, seconds
 from benchmarks.models import (
     BATCH,
     GPT2,
@@ -23,7 +23,7 @@ from benchmarks.models import (
     train_step,
     transformers_gpt2,
 )
-from gptcore import _C, GPT, ops
+from gptcore import GPT, ops
 from gptcore.ops.registry import BACKENDS, FLOATS, Backend
 from gptcore.optim import AdamW
 
@@ -113,7 +113,7 @@ def bench_kept_memory(dtype: torch.dtype, record: Callable[..., None]) -> None:
 
 def child(dtype: str) -> None:
     """Train both, and print the seconds of their steps, after some in which their memory grows."""
-    assert _C.keep_freed_memory()
+    keep_freed_memory()
     steps = {"toy": 2, "quick": 3, "full": 5}[FORM]
     trainees = pair(getattr(torch, dtype))
     times = [[seconds(trainee) for trainee in trainees] for _ in range(2 + steps)]

@@ -6,6 +6,7 @@ taken within a round, a few hundred milliseconds long, so that a machine which s
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import importlib.metadata
 import json
@@ -97,6 +98,17 @@ def in_child(module: str, *arguments: str) -> Any:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def keep_freed_memory() -> None:
+    """Make malloc of this process keep what is freed, where it is glibc's.
+
+    Its own way is to give every tensor above 32 MB and the free end of its heap back to the system, and new memory is
+    slow to touch.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
+    libc = ctypes.CDLL(None)
+    assert libc.mallopt(M_MMAP_MAX, 0) == libc.mallopt(M_TRIM_THRESHOLD, -1) == 1
 
 
 # ---- what the machine can do

@@ -69,9 +69,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("steps"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
         py::arg("grad_scale"), py::arg("num_threads"));
 
-  m.def("keep_freed_memory", &keep_freed_memory,
-        "From now on malloc keeps what is freed, for the whole process. False where malloc is not glibc's.");
-
   m.def("compiled_isas", &compiled_isas, "CPU instruction sets that the kernels are compiled for, lowest first.");
   m.def("supported_isas", &supported_isas, "Those of them that this CPU has, lowest first.");
   m.def("cpu_isa", [] { return std::string(cpu_kernels().name); }, "The instruction set in use.");

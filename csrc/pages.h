@@ -2,7 +2,6 @@
 // of 6 ms to fill 50 MB on the development machine.
 #pragma once
 
-#include <malloc.h>
 #include <sys/mman.h>
 
 #include <optional>
@@ -23,17 +22,6 @@ inline void prefer_huge_pages(const TensorView& out) {
 }
 inline void prefer_huge_pages(const std::optional<TensorView>& out) {
   if (out) prefer_huge_pages(*out);
-}
-
-// From now on malloc, which PyTorch's tensors on the CPU come from, keeps what is freed. As it is, glibc gives back every
-// tensor above 32 MB and the free end of its heap, so that a step touches its memory for the first time again and again.
-// For the whole process, whose memory then stays at its peak; false where malloc is not glibc's.
-inline bool keep_freed_memory() {
-#ifdef __GLIBC__
-  return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1;
-#else
-  return false;
-#endif
 }
 
 }  // namespace gptcore

@@ -128,14 +128,6 @@ def adamw(
 ) -> None:
     """Updates params, exp_avgs and exp_avg_sqs by grad_scale x grads, and adds 1 to steps, which are scalars."""
 
-def keep_freed_memory() -> bool:
-    """From now on malloc, which PyTorch's tensors on the CPU come from, keeps what is freed for the tensors to come.
-
-    glibc's own way is to give every tensor above 32 MB and the free end of its heap back to the system, and new memory
-    is slow to touch: operations limited by memory take up to twice their time. For the whole process, whose memory then
-    stays at its peak. False where malloc is not glibc's.
-    """
-
 def compiled_isas() -> list[str]:
     """CPU instruction sets that the kernels are compiled for, lowest first."""
 
