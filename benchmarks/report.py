@@ -110,16 +110,18 @@ def ceiling(row: dict[str, Any], goal: Outcome) -> str:
     return f"; the whole of {row['limit']} would be {most:.2f} x" if most < goal.goal else ""
 
 
-WHY = """What seems to stop those that are missed: rows named here bear on it, the shares themselves were not measured.
+WHY = """What stops those that are missed, and the rows that measure it:
 
 - Where a line says what the whole of a limit would be, the limit itself is in the way: PyTorch is too near to it.
-- Attention in bfloat16, from S=1024 on: softmax. *Attention against its products* does the same work without a mask,
-  `torch.bmm` does its two products and nothing else; what is missing to the whole of matmul there are exponentials.
-- Attention at S=256: packing, and the blocks on the diagonal, half of which is masked, which are few at S=4096; and the
-  call from Python, which *overhead of a small model's step* shows.
-- GELU: the first touch of new memory, by the system. *GELU into memory that exists* is the same kernels without it.
-- Decoding at batch 1, layer norm in bfloat16: the call. At batch 16, or in float32, the same kernels move more bytes.
-- Training steps: all that is no matmul. Of GPT-2's, PyTorch's profiler names casts, attention and AdamW first."""
+- Attention in bfloat16: what is not products. *Share of attention* measures it, by the same scores with a head_dim of
+  2, a bound from above, as products that thin are slow, and by a call that does nothing else. *Attention against its
+  products* is at the percentage of matmul that is left without a mask. At S=256 packing and the call count as well, and
+  the blocks on the diagonal, of which a part is computed and masked.
+- Decoding at batch 1: the call from Python. *Attention decode, native function alone* reads at the memory's rate.
+- GELU and layer norm: the first touch of new memory, by the system, and the call. *GELU into memory that exists*,
+  *layer norm into memory that exists* and *freed memory kept* are the same kernels without the one, or without both.
+- Small model: *overhead of a small model's step* is what a step takes beside its kernels, *call of ...* an operation.
+- GPT-2: *GPT-2 124M step in parts* takes away one part after the other."""
 
 
 def markdown(lines: list[list[str]]) -> str:
