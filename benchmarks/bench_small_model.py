@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import name_of, pick
-from benchmarks.models import NO_DROPOUT, Trainee, difference, matmuls
+from benchmarks.models import NO_DROPOUT, PARTS, Trainee, difference, in_parts, matmuls
 from gptcore import GPT, GPTConfig
 from gptcore.ops.registry import BACKENDS, FLOATS, Backend
 from gptcore.optim import AdamW
@@ -83,6 +83,16 @@ def bench_small_model(ours: torch.dtype, theirs: torch.dtype, fused: bool, compa
         against=FUSED if fused else OPS, limit=matmuls(SMALL, SMALL_BATCH[0] * SMALL_BATCH[1], ours), extra=extra,
     )  # fmt: skip
     extra["loss difference"] = difference(*pair)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def bench_parts(part: str, compare: Compare) -> None:
+    """How much shorter a step is without some of its parts, which is what they take."""
+    dtype = torch.bfloat16
+    compare(
+        f"small model step in parts {name_of(dtype)}", part, *in_parts(SMALL, SMALL_BATCH, dtype, part),
+        against="the whole step", limit=matmuls(SMALL, SMALL_BATCH[0] * SMALL_BATCH[1], dtype),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("fused", [False, True])

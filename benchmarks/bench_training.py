@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections.abc import Callable
@@ -10,21 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks.measure import FORM, in_child, keep_freed_memory, name_of, seconds
-from benchmarks.models import (
-    BATCH,
-    GPT2,
-    Trainee,
-    compute_gradients,
-    difference,
-    matmuls,
-    train_step,
-    transformers_gpt2,
-)
-from gptcore import GPT, ops
-from gptcore.ops.registry import BACKENDS, FLOATS, Backend
+from benchmarks.models import BATCH, GPT2, PARTS, Trainee, difference, in_parts, matmuls, transformers_gpt2
+from gptcore import GPT
 from gptcore.optim import AdamW
 
 Compare = Callable[..., None]
@@ -53,48 +41,12 @@ def bench_gpt2(dtype: torch.dtype, compare: Compare) -> None:
     extra["loss difference"] = difference(ours, theirs)
 
 
-def no_kernels() -> str:
-    """A backend whose attention, norms and GELU return what they are given: the rest of a step is what it would be."""
-
-    def layer_norm(
-        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        total = x if residual is None else x + residual
-        return total, total
-
-    nothing: dict[str, Callable[..., Any]] = {
-        "attention": lambda q, k, v, *rest: (v, None),
-        "layer_norm": layer_norm,
-        "gelu": lambda x, bias, tanh: x,
-    }
-    implementations = {**BACKENDS["cpu"].implementations, **nothing}
-    BACKENDS["nothing"] = Backend("nothing", devices=("cpu",), dtypes=FLOATS, implementations=implementations)
-    return "nothing"
-
-
-PARTS = ["without AdamW and clipping", "nor casts", "nor attention, norms and GELU"]  # each is gone in the next as well
-
-
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16] if FORM == "quick" else DTYPES, ids=name_of)
 def bench_parts(dtype: torch.dtype, part: str, compare: Compare) -> None:
     """How much shorter a step is without some of its parts, which is what they take."""
-    if part == "nor casts" and dtype is torch.float32:
-        pytest.skip("float32 has none")
-    torch.manual_seed(0)
-    model = GPT(GPT2).train()
-    optimizer = AdamW(model.parameters(), lr=1e-4)
-    ids = torch.randint(GPT2.vocab_size, BATCH)
-    less = model if part == PARTS[0] else copy.deepcopy(model).to(dtype)  # weights that no autocast has to cast
-    backend = no_kernels() if part == PARTS[2] else None
-
-    def gradients() -> None:
-        with ops.use(backend):
-            compute_gradients(less, ids, dtype)
-        less.zero_grad()
-
     compare(
-        f"GPT-2 124M step in parts {name_of(dtype)}", part, gradients, lambda: train_step(model, optimizer, ids, dtype),
+        f"GPT-2 124M step in parts {name_of(dtype)}", part, *in_parts(GPT2, BATCH, dtype, part),
         against="the whole step", limit=matmuls(GPT2, BATCH[0] * BATCH[1], dtype),
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.measure import Limit, pick
 from gptcore import GPT, GPTConfig, ops
+from gptcore.ops.registry import BACKENDS, FLOATS, Backend
 from gptcore.optim import AdamW
 from gptcore.pretrained import PREFIX, TRANSPOSED
 
@@ -68,6 +70,49 @@ class Trainee:
     def __call__(self) -> None:
         with ops.use(self.backend):
             self.losses.append(train_step(self.model, self.optimizer, self.ids, self.dtype))
+
+
+def no_kernels() -> str:
+    """A backend whose attention, norms and GELU return what they are given: the rest of a step is what it would be."""
+
+    def layer_norm(
+        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = x if residual is None else x + residual
+        return total, total
+
+    nothing: dict[str, Callable[..., Any]] = {
+        "attention": lambda q, k, v, *rest: (v, None),
+        "layer_norm": layer_norm,
+        "gelu": lambda x, bias, tanh: x,
+    }
+    implementations = {**BACKENDS["cpu"].implementations, **nothing}
+    BACKENDS["nothing"] = Backend("nothing", devices=("cpu",), dtypes=FLOATS, implementations=implementations)
+    return "nothing"
+
+
+PARTS = ["without AdamW and clipping", "nor casts", "nor attention, norms and GELU"]  # each is gone in the next as well
+
+
+def in_parts(
+    config: GPTConfig, batch: tuple[int, int], dtype: torch.dtype, part: str
+) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+    """A training step without some of its parts, and the whole of it."""
+    if part == "nor casts" and dtype is torch.float32:
+        pytest.skip("float32 has none")
+    torch.manual_seed(0)
+    model = GPT(config).train()
+    optimizer = AdamW(model.parameters(), lr=1e-4)
+    ids = torch.randint(config.vocab_size, batch)
+    less = model if part == PARTS[0] else copy.deepcopy(model).to(dtype)  # weights that no autocast has to cast
+    backend = no_kernels() if part == PARTS[2] else None
+
+    def gradients() -> None:
+        with ops.use(backend):
+            compute_gradients(less, ids, dtype)
+        less.zero_grad()
+
+    return gradients, lambda: train_step(model, optimizer, ids, dtype)
 
 
 def difference(ours: Trainee, theirs: Trainee) -> float:

@@ -120,8 +120,8 @@ WHY = """What stops those that are missed, and the rows that measure it:
 - Decoding at batch 1: the call from Python. *Attention decode, native function alone* reads at the memory's rate.
 - GELU and layer norm: the first touch of new memory, by the system, and the call. *GELU into memory that exists*,
   *layer norm into memory that exists* and *freed memory kept* are the same kernels without the one, or without both.
-- Small model: *overhead of a small model's step* is what a step takes beside its kernels, *call of ...* an operation.
-- GPT-2: *GPT-2 124M step in parts* takes away one part after the other."""
+- Training steps: *step in parts* takes away one part after the other. *Overhead of a small model's step* is what that
+  takes beside its kernels, *call of ...* what an operation does."""
 
 
 def markdown(lines: list[list[str]]) -> str:
