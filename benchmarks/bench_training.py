@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.measure import FORM, in_child, keep_freed_memory, name_of, seconds
+from benchmarks.measure import FORM, in_child, keep_freed_memory, name_of, pick, seconds
 from benchmarks.models import BATCH, GPT2, PARTS, Trainee, difference, in_parts, matmuls, transformers_gpt2
 from gptcore import GPT
 from gptcore.optim import AdamW
@@ -52,7 +52,7 @@ def bench_parts(dtype: torch.dtype, part: str, compare: Compare) -> None:
 
 
 @pytest.mark.skipif(FORM == "quick", reason="takes two minutes: only in the full form")
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", pick(DTYPES[:1], DTYPES), ids=name_of)
 def bench_kept_memory(dtype: torch.dtype, record: Callable[..., None]) -> None:
     """The same in a process whose malloc gives no memory back to the system, which no one gets without asking for it.
 
