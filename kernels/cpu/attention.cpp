@@ -87,7 +87,7 @@ struct Scale {
 template <class T>
 struct ForwardScratch {
   T* key;                          // K (keys x depth)
-  Wide<T>*value, *query, *probs;  // V (keys / kStep x width), Q^T (steps x kPanel), P^T (kBlockN / kStep x kPanel)
+  Wide<T>*value, *query, *probs;   // V (keys / kStep x width), Q^T (steps x kPanel), P^T (kBlockN / kStep x kPanel)
   float *scores, *out;             // S^T (kBlockN x kPanel), O (kPanel x width, in panels)
   float *max, *sum;       // of each lane: of the scores, and of exp2((score - max) x size_log2)
   size_t bytes;
@@ -333,7 +333,7 @@ void add_values(const float* probs, const bfloat16* values, int64_t stride, int6
   uint32_t pairs[kBlockN / 2];
   for (int64_t j = 0; j < count; j += kLanes) store((bfloat16*)pairs + j, load_up_to(probs + j, count - j));
   // Interleaving is by groups of four: lanes 4g to 4g + 3 of `low` are elements 8g to 8g + 3, of `high` the next four.
-  const IntVec lane = lane_index(), swapped = (lane & 3) + ((lane & 4) ? lane * 0 + kLanes : lane * 0);
+  const IntVec lane = lane_index(), swapped = (lane & 3) + (lane & 4) * (kLanes / 4);
   const IntVec first = swapped + (lane >> 3) * 4, second = first + kLanes / 2;
   const IntVec low = (lane & 3) + (lane >> 2) * 8, high = low + 4;
   constexpr int kParts = 2;

@@ -116,7 +116,6 @@ void multiply(Left<T> a, const Wide<T>* b, int64_t rows, int64_t steps, int64_t 
 struct Seen {
   int vectors;
   int64_t count[kPanelVectors];
-  int64_t most() const { return count[vectors - 1]; }
 };
 
 // S^T = K Q^T or dP^T = V dO^T: rows are keys, columns queries, depth is head_dim.
@@ -193,12 +192,15 @@ GPTCORE_INLINE void load_square(Vec (&v)[kLanes], const S* source, int64_t strid
   for (int i = 0; i < kLanes; ++i) v[i] = i < rows ? load_up_to(source + i * stride, columns) : Vec{};
 }
 
+template <class S, class T> constexpr bool kSame = false;
+template <class T> constexpr bool kSame<T, T> = true;
+
 // A, one source row a row, zeros up to `depth` columns (a multiple of kStep). It would do as it lies, if nothing is
 // converted; but this copy comes in from memory at full speed, which rows that are read side by side do not.
 template <class S, class T>
 void pack_rows(T* to, int64_t depth, const S* source, int64_t stride, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i, to += depth, source += stride)
-    if constexpr (sizeof(S) == sizeof(T)) {
+    if constexpr (kSame<S, T>) {
       memcpy(to, source, columns * sizeof(T));
       memset(to + columns, 0, (depth - columns) * sizeof(T));
     } else {
