@@ -7,6 +7,8 @@ passes is remembered on disk, for this GPU, driver and version, so that it costs
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import json
 import warnings
 from collections.abc import Callable
@@ -52,8 +54,16 @@ def _gpu(device: torch.device) -> str:
         return str(device)
     gpu = torch.cuda.get_device_properties(device)
     version = _C.build_info()["version"]
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    return f"{gpu.name}, sm_{gpu.major}{gpu.minor}, driver {driver}, torch {torch.__version__}, gptcore {version}"
+    return f"{gpu.name}, sm_{gpu.major}{gpu.minor}, driver {_driver()}, torch {torch.__version__}, gptcore {version}"
+
+
+@functools.cache
+def _driver() -> int | None:
+    """The version of CUDA that the driver supports; None where it is not NVIDIA's."""
+    version = ctypes.c_int()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value or None
 
 
 def _remember(key: str) -> None:

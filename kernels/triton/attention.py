@@ -44,13 +44,15 @@ def _pointers(rows_of_head, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _mask(first, length, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What of a tile lies inside of the tensor; None where all of it does."""
+    """What of a tile lies inside of the tensor."""
     rows = (first + tl.arange(0, ROWS) < length)[:, None]
     columns = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
     if HEAD_DIM == BLOCK_D:
-        return rows if MASK_ROWS else None
+        return rows
+    elif MASK_ROWS:
+        return rows & columns
     else:
-        return rows & columns if MASK_ROWS else columns
+        return columns
 
 
 @triton.jit
@@ -58,8 +60,10 @@ def _load(rows_of_head, first, length, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.con
           BLOCK_D: tl.constexpr):  # fmt: skip
     """A tile (ROWS, BLOCK_D), zero outside of the tensor."""
     pointers = _pointers(rows_of_head, first, ROWS, BLOCK_D)
-    mask = _mask(first, length, HEAD_DIM, MASK_ROWS, ROWS, BLOCK_D)
-    return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
+    if MASK_ROWS or HEAD_DIM != BLOCK_D:
+        return tl.load(pointers, mask=_mask(first, length, HEAD_DIM, MASK_ROWS, ROWS, BLOCK_D), other=0.0)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit
