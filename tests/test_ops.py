@@ -334,7 +334,8 @@ def test_none_takes_the_first_that_can() -> None:
 
 
 def test_on_a_gpu_triton_serves_where_cuda_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensor: Any = types.SimpleNamespace(device=torch.device("cuda"), dtype=BF16, is_cuda=False)  # none to verify on
+    tensor: Any = types.SimpleNamespace(device=torch.device("cuda"), dtype=BF16)
+    monkeypatch.setattr(registry, "VERIFIED", [])
     cuda, triton = registry.BACKENDS["cuda"], registry.BACKENDS["triton"]
     monkeypatch.setattr(triton, "devices", ("cuda",))
     monkeypatch.setattr(triton, "unusable", None)

@@ -7,12 +7,14 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from gptcore import ops
 from gptcore.ops import registry, verify
 
 TENSORS = {"attention": torch.zeros(1, 1, 1, 64), "layer_norm": torch.zeros(1, 8), "gelu": torch.zeros(1, 8)}
@@ -84,11 +86,31 @@ def test_a_wrong_kernel_is_named_and_left_alone(wrong: str, tmp_path: Path) -> N
 
 def test_the_next_backend_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the table of backends does with the verdict; no tensor of a GPU is needed for that."""
-    monkeypatch.setattr(registry, "VERIFIED", ("cpu",))
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(registry, "VERIFIED", ["cpu"])
     monkeypatch.setattr(verify, "failure", lambda *_: "it is wrong here")
     x = torch.zeros(2, 4)
     assert registry.chosen("gelu", x)[0] != "cpu"
     assert "not cpu: it is wrong here" in registry.chosen("gelu", x)[1]
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run gelu: it is wrong here"):
         registry.select("gelu", "cpu", x)
+
+
+def test_torch_compile_sees_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "VERIFIED", ["cpu"])
+    compiled = torch.compile(ops.gelu, backend="eager", fullgraph=True)
+    x = torch.randn(3, 8)
+    assert torch.equal(compiled(x), ops.gelu(x))  # not checked before, while recording; then checked
+    assert torch.equal(compiled(x), ops.gelu(x))
+    assert [kernel[:2] for kernel in verify._results] == [("cpu", "gelu")]
+
+
+def test_a_gpu_is_told_from_others_by_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="a GPU", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(verify, "_driver", lambda: 13000)
+    assert verify._gpu(torch.device("cuda", 0)).startswith("a GPU, sm_90, driver 13000, torch 2")
+
+
+def test_a_driver_that_is_not_there_has_no_version() -> None:
+    version = verify._driver()
+    assert version is None if not torch.cuda.is_available() else version

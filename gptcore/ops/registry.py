@@ -39,13 +39,12 @@ class Backend:
         dtypes = self.narrower.get(op, self.dtypes)
         if tensor.dtype not in dtypes:
             return f"it takes {', '.join(map(str, dtypes))}, not {tensor.dtype}"
-        if self.name in VERIFIED and op in verify.OPS and tensor.is_cuda:
+        if self.name in VERIFIED and op in verify.OPS:
             formula = BACKENDS["torch"].implementations[op]
             return verify.failure(self.name, op, tensor, self.implementations[op], formula)
         return None
 
 
-VERIFIED = ("cuda", "triton")  # kernels that are tried before their first use on a GPU
 # Those that leave to PyTorch what gptcore has a kernel for on the CPU alone: the loss and the optimizer.
 WITH_TORCH = ("torch", "cuda", "triton", "simt")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,6 +90,8 @@ BACKENDS = {
         Backend("simt", devices=("cpu",), dtypes=FLOATS, unusable=_why_no_simt()),
     )
 }
+
+VERIFIED = [name for name, backend in BACKENDS.items() if backend.devices == ("cuda",)]  # before a kernel's first use
 
 _in_use: str | None = None
 

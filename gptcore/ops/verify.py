@@ -21,32 +21,40 @@ from gptcore import _C
 from gptcore.files import atomic_file, cache_folder
 
 OPS = ("attention", "layer_norm", "gelu")
-_results: dict[str, str | None] = {}  # of this process: why a kernel is not to be trusted, or None
+_results: dict[tuple[Any, ...], str | None] = {}  # of this process: why a kernel is not to be trusted, or None
 
 
 def failure(backend: str, op: str, tensor: Tensor, run: Callable[..., Any], formula: Callable[..., Any]) -> str | None:
     """Why `run`, the kernel of `op` for such tensors, is not to be trusted here, or None. Warns when it finds out."""
-    kernel = f"{backend} {op} {tensor.dtype}" + (f" head_dim {tensor.shape[-1]}" if op == "attention" else "")
-    key = f"{_gpu(tensor.device)}: {kernel}"
-    if key not in _results and not _busy(tensor):
-        _results[key] = None  # so that the calls from here are not checked in turn
-        seen = cache_folder() / "verified.json"
-        with contextlib.suppress(OSError, ValueError):
-            if key in json.loads(seen.read_text()):
-                return None
-        with torch.cuda.device_of(tensor):
-            _results[key] = reason = _compare(op, tensor, run, formula)
-        if reason is None:
-            _remember(key)
-        else:
-            warnings.warn(f"gptcore: the kernel {kernel} is wrong on {key}, and not used: {reason}", stacklevel=4)
-    return _results.get(key)
+    kernel = (backend, op, tensor.dtype, tensor.shape[-1] if op == "attention" else None, tensor.device)
+    if kernel not in _results and not _busy(tensor):
+        _results[kernel] = None  # so that the calls from here are not checked in turn
+        _results[kernel] = _first_use(backend, op, tensor, run, formula)
+    return _results.get(kernel)
 
 
 def _busy(tensor: Tensor) -> bool:
     """Whether a call now would end up in somebody's recording."""
-    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-    return capturing or torch.compiler.is_compiling()
+    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _first_use(
+    backend: str, op: str, tensor: Tensor, run: Callable[..., Any], formula: Callable[..., Any]
+) -> str | None:
+    """What failure() says of a kernel that this process has not used yet."""
+    kernel = f"{backend} {op} {tensor.dtype}" + (f" head_dim {tensor.shape[-1]}" if op == "attention" else "")
+    gpu = _gpu(tensor.device)
+    key = f"{gpu}: {kernel}"
+    with contextlib.suppress(OSError, ValueError):
+        if key in json.loads((cache_folder() / "verified.json").read_text()):
+            return None
+    with torch.cuda.device_of(tensor):
+        reason = _compare(op, tensor, run, formula)
+    if reason is None:
+        _remember(key)
+    else:
+        warnings.warn(f"gptcore: the kernel {kernel} is wrong on {gpu}, and not used: {reason}", stacklevel=5)
+    return reason
 
 
 def _gpu(device: torch.device) -> str:
