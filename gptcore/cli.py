@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import itertools
 import math
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from gptcore.config import GPTConfig
 from gptcore.data import DataCollatorForLanguageModeling, TextDataset, split
 from gptcore.export import DTYPES, export_gguf, export_hf
 from gptcore.model import GPT
+from gptcore.ops.registry import BACKENDS
 from gptcore.plot import plot_loss
 from gptcore.tokenizer import Tokenizer
 from gptcore.trainer import Trainer, TrainingArguments, TrainingInterrupted
@@ -124,6 +126,19 @@ def _pick(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(cls) if hasattr(args, field.name)}
 
 
+def _device(args: argparse.Namespace) -> torch.device:
+    """Where to compute: what was asked for, else a GPU, if there is one and the backend runs on it."""
+    if args.device is None:
+        devices = BACKENDS[args.backend].devices if args.backend else ()
+        return torch.device("cuda" if torch.cuda.is_available() and (not devices or "cuda" in devices) else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise ValueError(f"--device is {args.device}, expected cpu, cuda or cuda:N")
+    device = torch.device(args.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device} is not there: PyTorch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
 def _no_effect(args: argparse.Namespace, reason: str, *names: str) -> None:
     """ValueError for an option among these that was given, though it would change nothing."""
     options = {f"--{no}{name.replace('_', '-')}" for name in names for no in ("", "no-")}
@@ -162,6 +177,7 @@ def train(args: argparse.Namespace) -> int:
             "eos_token_id": eos,
         }
         model = GPT(GPTConfig(**settings))
+    model.to(args.device)
     block_size = model.config.n_positions if args.block_size is None else args.block_size
     dataset = TextDataset(
         tokenizer, args.files, block_size, cache_dir=args.cache_dir, mask_documents=args.mask_documents
@@ -254,7 +270,7 @@ def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 def generate(args: argparse.Namespace) -> int:
     """Continue each prompt."""
-    model, tokenizer = GPT.from_pretrained(args.model), Tokenizer.from_pretrained(args.model)
+    model, tokenizer = GPT.from_pretrained(args.model).to(args.device), Tokenizer.from_pretrained(args.model)
     start = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else tokenizer.encode("\n")
     real = min(tokenizer.vocab_size, model.config.vocab_size)  # the rest of a padded vocabulary has no text
     prompts = [tokenizer.encode(prompt) or start for prompt in args.prompt]
@@ -280,7 +296,7 @@ def generate(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Loss and perplexity of a model on a text."""
-    model, tokenizer = GPT.from_pretrained(args.model), Tokenizer.from_pretrained(args.model)
+    model, tokenizer = GPT.from_pretrained(args.model).to(args.device), Tokenizer.from_pretrained(args.model)
     block_size = model.config.n_positions if args.block_size is None else args.block_size
     dataset = TextDataset(tokenizer, args.files, block_size, cache_dir=args.cache_dir)
     options = TrainingArguments(
@@ -344,6 +360,7 @@ def make_parser() -> Parser:
         to.add_argument(
             "--backend", help=f"kernels to compute with: {', '.join(ops.backends())} (default: the fastest)"
         )
+        to.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU, if there is one that the backend takes)")
 
     def data(to: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
         to.add_argument(
@@ -432,6 +449,8 @@ def main(argv: Sequence[str] | None = None, **overrides: Any) -> int:
         if backend is not None and (reason := ops.backends().get(backend)):
             raise ValueError(f"--backend {backend} is not usable here: {reason}")
         with ops.use(backend or ops.in_use()):
+            if hasattr(args, "device"):
+                args.device = _device(args)
             status: int = args.run(args)
         return status
     except (OSError, ValueError, TypeError, ImportError, CheckpointError, ArithmeticError) as error:

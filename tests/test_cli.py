@@ -150,6 +150,10 @@ def test_errors_are_one_line(text, tmp_path, capsys):
     assert "no-such-folder" in error("generate", "no-such-folder")
     assert "n_embd" in error("train", text, "--output-dir", tmp_path / "out", "--n-embd", 30, "--n-head", 4)
     assert "unknown backend 'gpu'" in error("train", text, "--output-dir", tmp_path / "out", "--backend", "gpu")
+    assert "--device is gpu, expected cpu, cuda" in error(
+        "train", text, "--output-dir", tmp_path / "out", "--device", "gpu"
+    )
+    assert "--device cuda:77 is not there: PyTorch sees" in error("generate", "out", "--device", "cuda:77")
     assert "--threads is 0" in error("train", text, "--output-dir", tmp_path / "out", "--threads", 0)
     assert not (tmp_path / "out").exists()
 
