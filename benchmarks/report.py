@@ -166,6 +166,30 @@ def full(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def on_a_gpu(folder: Path) -> str:
+    """What python -m benchmarks.gpu measured, if its gpu.json is in the folder: a line for each case and pass."""
+    if not (folder / "gpu.json").exists():
+        return ""
+    found = read_json(folder / "gpu.json")
+    rates, rows = found["rates"], found["rows"]
+    columns = list(dict.fromkeys(row["name"] for row in rows))
+    lines = [["operation", "case", "pass", "of the limit", *columns]]
+    for key, group in groupby(rows, key=lambda row: (row["op"], row["case"])):
+        cases = list(group)
+        for stage in ("forward", "backward"):
+            here = {row["name"]: row for row in cases if row["pass"] == stage}
+            best = max(row["percent"] or 0.0 for name, row in here.items() if name.startswith("gptcore"))
+            limit = f"{best:.0f} % of {'matmul' if key[0] == 'attention' else 'copy'}"
+            cells = (here.get(column, {}).get("ms") for column in columns)
+            lines.append([*key, stage, limit, *("" if ms is None else f"{ms:.3f} ms" for ms in cells)])
+    head = (
+        f"{found['gpu']}, PyTorch {found['torch']}, {found['date']}; copy {quantity(rates['copy'], 'B/s')}, matmul "
+        f"bfloat16 {quantity(rates['matmul'], 'FLOP/s')}. Medians of the GPU's own clock, with an empty L2 cache. The "
+        "percentage is that of the faster of our backends."
+    )
+    return f"\n## On a GPU\n\n{head}\n\n{markdown(lines)}\n\n![on a GPU](gpu.png)\n"
+
+
 def insert(text: str, made: str) -> str:
     """`text` with `made` between its markers. Raises ValueError unless it has both, once."""
     begin, end = MARKERS
@@ -275,7 +299,7 @@ def write(path: Path, make: Callable[[], str]) -> None:
 def main(folder: Path = COMMITTED) -> None:
     results = load(folder / "results.json")
     draw(results, folder)
-    write(folder / "README.md", lambda: full(results))
+    write(folder / "README.md", lambda: full(results) + on_a_gpu(folder))
     if folder.resolve() == COMMITTED:
         readme = ROOT / "README.md"
         write(readme, lambda: insert(readme.read_text(encoding="utf-8"), summary(results)))

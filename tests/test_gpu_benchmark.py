@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, report
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -47,9 +47,14 @@ def test_rows_ratios_and_failures(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert forward["percent"] == pytest.approx(100 * (2 * 4 * 32 * 2 / 1e6) / (forward["ms"] / 1e3))
     assert any(row["failure"] for row in rows if row["name"].startswith("SDPA"))  # cuDNN's, on a CPU
 
-    json.dumps(rows)
-    gpu.draw({"rows": rows, "gpu": "none", "torch": "2", "date": "today"}, tmp_path / "gpu.png")
+    results = {"rows": rows, "gpu": "none", "torch": "2", "date": "today", "rates": {"copy": 1e6, "matmul": 1e6}}
+    gpu.draw(results, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").stat().st_size > 1000
+    assert report.on_a_gpu(tmp_path) == ""
+    (tmp_path / "gpu.json").write_text(json.dumps(results))
+    table = report.on_a_gpu(tmp_path)
+    assert f"| gelu | tiny (4, 32) | forward | {forward['percent']:.0f} % of copy | {forward['ms']:.3f} ms |" in table
+    assert table.count("\n| ") == 2 + 6
 
 
 def test_a_step_that_fails_is_named() -> None:

@@ -94,23 +94,45 @@ GPTCORE_DEVICE float rescale(float from, float to, float scale_log2) {
 template <class T, int kM, int kN, int kO>
 GPTCORE_DEVICE void softmax_step(float (&s)[kM][kN][4], RowSoftmax (&rows)[kM][2], float (&acc)[kM][kO][4],
                                  float scale_log2) {
+  // All rows together, so that one waits while the others compute.
+  float max[kM][2];
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      max[m][half] = rows[m][half].max;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) max[m][half] = fmaxf(max[m][half], fmaxf(s[m][n][half * 2], s[m][n][half * 2 + 1]));
+    }
+#pragma unroll
+  for (int mask = 1; mask <= 2; mask *= 2)
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) max[m][half] = fmaxf(max[m][half], shuffle_xor(max[m][half], mask));
+  bool rises = false;  // also when there was no maximum yet; not if there still is none
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) rises |= (max[m][half] - rows[m][half].max) * scale_log2 > kMaxLag;
+  if (rises) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        RowSoftmax& row = rows[m][half];
+        const float shrink = max[m][half] == row.max ? 1.0f : rescale<T>(row.max, max[m][half], scale_log2);
+        row.max = max[m][half];
+        row.sum *= shrink;
+#pragma unroll
+        for (int j = 0; j < kO; ++j) acc[m][j][half * 2] *= shrink, acc[m][j][half * 2 + 1] *= shrink;
+      }
+  }
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       RowSoftmax& row = rows[m][half];
-      float max = row.max;
-#pragma unroll
-      for (int n = 0; n < kN; ++n) max = fmaxf(max, fmaxf(s[m][n][half * 2], s[m][n][half * 2 + 1]));
-      max = fmaxf(max, shuffle_xor(max, 1));
-      max = fmaxf(max, shuffle_xor(max, 2));
-      if ((max - row.max) * scale_log2 > kMaxLag) {  // also when there was no maximum yet; not if there still is none
-        const float shrink = rescale<T>(row.max, max, scale_log2);
-        row.max = max;
-        row.sum *= shrink;
-#pragma unroll
-        for (int j = 0; j < kO; ++j) acc[m][j][half * 2] *= shrink, acc[m][j][half * 2 + 1] *= shrink;
-      }
       const float base = row.max == kMinusInfinity ? 0.0f : row.max, shift = mul_rn(base, scale_log2);
 #pragma unroll
       for (int n = 0; n < kN; ++n)
@@ -222,7 +244,9 @@ __launch_bounds__(ForwardShared<Math, kWidth, kFew>::kThreads, ForwardShared<Mat
   };
   const auto row_of = [&](const HeadsView& view, int row) -> T* {
     const int at = first_row + row;
-    return at < all_rows ? rows_of<T>(view, batch, kv_head * p.group + at % p.group, at / p.group) : nullptr;
+    if (at >= all_rows) return nullptr;
+    if (p.group == 1) return rows_of<T>(view, batch, kv_head, at);  // without the divisions
+    return rows_of<T>(view, batch, kv_head * p.group + at % p.group, at / p.group);
   };
 
   float acc[kM][kWidth / 8][4] = {};

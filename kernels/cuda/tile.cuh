@@ -44,9 +44,9 @@ struct SharedTile {
 
   // Chunk `index` + `more`, two numbers without a common bit. What varies in an unrolled loop goes into `more`: then
   // the addresses of all its turns come from one by exclusive or. The tile must begin at a multiple of 128 bytes.
-  GPTCORE_DEVICE char* chunk(int row, int index, int more = 0) const {
-    constexpr int kPermuted = kChunks % 8 == 0 ? 8 : 4;
-    const int swizzle = kPermuted == 8 ? row % 8 : row / 2 % 4;
+  GPTCORE_DEVICE char* chunk(unsigned row, unsigned index, unsigned more = 0) const {
+    constexpr unsigned kPermuted = kChunks % 8 == 0 ? 8 : 4;
+    const unsigned swizzle = kPermuted == 8 ? row % 8 : row / 2 % 4;
     char* const at = data + (row * kChunks + (index ^ swizzle)) * 16;
     return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(at) ^ more % kPermuted * 16) +
            more / kPermuted * kPermuted * 16;
@@ -60,9 +60,10 @@ struct SharedTile {
 // says that addresses and head_dim are whole multiples of 16 bytes; otherwise elements are copied at once, one by one.
 template <int kRows, int kThreads, class T, int kWidth, class RowAt>
 GPTCORE_DEVICE void load_rows(SharedTile<T, kWidth> to, RowAt row_at, int head_dim, bool vectors) {
-  constexpr int kChunks = SharedTile<T, kWidth>::kChunks, kPerChunk = 16 / sizeof(T);
+  constexpr unsigned kChunks = SharedTile<T, kWidth>::kChunks;
+  constexpr int kPerChunk = 16 / sizeof(T);
 #pragma unroll 1  // or the addresses of all turns would be kept in registers across the caller's loop
-  for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
+  for (unsigned i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, column = i % kChunks * kPerChunk;
     const T* const from = row_at(row);
     if (vectors) {
@@ -74,10 +75,26 @@ GPTCORE_DEVICE void load_rows(SharedTile<T, kWidth> to, RowAt row_at, int head_d
   }
 }
 
-// The same for rows that lie at one stride, of which `rows` exist.
+// The same for rows that lie at one stride, of which `rows` exist. Each thread copies its column of every so many rows,
+// and one addition leads from one to the next.
 template <int kRows, int kThreads, class T, int kWidth>
 GPTCORE_DEVICE void load_tile(SharedTile<T, kWidth> to, const T* from, int64_t stride, int rows, int head_dim,
                               bool vectors) {
+  constexpr unsigned kChunks = SharedTile<T, kWidth>::kChunks, kLanes = kChunks == 12 ? 16 : kChunks;
+  constexpr unsigned kStep = kThreads / kLanes;  // 0 where a row has more chunks than there are threads
+  if constexpr (kStep > 0) {
+    static_assert(kThreads % kLanes == 0 && kRows % kStep == 0, "each thread has as many rows");
+    if (vectors) {
+      const unsigned first = threadIdx.x / kLanes, index = threadIdx.x % kLanes, column = index * (16 / sizeof(T));
+      const bool inside = column < unsigned(head_dim);
+      const T* at = from + first * stride + column;
+      if (index >= kChunks) return;
+#pragma unroll
+      for (unsigned row = 0; row < kRows; row += kStep, at += kStep * stride)
+        copy_async<16>(to.chunk(first + row, index), at, inside && int(first + row) < rows);
+      return;
+    }
+  }
   const auto row_at = [&](int row) { return row < rows ? from + row * stride : nullptr; };
   load_rows<kRows, kThreads>(to, row_at, head_dim, vectors);
 }
