@@ -26,7 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -344,16 +344,21 @@ GRID = {
 }
 
 
+def load(module: Path) -> Any:
+    """This module as gptcore._simt, which nobody has imported yet."""
+    spec = importlib.util.spec_from_file_location("gptcore._simt", module)
+    assert spec is not None
+    assert spec.loader is not None
+    simt = sys.modules["gptcore._simt"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(simt)
+    return simt
+
+
 def run_grid(module: Path, family: str, mutant: int | None) -> Any:
     """What the calls of a family give in this module: tensors and counters, or the words of the first report."""
     if mutant is not None:
         ctypes.c_int.in_dll(ctypes.CDLL(str(module)), "gptcore_mutant").value = mutant
-    spec = importlib.util.spec_from_file_location("gptcore._simt", module)
-    assert spec is not None
-    assert spec.loader is not None
-    simt = importlib.util.module_from_spec(spec)
-    sys.modules["gptcore._simt"] = simt
-    spec.loader.exec_module(simt)
+    simt = load(module)
     simt.configure(threads=1, count=True)
     tensors = []
     for call in GRID[family]:
@@ -416,8 +421,13 @@ namespace gptcore { bool is_mutant(int i) { return i == gptcore_mutant; } }
 SWITCH_HEADER = "namespace gptcore { __attribute__((const)) bool is_mutant(int i); }\n"
 
 
-def build(mutants: list[Mutant], folder: Path) -> tuple[Path, Path]:
-    """gptcore._simt as CMake left it, and with these mutants of its kernels in it."""
+def build(
+    mutants: list[Mutant], folder: Path, sources: Iterable[str] = (), flags: Iterable[str] = ("-O1",)
+) -> tuple[Path, Path]:
+    """gptcore._simt as CMake left it, and with these mutants of its kernels in it.
+
+    What they are in is compiled with these flags, and so are these sources.
+    """
     database = ROOT / f"build/cmake-{sys.implementation.cache_tag}/compile_commands.json"  # setup.py says where
     if not database.exists():
         raise SystemExit(f"no {database}: build the package first, with pip install -e .")
@@ -429,7 +439,7 @@ def build(mutants: list[Mutant], folder: Path) -> tuple[Path, Path]:
         (folder / "kernels/cuda" / file).write_text(text)
     (folder / "switch.h").write_text(SWITCH_HEADER)
     (folder / "switch.cpp").write_text(SWITCH)
-    replaced = {source for file in files for source in SOURCES[file]}
+    replaced = {*sources, *(source for file in files for source in SOURCES[file])}
     objects: list[Path] = []
     mutated: list[Path] = []
     jobs = [(["g++", "-O2", "-fPIC", "-c", "switch.cpp", "-o", "switch.o"], folder)]
@@ -444,7 +454,7 @@ def build(mutants: list[Mutant], folder: Path) -> tuple[Path, Path]:
         if output.name.endswith(".cu.o") and Path(entry["file"]).stem in replaced:
             output = folder / output.name
             command[at] = str(output)
-            jobs.append(([*command, "-O1", "-w", "-include", str(folder / "switch.h")], database.parent))
+            jobs.append(([*command, *flags, "-w", "-include", str(folder / "switch.h")], database.parent))
         mutated.append(output)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for result in pool.map(lambda job: subprocess.run(job[0], cwd=job[1], stderr=subprocess.PIPE, text=True), jobs):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import test_layer_norm as layer_norm_grid
 import torch
 from grid import DTYPES, F32
 
-from gptcore import _simt, ops
+from gptcore import _C, _simt, ops
 from tests import mutants
 
 EXAMPLES = _simt.examples()
@@ -203,3 +205,13 @@ def test_every_schedule_gives_the_same_bits(name: str) -> None:
         _simt.configure(order=order, seed=seed)
         for a, b in zip(first, LARGEST[name](), strict=True):
             assert torch.equal(a.nan_to_num(), b.nan_to_num()), (order, seed)
+
+
+@pytest.mark.skipif("avx2" not in _C.supported_isas(), reason="this processor has no fused multiply-add")
+def test_the_grid_holds_where_the_compiler_fuses_multiply_and_add(tmp_path: Path) -> None:
+    """nvcc does, where the model's own flags forbid it."""
+    _, module = mutants.build([], tmp_path, ("layer_norm", "gelu"), ("-mfma", "-ffp-contract=fast"))
+    run = "import pytest, sys; from tests.mutants import load; load(sys.argv[1]); sys.exit(pytest.main(sys.argv[2:]))"
+    tests = "tests/test_layer_norm.py", "tests/test_gelu.py", "-qk", "simt"
+    done = subprocess.run([sys.executable, "-c", run, module, *tests], cwd=mutants.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

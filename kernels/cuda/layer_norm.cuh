@@ -233,7 +233,8 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(Layer
 //
 // With xhat = (x - mean) * rstd and g = weight * dy:  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), and what a row
 // adds to dweight = sum of dy * xhat and to dbias = sum of dy. args.mean is rounded: the mean of the xhat that comes of
-// it, `shift`, is what must be taken from every xhat.
+// it, `shift`, is what must be taken from every xhat. g - mean(g) is of g as it was rounded (mul_rn): 0 in a row of one
+// element. The sums form no such product, or the compiler would keep it in registers, of which there are none left.
 struct RowMeans {
   float shift, g, g_xhat;
 };
@@ -285,10 +286,10 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
       fill_chunk(end - at.column(j), mean, x_row);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        const float xhat = (x_row[i] - mean) * rstd, g = weight[j][i] * dy_row[i];
+        const float xhat = (x_row[i] - mean) * rstd;
         sums[0] += xhat;
-        sums[1] += g;
-        sums[2] += g * xhat;
+        sums[1] += weight[j][i] * dy_row[i];
+        sums[2] += weight[j][i] * (dy_row[i] * xhat);
       }
     }
     sum_over_row(sums, plan.warps, shared + turn * (kBackwardWarps * 3));
@@ -302,7 +303,7 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {  // past the row's end dy is 0, and dx is not stored
         const float xhat = (x_row[i] - mean) * rstd - of.shift;
-        dx[i] += (weight[j][i] * dy_row[i] - of.g - xhat * of.g_xhat) * rstd;
+        dx[i] += (mul_rn(weight[j][i], dy_row[i]) - of.g - xhat * of.g_xhat) * rstd;
         weight_sum[j][i] += dy_row[i] * xhat;
         bias_sum[j][i] += dy_row[i];
       }
@@ -348,10 +349,10 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(Lay
       fill_chunk(left(width - c), mean, x);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        const float xhat = (x[i] - mean) * rstd, g = weight[i] * dy[i];
+        const float xhat = (x[i] - mean) * rstd;
         chunk[0] += xhat;
-        chunk[1] += g;
-        chunk[2] += g * xhat;
+        chunk[1] += weight[i] * dy[i];
+        chunk[2] += weight[i] * (dy[i] * xhat);
       }
 #pragma unroll
       for (int i = 0; i < 3; ++i) sums[i] += chunk[i];
@@ -371,7 +372,7 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(Lay
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         const float xhat = (x[i] - mean) * rstd - of.shift;
-        dx[i] += (weight[i] * dy[i] - of.g - xhat * of.g_xhat) * rstd;
+        dx[i] += (mul_rn(weight[i], dy[i]) - of.g - xhat * of.g_xhat) * rstd;
         dweight[i] += dy[i] * xhat;
         dbias[i] += dy[i];
       }

@@ -196,7 +196,11 @@ GPTCORE_DEVICE float exp2_approx(float x) {
 GPTCORE_DEVICE float rcp_approx(float x) { return simt::special(1 / x); }
 GPTCORE_DEVICE float log_of(float x) { return simt::special(logf(x)); }
 GPTCORE_DEVICE float rsqrt_of(float x) { return simt::special(1 / sqrtf(x)); }
-GPTCORE_DEVICE float mul_rn(float a, float b) { return a * b; }
+GPTCORE_DEVICE float mul_rn(float a, float b) {
+  float product = a * b;
+  asm("" : "+m"(product));  // the compiler may be told to fuse
+  return product;
+}
 GPTCORE_DEVICE uint32_t mul_high(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b >> 32; }
 
 GPTCORE_DEVICE float to_float(float x) { return x; }

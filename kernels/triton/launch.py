@@ -67,13 +67,13 @@ def launch(
         names: what the kernel calls the two sizes of a tile.
         programs: how many programs a tile makes; none are started for empty tensors.
         like: a tensor whose device and dtype are those of the call.
-        constants: what else the kernel is compiled for.
+        constants: what else the kernel is compiled for, also other values of OPTIONS.
     """
 
     def run(tile: Tile) -> None:
         sizes = dict(zip(names, tile, strict=False))
         kernel[(programs(tile),)](
-            *arguments, **sizes, **constants, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS
+            *arguments, **sizes, num_warps=tile.warps, num_stages=tile.stages, **(OPTIONS | constants)
         )
 
     if programs(tiles[0]) == 0:

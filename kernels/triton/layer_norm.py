@@ -18,6 +18,8 @@ from gptcore.kernels.rows import block_of, sum_rows
 # The widest rows that stay in registers: the forward holds the row; the backward two rows and two sums over rows.
 HELD_FORWARD, HELD_BACKWARD = 32768, 8192
 LANE = 32  # numbers of each that a lane then holds
+# Fused, g - mean(g) would take a rounded mean from the exact product g = dy weight, and not be 0 in rows of one number.
+OPTIONS = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -38,6 +40,11 @@ def _store(matrix, tile, row, rows, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr)
     columns, inside = _columns(i, WIDTH, BLOCK)
     tile = narrow(tile, matrix.dtype.element_ty)
     tl.store(matrix + row * WIDTH + columns, tile, mask=(row < rows) & inside)
+
+
+@triton.jit
+def _mean(sums, WIDTH: tl.constexpr):
+    return tl.sum(sums, 1)[:, None] * (1.0 / WIDTH)  # a division is less accurate, or needs more registers
 
 
 @triton.jit
@@ -77,7 +84,7 @@ def _forward_kernel(
             _store(total, tile, row, rows, i, WIDTH, BLOCK)
         acc += tile
         held = held + (tile,)
-    first_mean = tl.sum(acc, 1)[:, None] / WIDTH
+    first_mean = _mean(acc, WIDTH)
 
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -87,17 +94,16 @@ def _forward_kernel(
         centred = tl.where(inside, tile - first_mean, 0.0)
         sums += centred
         squares += centred * centred
-    shift = tl.sum(sums, 1)[:, None] / WIDTH  # by which rounding put the mean beside its place
-    row_mean = first_mean + shift
-    variance = tl.maximum(tl.sum(squares, 1)[:, None] / WIDTH - shift * shift, 0.0)
-    row_rstd = 1.0 / tl.sqrt_rn(variance + eps)
-    tl.store(mean + row, row_mean, mask=row < rows)
+    rest = _mean(sums, WIDTH)  # by which rounding put the mean beside its place
+    variance = tl.maximum(_mean(squares, WIDTH) - rest * rest, 0.0)
+    row_rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    tl.store(mean + row, first_mean + rest, mask=row < rows)
     tl.store(rstd + row, row_rstd, mask=row < rows)
 
     for i in tl.static_range(BLOCKS):
         tile = held[i] if HELD else _sum(x, residual, total, row, rows, i, WIDTH, BLOCK)
         columns, inside = _columns(i, WIDTH, BLOCK)
-        tile = (tile - row_mean) * row_rstd * tl.load(weight + columns, mask=inside, other=0.0)
+        tile = ((tile - first_mean) * row_rstd - rest * row_rstd) * tl.load(weight + columns, mask=inside, other=0.0)
         if bias is not None:
             tile += tl.load(bias + columns, mask=inside, other=0.0)
         _store(out, tile, row, rows, i, WIDTH, BLOCK)
@@ -169,14 +175,13 @@ def _backward_kernel(
                 if bias_partials is not None:
                     _add(bias_partials, grad, i, WIDTH, BLOCK)
         weight_sums, bias_sums = new_weight_sums, new_bias_sums
-        mean_g = tl.sum(sums, 1)[:, None] / WIDTH
-        mean_product = tl.sum(products, 1)[:, None] / WIDTH
+        mean_g, mean_product = _mean(sums, WIDTH), _mean(products, WIDTH)
         for i in tl.static_range(BLOCKS):
             if HELD:
                 x_hat, g = x_hats[i], gs[i]
             else:
                 x_hat, grad, g = _normal(total, grad_out, weight, row_mean, row_rstd, row, rows, i, WIDTH, BLOCK)
-            tile = row_rstd * (g - mean_g - x_hat * mean_product)
+            tile = (g - (mean_g + x_hat * mean_product)) * row_rstd
             if grad_total is not None:
                 tile += _load(grad_total, row, rows, i, WIDTH, BLOCK)
             _store(grad_x, tile, row, rows, i, WIDTH, BLOCK)
@@ -207,7 +212,7 @@ def forward(
     held = width <= HELD_FORWARD
     launch(
         _forward_kernel, [_tile(width, held)], ("ROWS", "BLOCK"), lambda tile: triton.cdiv(rows, tile.rows),
-        x, weight, bias, residual, out, total, mean, rstd, rows, eps, like=x, WIDTH=width, HELD=held,
+        x, weight, bias, residual, out, total, mean, rstd, rows, eps, like=x, WIDTH=width, HELD=held, **OPTIONS,
     )  # fmt: skip
     return out, total, mean, rstd
 
@@ -223,6 +228,6 @@ def backward(
     launch(
         _backward_kernel, [tile], ("ROWS", "BLOCK"), lambda tile: programs,
         grad_out, grad_total, total, weight, mean, rstd, grad_x, partials[0], partials[1] if bias else None, rows,
-        like=total, WIDTH=width, HELD=held,
+        like=total, WIDTH=width, HELD=held, **OPTIONS,
     )  # fmt: skip
     return grad_x, sum_rows(partials[0]), sum_rows(partials[1]) if bias else weight.new_empty(0)
