@@ -61,16 +61,20 @@ def bench_attention(backward: bool, dtype: torch.dtype, D: int, S: int, compare:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("S", pick([16], [256, 1024]))
-@pytest.mark.parametrize("alone", ["all but products", "call"])
-@dtypes
-def bench_share_of_attention(dtype: torch.dtype, alone: str, S: int, compare: Compare) -> None:
-    """Of head_dim 2, the same scores without their products; of one query, the call alone: the ratio is the share."""
-    q, k, v = (torch.randn(1, HEADS, S, 64).to(dtype) for _ in range(3))
-    less = [t[..., :2].contiguous() if alone == "all but products" else t[:, :1, :1] for t in (q, k, v)]
+@pytest.mark.parametrize("S", pick([16], [256, 1024, 2048, 4096]))
+@pytest.mark.parametrize("D", pick([64], [64, 128]))
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
+def bench_share_of_attention(backward: bool, D: int, S: int, compare: Compare) -> None:
+    """The same scores with a head_dim of 2, where next to nothing is multiplied: the ratio is the share of the rest."""
+    dtype = torch.bfloat16
+    whole = [torch.randn(1, HEADS, S, D).to(dtype).requires_grad_(backward) for _ in "qkv"]
+    rest = [tensor.detach()[..., :2].contiguous().requires_grad_(backward) for tensor in whole]
+    runs: list[Callable[[], Any]] = [lambda inputs=inputs: ops.attention(*inputs) for inputs in (whole, rest)]
+    if backward:
+        runs = [forward_backward(ops.attention, inputs, [torch.randn_like(inputs[0])]) for inputs in (whole, rest)]
     compare(
-        f"share of attention {name_of(dtype)}", f"{alone}, D=64 S={S}",
-        lambda: ops.attention(q, k, v), lambda: ops.attention(*less), against=alone,
+        f"share of attention {'forward + backward' if backward else 'forward'} {name_of(dtype)}",
+        f"all but products, D={D} S={S}", *runs, against="all but products",
     )  # fmt: skip
 
 

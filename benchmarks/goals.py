@@ -14,26 +14,38 @@ class Goal(NamedTuple):
     rows: str
     ratio: float | None = None  # times as fast, or as small, as the reference
     percent: float | None = None  # of the limit measured in the same rounds
+    stops: str = ""  # how the rows begin that measure what stops it; \\1 is what the first group of `rows` matches
 
 
+SHARE = r"share of attention \1 \2 all but products, \3"
+FORWARD, BOTH = r"attention (forward) (bfloat16)", r"attention (forward \+ backward) (bfloat16)"
 GOALS = [
     Goal(r"attention forward float32 .*", ratio=1.8),
     Goal(r"attention forward float32 .* S=(1024|2048|4096)", percent=80),
-    Goal(r"attention forward bfloat16 .* S=256", ratio=4),
-    Goal(r"attention forward bfloat16 .* S=1024", ratio=3.3),
-    Goal(r"attention forward bfloat16 .* S=(2048|4096)", ratio=2.8),
-    Goal(r"attention forward bfloat16 .* S=(1024|2048|4096)", percent=75),
+    Goal(FORWARD + r" (.* S=256)", ratio=4, stops=SHARE),
+    Goal(FORWARD + r" (.* S=1024)", ratio=3.3, stops=SHARE),
+    Goal(FORWARD + r" (.* S=(?:2048|4096))", ratio=2.8, stops=SHARE),
+    Goal(FORWARD + r" (.* S=(?:1024|2048|4096))", percent=75, stops=SHARE),
     Goal(r"attention forward \+ backward float32 .*", ratio=1.8, percent=70),
-    Goal(r"attention forward \+ backward bfloat16 .*", ratio=3, percent=60),
-    Goal(r"attention decode .*", ratio=1.5, percent=80),
-    Goal(r"GELU forward \+ backward .*", ratio=4, percent=85),
-    Goal(r"layer norm forward \+ backward .*", ratio=1.2, percent=85),
-    Goal(r"layer norm with residual .*", ratio=1.6, percent=85),
-    Goal(r"GPT-2 124M training step .*", ratio=1.3, percent=85),
+    Goal(BOTH + r" (.*)", ratio=3, percent=60, stops=SHARE),
+    Goal(r"attention decode (\w+) .*", ratio=1.5, percent=80, stops=r"attention decode, native function alone \1 "),
+    Goal(r"GELU forward \+ backward (\w+) .*", ratio=4, percent=85, stops=r"GELU into memory that exists \1 "),
+    Goal(
+        r"layer norm forward \+ backward (\w+) .*", ratio=1.2, percent=85,
+        stops=r"layer norm into memory that exists \1 ",
+    ),
+    Goal(
+        r"layer norm with residual forward \+ backward (\w+) .*", ratio=1.6, percent=85,
+        stops=r"layer norm, residual, into memory that exists \1 ",
+    ),
+    Goal(r"GPT-2 124M training step (\w+) .*", ratio=1.3, percent=85, stops=r"GPT-2 124M step in parts \1 "),
     Goal(r"small model training step float32 against ops\.use\(\"torch\"\)", ratio=1.6),
-    Goal(r"small model training step bfloat16 against ops\.use\(\"torch\"\)", ratio=2.5),
+    Goal(
+        r"small model training step (bfloat16) against ops\.use\(\"torch\"\)", ratio=2.5,
+        stops=r"small model step in parts \1 ",
+    ),
     Goal(r"peak memory of a GPT-2 124M step .*", ratio=1),
-]
+]  # fmt: skip
 
 
 class Outcome(NamedTuple):
@@ -41,6 +53,7 @@ class Outcome(NamedTuple):
     goal: float
     unit: str  # "x" or "%"
     verdict: str
+    stops: str  # how the rows begin that measure what stops it
 
     @property
     def met(self) -> bool:
@@ -51,9 +64,10 @@ def outcomes(row: dict[str, Any]) -> list[Outcome]:
     """How a row of results.json stands to each goal that is about it.."""
     name, found = f"{row['group']} {row['case']}", []
     for goal in GOALS:
-        if re.fullmatch(goal.rows, name):
+        if match := re.fullmatch(goal.rows, name):
+            stops = match.expand(goal.stops)
             for minimum, key, unit in ((goal.ratio, "ratio", "x"), (goal.percent, "percent", "%")):
                 if minimum is not None and row[key] is not None:
                     measured = Spread(*row[key])
-                    found.append(Outcome(measured, minimum, unit, verdict(measured, minimum)))
+                    found.append(Outcome(measured, minimum, unit, verdict(measured, minimum), stops))
     return found

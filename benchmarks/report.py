@@ -95,19 +95,31 @@ def shortfalls(results: Results) -> list[str]:
     found = [(row, goal) for row in results["rows"] for goal in outcomes(row)]
     missed = [
         f"{goal.verdict}: {row['group']}, {row['case']}: {goal.measured.median:.2f} of {goal.goal:g} {goal.unit}"
-        + ceiling(row, goal)
+        + ceiling(row, goal, results["rows"])
         for row, goal in found
         if not goal.met
     ]
     return [f"{len(found) - len(missed)} of {len(found)} goals met", *missed]
 
 
-def ceiling(row: dict[str, Any], goal: Outcome) -> str:
-    """What the ratio would be at the whole of the limit, where not even that reaches the goal."""
-    if goal.unit != "x" or row["percent"] is None:
-        return ""
-    most = row["ratio"][0] * 100 / row["percent"][0]
-    return f"; the whole of {row['limit']} would be {most:.2f} x" if most < goal.goal else ""
+def ceiling(row: dict[str, Any], goal: Outcome, rows: list[dict[str, Any]]) -> str:
+    """Where not even the whole of the limit reaches the goal, what that would be; else what the rows say that measure
+    what stops it."""
+    percent = None if row["percent"] is None else row["percent"][0]
+    if goal.unit == "x" and percent is not None and goal.measured.median * 100 / percent < goal.goal:
+        return f"; the whole of {row['limit']} would be {goal.measured.median * 100 / percent:.2f} x"
+    found = ""
+    for other in rows:
+        if goal.stops and f"{other['group']} {other['case']}".startswith(goal.stops):
+            if other["group"].startswith("share of") and percent is not None:
+                # in units of our time: the products as the limit makes them, and what ours take for the rest
+                most = goal.measured.median / (percent / 100 + other["ratio"][0])
+                found += f"; the whole of {row['limit']} and the rest as it is alone would be {most:.2f} {goal.unit}"
+            elif other["percent"] is not None and goal.unit == "%":
+                found += f"; {other['group']}: {other['percent'][0]:.0f} %"
+            else:
+                found += f"; {other['group']}, {other['case']}: {other['ratio'][0]:.2f} x"
+    return found
 
 
 WHY = """What stops those that are missed, and the rows that measure it:

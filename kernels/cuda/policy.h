@@ -30,7 +30,7 @@ constexpr ForwardTile forward_tile(int width, int element_size, bool few) {
   if (element_size == 4) {
     if (width <= 64) return few ? ForwardTile{1, 1, 32} : ForwardTile{4, 1, 32};
     if (width <= 128) return few ? ForwardTile{1, 1, 16} : ForwardTile{4, 1, 16};
-    return few ? ForwardTile{1, 1, 16} : ForwardTile{2, 1, 16};
+    return few ? ForwardTile{1, 1, 8} : ForwardTile{2, 1, 16};
   }
   if (few) return {1, 1, width <= 64 ? 64 : width <= 128 ? 32 : 16};
   if (width <= 64) return {4, 2, 64};
