@@ -32,7 +32,7 @@ sweep: .venv/installed
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -e ".[test]"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check --no-compile -e ".[test]"
 	touch $@
 
 clean:

@@ -89,9 +89,12 @@ def there(run: Callable[..., Any], backend: str, **settings: Any) -> Callable[..
 
 
 def over(cases: list[Any], few: list[Any]) -> pytest.MarkDecorator:
-    """Every backend with every case; the slow ones with `few` instead."""
-    names = [*BACKENDS, *ON_GPU]
-    pairs = [(name, case) for name in names for case in dict.fromkeys(few if name in SLOW else cases)]
+    """Every backend with every case; the slow ones with `few` instead.
+
+    The backends of a case follow each other, so that one worker of pytest-xdist computes what is expected for all.
+    """
+    runs = {name: set(few if name in SLOW else cases) for name in [*BACKENDS, *ON_GPU]}
+    pairs = [(name, case) for case in dict.fromkeys([*cases, *few]) for name in runs if case in runs[name]]
     ids = [f"{name}-{name_of(case)}" for name, case in pairs]
     return pytest.mark.parametrize(("backend", "case"), pairs, indirect=["backend"], ids=ids)
 

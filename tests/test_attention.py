@@ -266,7 +266,9 @@ TILES = [
     for mask in [axes.pop("mask")]
 ]
 TILES += [case for case in GRID if case.documents and case.head_dim == 5][::3]
-TILES += [case for case in GRID if case.dropout_p or case.magnitude != 1.0 or 0 in (*case.lengths, case.batch)]
+TILES += [case for case in GRID if case.dropout_p or 0 in (*case.lengths, case.batch)]
+# Of 25 draws: with one head, since to these backends another is the same program run once more.
+TILES += [replace(case, heads=(1, 1)) for case in GRID if case.magnitude != 1.0]
 
 
 @over(GRID, TILES)

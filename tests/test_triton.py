@@ -147,7 +147,7 @@ ATTENTION = [
 ]
 ATTENTION += [case for case in attention_grid.GRID if case.documents is not None][::4]
 ATTENTION += [case for case in attention_grid.GRID if case.dropout_p]
-ATTENTION += [case for case in attention_grid.GRID if case.magnitude != 1.0 and case.causal]
+ATTENTION += [case for case in attention_grid.TILES if case.magnitude != 1.0 and case.causal]
 ATTENTION += [case for case in attention_grid.GRID if 0 in case.lengths or case.batch == 0]
 ATTENTION += [Attention(lengths=(66, 130), heads=(6, 2), batch=2, head_dim=24, dtype=dtype) for dtype in DTYPES]
 
