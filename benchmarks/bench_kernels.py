@@ -64,7 +64,7 @@ def bench_attention(backward: bool, dtype: torch.dtype, D: int, S: int, compare:
 @pytest.mark.parametrize("S", pick([16], [256, 1024, 2048, 4096]))
 @pytest.mark.parametrize("D", pick([64], [64, 128]))
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
-def bench_share_of_attention(backward: bool, D: int, S: int, compare: Compare) -> None:
+def bench_rest_of_attention(backward: bool, D: int, S: int, compare: Compare) -> None:
     """The same scores with a head_dim of 2, where next to nothing is multiplied: the ratio is the share of the rest."""
     dtype = torch.bfloat16
     whole = [torch.randn(1, HEADS, S, D).to(dtype).requires_grad_(backward) for _ in "qkv"]
@@ -73,8 +73,8 @@ def bench_share_of_attention(backward: bool, D: int, S: int, compare: Compare) -
     if backward:
         runs = [forward_backward(ops.attention, inputs, [torch.randn_like(inputs[0])]) for inputs in (whole, rest)]
     compare(
-        f"share of attention {'forward + backward' if backward else 'forward'} {name_of(dtype)}",
-        f"all but products, D={D} S={S}", *runs, against="all but products",
+        f"rest of attention, {'forward + backward' if backward else 'forward'} {name_of(dtype)}", f"D={D} S={S}",
+        *runs, against="all but products",
     )  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def ceiling(row: dict[str, Any], goal: Outcome, rows: list[dict[str, Any]]) -> s
     found = ""
     for other in rows:
         if goal.stops and f"{other['group']} {other['case']}".startswith(goal.stops):
-            if other["group"].startswith("share of") and percent is not None:
+            if "rest of" in other["group"] and percent is not None:
                 # in units of our time: the products as the limit makes them, and what ours take for the rest
                 most = goal.measured.median / (percent / 100 + other["ratio"][0])
                 found += f"; the whole of {row['limit']} and the rest as it is alone would be {most:.2f} {goal.unit}"
@@ -125,10 +125,10 @@ def ceiling(row: dict[str, Any], goal: Outcome, rows: list[dict[str, Any]]) -> s
 WHY = """What stops those that are missed, and the rows that measure it:
 
 - Where a line says what the whole of a limit would be, the limit itself is in the way: PyTorch is too near to it.
-- Attention in bfloat16: what is not products. *Share of attention* measures it, by the same scores with a head_dim of
-  2, a bound from above, as products that thin are slow, and by a call that does nothing else. *Attention against its
-  products* is at the percentage of matmul that is left without a mask. At S=256 packing and the call count as well, and
-  the blocks on the diagonal, of which a part is computed and masked.
+- Attention in bfloat16: what is not products. *Rest of attention* measures it, by the same scores with a head_dim of 2;
+  products that thin are slow, so that it is a bound from above. A line that counts it says what products at the whole
+  rate of matmul would be with that after them. *Attention against its products* is without a mask. At S=256 the blocks
+  on the diagonal count, of which a part is computed and masked.
 - Decoding at batch 1: the call from Python. *Attention decode, native function alone* reads at the memory's rate.
 - GELU and layer norm: the first touch of new memory, by the system, and the call. *GELU into memory that exists*,
   *layer norm into memory that exists* and *freed memory kept* are the same kernels without the one, or without both.

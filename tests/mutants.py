@@ -51,6 +51,11 @@ HARMLESS: dict[tuple[str, str, str], str] = {
     ("rows.cuh", "if (n >= kChunk) return;", "n >= kChunk -> false"): "a shortcut",
     ("attention_forward.cuh", "if (p.sign != 1.0f) {", "p.sign != 1.0f -> true"): "a shortcut",
     (
+        "attention_forward.cuh",
+        "if (p.group == 1) return rows_of<T>(view, batch, kv_head, at);",
+        "p.group == 1 -> false",
+    ): "a shortcut",
+    (
         "attention_backward.cuh",
         "const int rows = row_len - first_row < kRows ? row_len - first_row : kRows;",
         "row_len - first_row < kRows -> true",
@@ -498,7 +503,7 @@ def main() -> int:
             if isinstance(unchanged, str):
                 raise SystemExit(f"{family} fails without a mutation: {unchanged}")
             # Compiled with other options, the kernels join their accesses a little differently.
-            if fault := verdict(expected[family], unchanged, slack=1.001):
+            if fault := verdict(expected[family], unchanged, slack=1.01):
                 raise SystemExit(f"{family} fails with no mutation turned on: {fault}")
 
         def caught(i: int) -> str | None:
