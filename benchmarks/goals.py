@@ -20,13 +20,13 @@ class Goal(NamedTuple):
 REST = r"rest of attention, \1 \2 \3"
 FORWARD, BOTH = r"attention (forward) (bfloat16)", r"attention (forward \+ backward) (bfloat16)"
 GOALS = [
-    Goal(r"attention forward float32 .*", ratio=1.8),
+    Goal(r"attention (forward) (float32) (.*)", ratio=1.8, stops=REST),
     Goal(r"attention forward float32 .* S=(1024|2048|4096)", percent=80),
     Goal(FORWARD + r" (.* S=256)", ratio=4, stops=REST),
     Goal(FORWARD + r" (.* S=1024)", ratio=3.3, stops=REST),
     Goal(FORWARD + r" (.* S=(?:2048|4096))", ratio=2.8, stops=REST),
     Goal(FORWARD + r" (.* S=(?:1024|2048|4096))", percent=75, stops=REST),
-    Goal(r"attention forward \+ backward float32 .*", ratio=1.8, percent=70),
+    Goal(r"attention (forward \+ backward) (float32) (.*)", ratio=1.8, percent=70, stops=REST),
     Goal(BOTH + r" (.*)", ratio=3, percent=60, stops=REST),
     Goal(r"attention decode (\w+) .*", ratio=1.5, percent=80, stops=r"attention decode, native function alone \1 "),
     Goal(r"GELU forward \+ backward (\w+) .*", ratio=4, percent=85, stops=r"GELU into memory that exists \1 "),
