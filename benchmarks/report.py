@@ -8,6 +8,7 @@ the text between the markers of the project's README.md. Nothing of these is typ
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -103,28 +104,32 @@ def shortfalls(results: Results) -> list[str]:
 
 
 def ceiling(row: dict[str, Any], goal: Outcome, rows: list[dict[str, Any]]) -> str:
-    """Where not even the whole of the limit reaches the goal, what that would be; else what the rows say that measure
-    what stops it."""
-    percent = None if row["percent"] is None else row["percent"][0]
-    if goal.unit == "x" and percent is not None and goal.measured.median * 100 / percent < goal.goal:
-        return f"; the whole of {row['limit']} would be {goal.measured.median * 100 / percent:.2f} x"
+    """What the whole of the limit would be, or, where that would do, what the rows say that measure what stops it."""
+    measured, share = goal.measured.median, (row["percent"] or [math.nan])[0] / 100
+    whole = f"; the whole of {row['limit']} would be {measured / share:.2f} x" if goal.unit == "x" else ""
+    if whole and measured / share < goal.goal:
+        return whole
     found = ""
     for other in rows:
-        if goal.stops and f"{other['group']} {other['case']}".startswith(goal.stops):
-            if "rest of" in other["group"] and percent is not None:
-                # in units of our time: the products as the limit makes them, and what ours take for the rest
-                most = goal.measured.median / (percent / 100 + other["ratio"][0])
-                found += f"; the whole of {row['limit']} and the rest as it is alone would be {most:.2f} {goal.unit}"
-            elif other["percent"] is not None and goal.unit == "%":
-                found += f"; {other['group']}: {other['percent'][0]:.0f} %"
-            else:
-                found += f"; {other['group']}, {other['case']}: {other['ratio'][0]:.2f} x"
-    return found
+        if not goal.stops or not f"{other['group']} {other['case']}".startswith(goal.stops):
+            continue
+        if "rest of" in other["group"]:  # in units of our time: products as the limit makes them, and ours for the rest
+            most = measured / (share + other["ratio"][0])
+            found += f"; the whole of {row['limit']} and the rest as it is alone would be {most:.2f} {goal.unit}"
+        elif goal.unit == "%":
+            found += f"; {other['group']}, {other['case']}: {other['percent'][0]:.0f} %"
+        elif "in parts" in other["group"]:
+            found += f"; {other['case']}: {measured * other['ratio'][0]:.2f} x"
+        else:
+            found += f"; {other['group']}: {measured * other['ratio'][0]:.2f} x"
+    return found or whole
 
 
 WHY = """What stops those that are missed, and the rows that measure it:
 
-- Where a line says what the whole of a limit would be, the limit itself is in the way: PyTorch is too near to it.
+- Where a line says what the whole of a limit would be, the limit itself is in the way: PyTorch is too near to it, or
+  all of it would have to be reached.
+- Otherwise it says what would be without what stops it, by rows of this table, and of which the following tell more.
 - Attention in bfloat16: what is not products. *Rest of attention* measures it, by the same scores with a head_dim of 2;
   products that thin are slow, so that it is a bound from above. A line that counts it says what products at the whole
   rate of matmul would be with that after them. *Attention against its products* is without a mask. At S=256 the blocks
@@ -132,8 +137,8 @@ WHY = """What stops those that are missed, and the rows that measure it:
 - Decoding at batch 1: the call from Python. *Attention decode, native function alone* reads at the memory's rate.
 - GELU and layer norm: the first touch of new memory, by the system, and the call. *GELU into memory that exists*,
   *layer norm into memory that exists* and *freed memory kept* are the same kernels without the one, or without both.
-- Training steps: *step in parts* takes away one part after the other. *Overhead of a small model's step* is what that
-  takes beside its kernels, *call of ...* what an operation does."""
+- Training steps: *step in parts* takes away one part after the other, each without those before. *Overhead of a small
+  model's step* is what that takes beside its kernels, *call of ...* what an operation does."""
 
 
 def markdown(lines: list[list[str]]) -> str:
