@@ -478,6 +478,9 @@ def _constants(q: Tensor) -> dict[str, Any]:
         "HEAD_DIM": q.shape[3],
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
         "PRECISION": "tf32" if tf32 else "ieee",
+        # Fused, scale x score - lse would take the rounded log-sum-exp from an exact product: where scores are in the
+        # thousands, the weight of the only key would be far from 1. In 16 bits that is less than a rounding of it.
+        "enable_fp_fusion": q.dtype != torch.float32 or tf32,
     }
 
 
