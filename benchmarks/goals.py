@@ -14,7 +14,7 @@ class Goal(NamedTuple):
     rows: str
     ratio: float | None = None  # times as fast, or as small, as the reference
     percent: float | None = None  # of the limit measured in the same rounds
-    stops: str = ""  # how the rows begin that measure what stops it; \\1 is what the first group of `rows` matches
+    stops: str = ""  # how the rows begin that measure what stops it; \1 is what the first group of `rows` matches
 
 
 REST = r"rest of attention, \1 \2 \3"

@@ -8,7 +8,6 @@ the text between the markers of the project's README.md. Nothing of these is typ
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -105,7 +104,9 @@ def shortfalls(results: Results) -> list[str]:
 
 def ceiling(row: dict[str, Any], goal: Outcome, rows: list[dict[str, Any]]) -> str:
     """What the whole of the limit would be, or, where that would do, what the rows say that measure what stops it."""
-    measured, share = goal.measured.median, (row["percent"] or [math.nan])[0] / 100
+    if row["percent"] is None:
+        return ""
+    measured, share = goal.measured.median, row["percent"][0] / 100
     whole = f"; the whole of {row['limit']} would be {measured / share:.2f} x" if goal.unit == "x" else ""
     if whole and measured / share < goal.goal:
         return whole
@@ -154,8 +155,10 @@ def between(values: list[float], form: str) -> str:
 def summary(results: Results) -> str:
     """What the README shows: one line for each group, the range over its cases, and a link to every figure."""
     lines = [["operation", "against", "times as fast, or as small", "percent of the limit", "goals met"]]
-    for (group, against), rows in groupby(results["rows"], key=lambda row: (row["group"], row["against"])):
-        cases = list(rows)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        groups.setdefault((row["group"], row["against"]), []).append(row)
+    for (group, against), cases in groups.items():
         percents = [row["percent"][0] for row in cases if row["percent"] is not None]
         limits = {row["limit"] for row in cases if row["percent"] is not None}
         met = [goal.met for row in cases for goal in outcomes(row)]

@@ -119,9 +119,25 @@ def test_tables_say_what_is_met_missed_and_lost_in_the_spread() -> None:
     slow = results_of(gelu_row([0.010] * 3, [0.030] * 3))
     assert report.shortfalls(slow)[1].endswith("3.00 of 4 x; the whole of copy would be 3.57 x")
     assert report.shortfalls(slow)[2].endswith("84.00 of 85 %")
-    assert "| 4.30 | 84 % of copy | 1 of 2 |" in report.summary(results)
+    twice = {**results, "rows": [results["rows"][0], {**slow["rows"][0], "group": "another"}, results["rows"][0]]}
+    assert "| 4.30 | 84 % of copy | 2 of 4 |" in report.summary(twice), "rows of a group that do not follow each other"
     assert "no difference beyond the spread" in report.times([1.02, 0.97, 1.05])
     assert "no difference" not in report.times([1.06, 1.02, 1.1])
+
+
+def test_what_is_missed_names_what_stops_it() -> None:
+    def attention(group: str, ours: float, theirs: float, percent: float | None) -> dict[str, Any]:
+        line = gelu_row([ours] * 3, [theirs] * 3)
+        limit = {"limit": "matmul bfloat16", "percent": percent and [percent] * 3}
+        return {**line, "group": f"{group} bfloat16", "case": "D=64 S=1024", **limit}
+
+    rest = attention("rest of attention, forward", 0.010, 0.004, None)
+    results = results_of(attention("attention forward", 0.010, 0.030, 80.0), rest)
+    words = "3.00 of 3.3 x; the whole of matmul bfloat16 and the rest as it is alone would be 2.50 x"
+    assert report.shortfalls(results)[1].endswith(words)
+    assert report.shortfalls(results_of(results["rows"][0]))[1].endswith("the whole of matmul bfloat16 would be 3.75 x")
+    memory = {**rest, "group": "peak memory of a GPT-2 124M step float32", "case": "batch 4 x 256"}
+    assert report.shortfalls(results_of(memory))[1].endswith("0.40 of 1 x")
 
 
 def test_results_of_several_processes_are_joined() -> None:

@@ -76,7 +76,7 @@ GPTCORE_DEVICE void load_rows(SharedTile<T, kWidth> to, RowAt row_at, int head_d
 }
 
 // The same for rows that lie at one stride, of which `rows` exist. Each thread copies its column of every so many rows,
-// and one addition leads from one to the next.
+// and one addition leads from one to the next. A row of 12 chunks has 16 lanes, so that threads make whole rows.
 template <int kRows, int kThreads, class T, int kWidth>
 GPTCORE_DEVICE void load_tile(SharedTile<T, kWidth> to, const T* from, int64_t stride, int rows, int head_dim,
                               bool vectors) {
