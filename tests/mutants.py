@@ -321,6 +321,7 @@ GRID = {
         attention(BF16, (1, 1, 1, 130, 192, 64)),  # the first query sees all of a tile but its last key
         attention(BF16, (1, 1, 1, 130, 192, 64), causal=False, window=(28, 200)),  # a warp's last, all but the first
         attention(F16, (1, 4, 2, 33, 33, 32)),
+        attention(F16, (1, 7, 7, 150, 20, 32), causal=False),  # heads in sections of four and three
         decode(BF16, (4, 1, 1100, 64)),
         decode(BF16, (6, 1, 1100, 45)),
         decode(BF16, (2, 2, 1100, 64), cu_seqlens=HALF_BLIND),

@@ -160,6 +160,7 @@ def launching(run: Callable[..., None], architecture: str) -> Iterator[None]:
         mock.patch.object(tiles, "architecture", return_value=architecture),
         mock.patch.object(layer_norm, "processors", return_value=132),
         mock.patch.object(gelu, "processors", return_value=132),
+        mock.patch.object(attention, "cache_bytes", return_value=50 << 20),
     ):
         yield
 

@@ -34,6 +34,12 @@ void set_common(Params& p, const AttentionArgs& args, std::initializer_list<Head
   p.seed = args.seed;
 }
 
+// How many heads of rows take turns, where `sharing` of them have the same `columns` rows of two tensors.
+inline int heads_taking_turns(const AttentionArgs& args, int64_t heads, int64_t columns, int64_t sharing) {
+  const int64_t bytes = 2 * columns * args.head_dim * (args.dtype == DType::float32 ? 4 : 2) / sharing;
+  return heads_together(l2_bytes(), bytes, int(args.batch * heads));
+}
+
 // body(Math()) for the way in which products of these arguments are computed.
 template <class Body>
 auto with_math(const AttentionArgs& args, Body body) {

@@ -21,12 +21,14 @@ AttentionBackwardParams backward_params(const AttentionArgs& args) {
 }
 
 template <class Math, int kWidth, Gradients kOf>
-void launch_gradients(const AttentionArgs& args, const AttentionBackwardParams& p) {
+void launch_gradients(const AttentionArgs& args, AttentionBackwardParams p) {
   using Shared = BackwardShared<Math, kWidth, kOf>;
   const int64_t length = Shared::kKeyRows ? args.kv_len : args.query_len;
   const int64_t heads = Shared::kKeyRows ? args.kv_heads : args.query_heads;
   const int64_t blocks = ceil_div(length, Shared::kRows) * heads * args.batch;
   if (blocks == 0) return;
+  p.together = Shared::kKeyRows ? heads_taking_turns(args, heads, args.query_len * p.group, 1)
+                                : heads_taking_turns(args, heads, args.kv_len, p.group);
   constexpr const char* kNames[] = {"attention_backward_query", "attention_backward_key", "attention_backward_value",
                                     "attention_backward_key_value"};
   launch({kNames[int(kOf)], unsigned(blocks), 1, 1, Shared::kThreads, Shared::kBytes, args.stream},

@@ -44,6 +44,7 @@ AttentionForwardParams forward_params(const AttentionArgs& args, const ForwardPl
   p.scale_log2 = p.scale * kLog2e;
   p.splits = plan.splits;
   p.width = plan.width;
+  p.together = heads_taking_turns(args, args.kv_heads, args.kv_len, 1);
   p.partial_out = reinterpret_cast<float*>(args.workspace);
   p.partial_softmax = reinterpret_cast<RowSoftmax*>(p.partial_out + partial_rows(args, plan) * p.width);
   return p;

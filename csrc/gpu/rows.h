@@ -26,19 +26,21 @@ inline bool whole_vectors(int64_t width, std::initializer_list<const void*> tens
   return whole;
 }
 
-// Of the current device; the model is one of an A100.
-inline int multiprocessors() {
+// Of the current device. The model is one of an A100, but for the cache: small, so that small tensors fill it.
 #ifdef GPTCORE_SIMT
-  return 108;
+inline int multiprocessors() { return 108; }
+inline int l2_bytes() { return 64 << 10; }
 #else
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    throw std::runtime_error(std::string("cannot ask the GPU for its multiprocessors: ") +
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
+    throw std::runtime_error(std::string("cannot ask the GPU for its attributes: ") +
                              cudaGetErrorString(cudaGetLastError()));
-  return count;
-#endif
+  return value;
 }
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int l2_bytes() { return device_attribute(cudaDevAttrL2CacheSize); }
+#endif
 
 // out[c] = the sum over p of partial[p * stride + c].
 inline void launch_sum_partials(const float* partial, int64_t parts, int64_t stride, int64_t columns, float* out,

@@ -24,7 +24,9 @@ CHUNK = 512  # tokens whose logits exist at once: of fewer, matmuls are slower, 
 CHUNK_BYTES = 32 << 20  # and more of them, while their logits have at most so many bytes
 VOCAB_BLOCK = 4096  # tokens of the vocabulary whose 16-bit weight gradient stays in the cache until it is added up
 LARGE = 4 << 20  # bytes: what is smaller comes from PyTorch's allocator
-ROW = 16  # logits: the rows of a matrix begin at multiples of this, or float32 matmuls are a quarter slower
+# Rows of logits begin at multiples of this, or matmuls are slower: in float32 on a CPU by a quarter. On an H200 the
+# loss of 8192 tokens in 16 bits, with its gradients and GPT-2's vocabulary, takes 21 ms without it and 9 with it
+ROW = 16
 
 
 def linear_cross_entropy(
@@ -97,8 +99,13 @@ def _linear_cross_entropy_torch(
 ) -> Tensor:
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_targets(targets, weight.shape[0], ignore_index)
-    logits = F.linear(x.to(dtype), weight.to(dtype)).flatten(0, -2)
-    logits, targets = logits.to(torch.promote_types(dtype, torch.float32)), targets.flatten()
+    vocab = weight.shape[0]
+    padding = -vocab % ROW if targets.device.type == "cuda" else 0
+    if padding:
+        logits = F.linear(x.to(dtype), F.pad(weight.to(dtype), (0, 0, 0, padding)))[..., :vocab]
+    else:
+        logits = F.linear(x.to(dtype), weight.to(dtype))
+    logits, targets = logits.flatten(0, -2).to(torch.promote_types(dtype, torch.float32)), targets.flatten()
     total = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
     return total / (targets != ignore_index).sum().clamp(min=1)
 

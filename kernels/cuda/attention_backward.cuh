@@ -32,7 +32,7 @@ struct AttentionBackwardParams {
   float* delta;                 // (batch, query_heads, query_len)
   const int64_t *cu_query, *cu_key;
   int64_t num_boundaries;
-  int batch, query_heads, group, query_len, kv_len, head_dim;
+  int batch, query_heads, group, query_len, kv_len, head_dim, together;
   float scale;
   int64_t before, after;  // a query at position i sees the keys from i - before to i + after
   bool vectors;           // every row of every tensor is whole 16-byte vectors
@@ -177,8 +177,9 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
   // Which rows of which head.
   const int row_len = kKeyRows ? p.kv_len : p.query_len, column_len = kKeyRows ? p.query_len : p.kv_len;
   const int tiles = (row_len + kRows - 1) / kRows, heads = kKeyRows ? p.query_heads / p.group : p.query_heads;
-  const int index = blockIdx.x % tiles, head = blockIdx.x / tiles % heads, batch = blockIdx.x / tiles / heads;
-  const int first_row = (kKeyRows ? index : tiles - 1 - index) * kRows;  // under a causal mask the longest first
+  const BlockTile block = block_tile(blockIdx.x, tiles, p.batch * heads, p.together);
+  const int head = block.head % heads, batch = block.head / heads;
+  const int first_row = (kKeyRows ? block.tile : tiles - 1 - block.tile) * kRows;  // under a causal mask the longest first
   const int rows = row_len - first_row < kRows ? row_len - first_row : kRows;
   const int first_head = kKeyRows ? head * p.group : head, query_heads = kKeyRows ? p.group : 1;
 

@@ -32,7 +32,7 @@ struct AttentionForwardParams {
   float* lse;  // (batch, query_heads, query_len)
   const int64_t *cu_query, *cu_key;
   int64_t num_boundaries;
-  int batch, kv_heads, group, query_len, kv_len, head_dim;
+  int batch, kv_heads, group, query_len, kv_len, head_dim, together;
   // Scores are scaled by sign x scale. The sign goes into S, so that the largest score has the largest probability;
   // scale x log2(e) goes into the exponent. A scale of 0 is sign 0 and scale 1.
   float sign, scale, scale_log2;
@@ -214,9 +214,10 @@ __launch_bounds__(ForwardShared<Math, kWidth, kFew>::kThreads, ForwardShared<Mat
 
   // Which rows of which head, and which split of their keys. Under a causal mask the last rows take longest: first.
   const int all_rows = p.query_len * p.group, row_tiles = (all_rows + kRows - 1) / kRows;
-  const int split = blockIdx.x % p.splits, index = blockIdx.x / p.splits;
-  const int first_row = (row_tiles - 1 - index % row_tiles) * kRows;
-  const int kv_head = index / row_tiles % p.kv_heads, batch = index / row_tiles / p.kv_heads;
+  const int split = blockIdx.x % p.splits;
+  const BlockTile block = block_tile(blockIdx.x / p.splits, row_tiles, p.batch * p.kv_heads, p.together);
+  const int first_row = (row_tiles - 1 - block.tile) * kRows;
+  const int kv_head = block.head % p.kv_heads, batch = block.head / p.kv_heads;
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * kM;
 
   // What each row sees. The ends keep growing beyond the last row, where nothing is stored.

@@ -52,6 +52,15 @@ constexpr int forward_splits(ForwardTile tile, long long rows, long long blocks,
   return splits < 1 ? 1 : splits > kMaxSplits ? kMaxSplits : static_cast<int>(splits);
 }
 
+// The heads whose blocks take turns (block_tile) are those whose columns fit into a quarter of the L2 cache: half of an
+// H200's was too much, whose every half has copies of what the other holds. In sections of one size, as the last has to
+// keep all multiprocessors busy, too.
+constexpr int heads_together(long long l2_bytes, long long head_bytes, int heads) {
+  const long long fit = head_bytes > 0 ? l2_bytes / 4 / head_bytes : heads;
+  const int sections = fit < 1 ? heads : static_cast<int>((heads + fit - 1) / fit);
+  return sections < 1 ? 1 : (heads + sections - 1) / sections;
+}
+
 // A block owns rows (of queries for dQ, of keys for dK and dV), by which columns (of the other) pass, in two stages.
 struct BackwardTile {
   int warps;    // in a block

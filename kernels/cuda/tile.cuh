@@ -31,6 +31,20 @@ GPTCORE_DEVICE T* rows_of(const HeadsView& view, int batch, int head, int row) {
   return static_cast<T*>(view.data) + batch * view.batch_stride + head * view.head_stride + row * view.row_stride;
 }
 
+// ---- what a block does ----------------------------------------------------------------------------------------------
+
+// Block `index` of a grid of heads x tiles. The heads of a section take turns, tile 0 of all of them first: so where
+// tiles come in the order of their work, the longest begin first, and multiprocessors run out of it together. A section
+// is `together` heads, whose columns, which all of their blocks read, stay in the L2 cache.
+struct BlockTile {
+  int head, tile;
+};
+GPTCORE_DEVICE BlockTile block_tile(int index, int tiles, int heads, int together) {
+  const int first = index / (together * tiles) * together, in_section = index - first * tiles;
+  const int taking_turns = heads - first < together ? heads - first : together;
+  return {first + in_section % taking_turns, in_section / taking_turns};
+}
+
 // ---- tiles in shared memory -----------------------------------------------------------------------------------------
 
 // Rows of kWidth elements, in chunks of 16 bytes. The chunks of a row are permuted, so that the same chunk of eight

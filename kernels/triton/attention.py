@@ -17,13 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptcore.kernels.launch import Tile, launch, view
+from gptcore.kernels.launch import Tile, cache_bytes, launch, view
 from gptcore.kernels.numerics import dot, narrow
 from gptcore.kernels.tiles import tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Numbers that may differ from call to call: a kernel is not compiled anew for some of their values.
-CALL = ["query_len", "kv_len", "left", "right", "seed", "least", "restore", "query_heads", "group", "scale"]
+CALL = [
+    "query_len", "kv_len", "left", "right", "seed", "least", "restore", "batch_heads", "query_heads", "group",
+    "together", "scale",
+]  # fmt: skip
 NO_LIMIT = 2**30  # tokens on one side of a position: more than there are, and far from overflowing int32
 
 
@@ -139,6 +142,18 @@ def _kept(
     return (tl.trans(kept) if TRANSPOSED else kept).to(tl.float32)
 
 
+@triton.jit
+def _head_and_tile(program, tiles, heads, together):
+    """Program `program` of heads x tiles. The heads of a section take turns, tile 0 of all of them first.
+
+    So where tiles come in the order of their work, the longest begin first, and processors run out of it together. A
+    section is `together` heads: what all of their programs read stays in the cache.
+    """
+    first = program // (together * tiles) * together
+    in_section, taking_turns = program - first * tiles, tl.minimum(heads - first, together)
+    return first + in_section % taking_turns, in_section // taking_turns
+
+
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
@@ -182,15 +197,17 @@ def _forward_kernel(
     seed,  # of dropout, or None
     least,  # random word with which dropout keeps a weight
     restore,  # what the weights kept are multiplied with
+    batch_heads,  # B H
     query_heads,  # H
     group,  # query heads per head of keys
+    together,  # heads that take turns
     scale,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(query_len, QUERIES)
-    batch_head = tl.program_id(0) // tiles
-    first_query = (tiles - 1 - tl.program_id(0) % tiles) * QUERIES  # causal: the longest first
+    batch_head, tile = _head_and_tile(tl.program_id(0), tiles, batch_heads, together)
+    first_query = (tiles - 1 - tile) * QUERIES  # causal: the longest first
     batch, head = batch_head // query_heads, batch_head % query_heads
     if spans is not None:
         spans += batch.to(tl.int64) * query_len * 2
@@ -285,15 +302,17 @@ def _dq_kernel(
     seed,  # of dropout, or None
     least,  # random word with which dropout keeps a weight
     restore,  # what the weights kept are multiplied with
+    batch_heads,  # B H
     query_heads,  # H
     group,  # query heads per head of keys
+    together,  # heads that take turns
     scale,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(query_len, QUERIES)
-    batch_head = tl.program_id(0) // tiles
-    first_query = (tiles - 1 - tl.program_id(0) % tiles) * QUERIES
+    batch_head, tile = _head_and_tile(tl.program_id(0), tiles, batch_heads, together)
+    first_query = (tiles - 1 - tile) * QUERIES
     batch, head = batch_head // query_heads, batch_head % query_heads
     if spans is not None:
         spans += batch.to(tl.int64) * query_len * 2
@@ -371,16 +390,17 @@ def _dkdv_kernel(
     seed,  # of dropout, or None
     least,  # random word with which dropout keeps a weight
     restore,  # what the weights kept are multiplied with
+    batch_heads,  # B H
     query_heads,  # H
     group,  # query heads per head of keys
+    together,  # heads that take turns
     scale,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(kv_len, KEYS)
-    batch = tl.program_id(0) // tiles // (query_heads // group)
-    kv_head = tl.program_id(0) // tiles % (query_heads // group)
-    first_key = tl.program_id(0) % tiles * KEYS  # causal: the first keys are seen by most
+    batch_head, tile = _head_and_tile(tl.program_id(0), tl.cdiv(kv_len, KEYS), batch_heads // group, together)
+    batch, kv_head = batch_head // (query_heads // group), batch_head % (query_heads // group)
+    first_key = tile * KEYS  # causal: the first keys are seen by most
     if spans is not None:
         spans += batch.to(tl.int64) * kv_len * 2
     side = spans, kv_len, query_len, right, left
@@ -470,6 +490,22 @@ def _dropout(seed: Tensor | None, dropout_p: float) -> tuple[int | None, int, fl
     return None if seed is None else int(seed), int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p)
 
 
+def _heads(q: Tensor, k: Tensor, keys: bool = False) -> tuple[int, int, int, int]:
+    """All query heads, those of a row of the batch, those to a head of keys; and how many heads take turns.
+
+    `keys`: heads of keys, with the queries and gradients that pass by; otherwise of queries, with keys and values. As
+    many as have these in a quarter of the cache, in sections of one size (kernels/cuda/policy.h).
+    """
+    batch, query_heads, query_len, head_dim = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    group = query_heads // kv_heads
+    heads = batch * (kv_heads if keys else query_heads)
+    head_bytes = 2 * head_dim * q.element_size() * (query_len * group if keys else kv_len // group)
+    fit = max(1, cache_bytes(q.device) // 4 // max(1, head_bytes))
+    together = triton.cdiv(heads, max(1, triton.cdiv(heads, fit)))
+    return batch * query_heads, query_heads, group, max(1, together)
+
+
 def _constants(q: Tensor) -> dict[str, Any]:
     """What a kernel is compiled for, beside the tile."""
     # Of AMD's GPUs few have TF32, and where it is allowed, it is not asked for.
@@ -511,7 +547,7 @@ def forward(
         _forward_kernel, tiles("forward", q), ("QUERIES", "KEYS"),
         lambda tile: batch * heads * triton.cdiv(query_len, tile.rows),
         view(q), view(k), view(v), view(out), lse, _spans(cu_q, cu_k, batch, lengths, limits), *lengths, *limits,
-        *_dropout(seed, dropout_p), heads, heads // k.shape[1], scale, like=q, **_constants(q),
+        *_dropout(seed, dropout_p), *_heads(q, k), scale, like=q, **_constants(q),
     )  # fmt: skip
     return out, lse
 
@@ -541,16 +577,17 @@ def backward(
         grad_out = grad_out.contiguous()
     delta = torch.empty_like(lse)
     lengths, limits, dropout = (query_len, kv_len), _limits(causal, left, right), _dropout(seed, dropout_p)
-    settings = (*lengths, *limits, *dropout, heads, heads // kv_heads, scale)
+    settings = (*lengths, *limits, *dropout)
     launch(
         _dq_kernel, tiles("dq", q), ("QUERIES", "KEYS"), lambda tile: batch * heads * triton.cdiv(query_len, tile.rows),
         view(grad_out), grad_lse, view(q), view(k), view(v), view(out), lse, view(dq), delta,
-        _spans(cu_q, cu_k, batch, lengths, limits), *settings, like=q, **_constants(q),
+        _spans(cu_q, cu_k, batch, lengths, limits), *settings, *_heads(q, k), scale, like=q, **_constants(q),
     )  # fmt: skip
     launch(
         _dkdv_kernel, tiles("dkdv", q), ("QUERIES", "KEYS"),
         lambda tile: batch * kv_heads * triton.cdiv(kv_len, tile.columns),
         view(grad_out), view(q), view(k), view(v), lse, delta, view(dk), view(dv),
-        _spans(cu_k, cu_q, batch, lengths[::-1], limits[::-1]), *settings, like=q, **_constants(q),
+        _spans(cu_k, cu_q, batch, lengths[::-1], limits[::-1]), *settings, *_heads(q, k, keys=True), scale,
+        like=q, **_constants(q),
     )  # fmt: skip
     return dq, dk, dv

@@ -47,6 +47,11 @@ def processors(device: torch.device) -> int:
     return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def cache_bytes(device: torch.device) -> int:
+    """Of the cache that all programs share; little in the interpreter, so that small tensors fill it."""
+    return 1 << 16 if INTERPRETED else torch.cuda.get_device_properties(device).L2_cache_size
+
+
 def view(tensor: Tensor) -> tuple[Any, ...]:
     """A tensor as kernels take it: with its strides but the last, which is 1."""
     return (tensor, *tensor.stride()[:-1])

@@ -17,7 +17,6 @@ from gptcore.kernels.rows import block_of, sum_rows
 
 # The widest rows that stay in registers: the forward holds the row; the backward two rows and two sums over rows.
 HELD_FORWARD, HELD_BACKWARD = 32768, 8192
-LANE = 32  # numbers of each that a lane then holds
 # Fused, g - mean(g) would take a rounded mean from the exact product g = dy weight, and not be 0 in rows of one number.
 OPTIONS = {"enable_fp_fusion": False}
 
@@ -121,10 +120,12 @@ def _normal(
 
 
 @triton.jit
-def _add(partials, tile, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_over_rows(partials, tile, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
     columns, inside = _columns(i, WIDTH, BLOCK)
-    before = tl.load(partials + columns, mask=inside, other=0.0)
-    tl.store(partials + columns, before + tl.sum(tile, 0)[None, :], mask=inside)
+    total = tl.sum(tile, 0)[None, :]
+    if ADD:
+        total += tl.load(partials + columns, mask=inside, other=0.0)
+    tl.store(partials + columns, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -136,7 +137,7 @@ def _backward_kernel(
     mean,  # *float32 (rows,)
     rstd,  # *float32 (rows,)
     grad_x,  # * (rows, WIDTH): written
-    weight_partials,  # *float32 (programs, WIDTH): gradients from the rows of a program, zero before, written
+    weight_partials,  # *float32 (programs, WIDTH): gradients from the rows of a program; not HELD: zero before; written
     bias_partials,  # *float32 (programs, WIDTH): likewise, or None
     rows,
     WIDTH: tl.constexpr,
@@ -171,9 +172,9 @@ def _backward_kernel(
                 new_weight_sums = new_weight_sums + (weight_sums[i] + grad * x_hat,)
                 new_bias_sums = new_bias_sums + (bias_sums[i] + grad,)
             else:
-                _add(weight_partials, grad * x_hat, i, WIDTH, BLOCK)
+                _sum_over_rows(weight_partials, grad * x_hat, i, WIDTH, BLOCK, True)
                 if bias_partials is not None:
-                    _add(bias_partials, grad, i, WIDTH, BLOCK)
+                    _sum_over_rows(bias_partials, grad, i, WIDTH, BLOCK, True)
         weight_sums, bias_sums = new_weight_sums, new_bias_sums
         mean_g, mean_product = _mean(sums, WIDTH), _mean(products, WIDTH)
         for i in tl.static_range(BLOCKS):
@@ -189,17 +190,20 @@ def _backward_kernel(
             tl.debug_barrier()  # the next row reads the partial sums, perhaps in other threads than those that wrote
 
     for i in tl.static_range(BLOCKS if HELD else 0):
-        _add(weight_partials, weight_sums[i], i, WIDTH, BLOCK)
+        _sum_over_rows(weight_partials, weight_sums[i], i, WIDTH, BLOCK, False)
         if bias_partials is not None:
-            _add(bias_partials, bias_sums[i], i, WIDTH, BLOCK)
+            _sum_over_rows(bias_partials, bias_sums[i], i, WIDTH, BLOCK, False)
 
 
-def _tile(width: int, held: bool) -> Tile:
-    """Rows at a time, and the block: eight numbers of it a lane."""
-    block = block_of(width, 256 if width <= 1024 else 65536 if held else 4096)
-    rows = max(1, 1024 // block)
-    warps = triton.next_power_of_2(rows * triton.cdiv(width, block) * block // (32 * LANE)) if held else 32
-    return Tile(rows, block, min(32, max(4, warps)), 1)
+def _tile(width: int, held: bool, lane: int) -> Tile:
+    """Rows at a time, several only if they are narrow, and the block; `lane` numbers of a row to a lane."""
+    block = block_of(width, 256 if width <= 1024 else 1024 if held else 4096)
+    padded = triton.cdiv(width, block) * block
+    rows = max(1, 512 // padded)
+    warps = triton.next_power_of_2(triton.cdiv(rows * padded, 32 * lane))
+    if warps > 8:  # of many warps a lane rather holds more
+        warps = max(8, min(warps, triton.next_power_of_2(triton.cdiv(padded, 64 * lane))))
+    return Tile(rows, block, max(2, warps) if held else 32, 1)
 
 
 def forward(
@@ -211,7 +215,7 @@ def forward(
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     held = width <= HELD_FORWARD
     launch(
-        _forward_kernel, [_tile(width, held)], ("ROWS", "BLOCK"), lambda tile: triton.cdiv(rows, tile.rows),
+        _forward_kernel, [_tile(width, held, 32)], ("ROWS", "BLOCK"), lambda tile: triton.cdiv(rows, tile.rows),
         x, weight, bias, residual, out, total, mean, rstd, rows, eps, like=x, WIDTH=width, HELD=held, **OPTIONS,
     )  # fmt: skip
     return out, total, mean, rstd
@@ -222,9 +226,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_x, which is also that of the residual, grad_weight, and grad_bias, empty without a bias."""
     (rows, width), held = total.shape, total.shape[1] <= HELD_BACKWARD
-    tile, grad_x = _tile(width, held), torch.empty_like(total)
-    programs = min(triton.cdiv(rows, tile.rows), 2 * processors(total.device))
-    partials = [weight.new_zeros(programs, width) for _ in range(1 + bias)]
+    tile, grad_x = _tile(width, held, 20), torch.empty_like(total)
+    # As many as run at a time, if their sums leave room in the registers for 16 warps
+    programs = min(triton.cdiv(rows, tile.rows), max(1, (16 if held else 64) // tile.warps) * processors(total.device))
+    partials = [(weight.new_empty if held else weight.new_zeros)(programs, width) for _ in range(1 + bias)]
     launch(
         _backward_kernel, [tile], ("ROWS", "BLOCK"), lambda tile: programs,
         grad_out, grad_total, total, weight, mean, rstd, grad_x, partials[0], partials[1] if bias else None, rows,
