@@ -1,18 +1,28 @@
 #include "csrc/cpu_isa.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
 namespace gptcore {
 
-// Each file of kernels/cpu is compiled once for every instruction set, into a namespace of that name.
-#define GPTCORE_DECLARE_ISA(isa)                               \
+// Each file of kernels/cpu is compiled once for every instruction set that it gains from, into a namespace of that name.
+#define GPTCORE_DECLARE_ATTENTION(isa)                         \
   namespace isa {                                              \
   size_t attention_forward_workspace(const AttentionArgs&);    \
   void attention_forward(const AttentionArgs&);                \
   size_t attention_backward_workspace(const AttentionArgs&);   \
   void attention_backward(const AttentionArgs&);               \
+  }
+#define GPTCORE_DECLARE_ISA(isa)                               \
+  GPTCORE_DECLARE_ATTENTION(isa)                               \
+  namespace isa {                                              \
   void layer_norm_forward(const LayerNormArgs&);               \
   size_t layer_norm_backward_workspace(const LayerNormArgs&);  \
   void layer_norm_backward(const LayerNormArgs&);              \
@@ -23,12 +33,12 @@ namespace gptcore {
   void adamw(const AdamWArgs&);                                \
   void grad_norm(const GradNormArgs&);                         \
   }
-#define GPTCORE_KERNELS(isa)                                                                                        \
-  Kernels {                                                                                                      \
-    #isa, isa::attention_forward_workspace, isa::attention_forward, isa::attention_backward_workspace,              \
-        isa::attention_backward, isa::layer_norm_forward, isa::layer_norm_backward_workspace,                       \
-        isa::layer_norm_backward, isa::gelu_forward, isa::gelu_backward_workspace, isa::gelu_backward,              \
-        isa::cross_entropy, isa::adamw, isa::grad_norm                                                              \
+#define GPTCORE_KERNELS(name, attention, isa)                                                              \
+  Kernels {                                                                                                \
+    name, attention::attention_forward_workspace, attention::attention_forward,                            \
+        attention::attention_backward_workspace, attention::attention_backward, isa::layer_norm_forward,   \
+        isa::layer_norm_backward_workspace, isa::layer_norm_backward, isa::gelu_forward,                   \
+        isa::gelu_backward_workspace, isa::gelu_backward, isa::cross_entropy, isa::adamw, isa::grad_norm   \
   }
 
 GPTCORE_DECLARE_ISA(baseline)
@@ -36,6 +46,7 @@ GPTCORE_DECLARE_ISA(baseline)
 GPTCORE_DECLARE_ISA(avx2)
 GPTCORE_DECLARE_ISA(avx512)
 GPTCORE_DECLARE_ISA(avx512_bf16)
+GPTCORE_DECLARE_ATTENTION(amx_bf16)
 #endif
 
 namespace {
@@ -45,17 +56,34 @@ struct Isa {
   bool supported;
 };
 
+#if defined(__x86_64__)
+// Linux saves the 8 KiB of tile registers for processes that have asked, which costs those that never touch them nothing.
+bool may_use_amx() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile)) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of <asm/prctl.h>
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
-    std::vector<Isa> found = {{GPTCORE_KERNELS(baseline), true}};
+    std::vector<Isa> found = {{GPTCORE_KERNELS("baseline", baseline, baseline), true}};
 #if defined(__x86_64__)
     __builtin_cpu_init();  // its answers include whether the operating system saves the registers
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    found.push_back({GPTCORE_KERNELS(avx2), avx2});
-    found.push_back({GPTCORE_KERNELS(avx512), avx512});
-    found.push_back({GPTCORE_KERNELS(avx512_bf16), avx512 && __builtin_cpu_supports("avx512bf16")});
+    found.push_back({GPTCORE_KERNELS("avx2", avx2, avx2), avx2});
+    found.push_back({GPTCORE_KERNELS("avx512", avx512, avx512), avx512});
+    bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    found.push_back({GPTCORE_KERNELS("avx512_bf16", avx512_bf16, avx512_bf16), avx512_bf16});
+    found.push_back({GPTCORE_KERNELS("amx_bf16", amx_bf16, avx512_bf16), avx512_bf16 && may_use_amx()});
 #endif
     return found;
   }();

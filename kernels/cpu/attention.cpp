@@ -206,6 +206,7 @@ void forward(const AttentionArgs& args) {
 #pragma omp parallel num_threads(args.num_threads) if (args.num_threads > 1 && pairs * chunks > 1)
   {
     const ForwardScratch<T> scratch(args, args.workspace + bytes * omp_get_thread_num());
+    const TileRegisters registers;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < pairs * chunks; ++task) {
       const int64_t chunk = chunks - 1 - task / pairs, pair = task % pairs;  // the longest (under a causal mask) first
@@ -512,15 +513,26 @@ void pack_panel(const AttentionArgs& args, const BackwardScratch<T>& scratch, co
   pack_panel_columns<S, T>(scratch.grad_out, grad_out, args.grad_out.row_stride, rows, args.head_dim, 1.0f);
   pack_panel_rows<S, T>(scratch.query_rows, query, args.query.row_stride, rows, args.head_dim, kPanel);
   pack_panel_rows<S, T>(scratch.grad_out_rows, grad_out, args.grad_out.row_stride, rows, args.head_dim, kPanel);
-  Wide<T>* out_columns = (Wide<T>*)scratch.grad_query;  // not in use yet
-  pack_panel_columns<S, T>(out_columns, out, args.out.row_stride, rows, args.head_dim, 1.0f);
-  for (int64_t v = 0; v < kPanel; v += kLanes) {
-    Vec delta = {}, part = {};
-    for (int64_t k = 0; k < Sizes<T>(args).steps; ++k) {
-      if (k % (kDepth / kStep<T>) == 0) delta += part, part = Vec{};
-      multiply_add(part, load_wide(out_columns + k * kPanel + v), load_wide(scratch.grad_out + k * kPanel + v));
+  const Sizes<T> size(args);
+  if constexpr (kInTiles<T>) {  // whose order only tiles have: those of the diagonal of O dO^T
+    T* out_rows = (T*)scratch.grad_query;  // not in use yet, nor are the scores
+    pack_rows(out_rows, size.depth, out, args.out.row_stride, rows, args.head_dim);
+    for (int64_t v = 0; v < kPanel; v += kLanes) {
+      multiply_keys_queries<T>(by_rows(out_rows + v * size.depth, size.depth), scratch.grad_out + v, {1, {kLanes}},
+                               size.steps, scratch.scores);
+      for (int64_t i = 0; i < kLanes; ++i) scratch.delta[v + i] = scratch.scores[i * kPanel + i];
     }
-    store(scratch.delta + v, delta + part);
+  } else {
+    Wide<T>* out_columns = (Wide<T>*)scratch.grad_query;
+    pack_panel_columns<S, T>(out_columns, out, args.out.row_stride, rows, args.head_dim, 1.0f);
+    for (int64_t v = 0; v < kPanel; v += kLanes) {
+      Vec delta = {}, part = {};
+      for (int64_t k = 0; k < size.steps; ++k) {
+        if (k % (kDepth / kStep<T>) == 0) delta += part, part = Vec{};
+        multiply_add(part, load_wide(out_columns + k * kPanel + v), load_wide(scratch.grad_out + k * kPanel + v));
+      }
+      store(scratch.delta + v, delta + part);
+    }
   }
   const int64_t lse_row = (segment.batch * args.query_heads + head) * args.query_len + at;
   for (int64_t i = 0; i < kPanel; ++i) {
@@ -580,6 +592,7 @@ void backward(const AttentionArgs& args) {
 #pragma omp parallel num_threads(args.num_threads) if (args.num_threads > 1 && pairs > 1)
   {
     const BackwardScratch<T> scratch(args, args.workspace + bytes * omp_get_thread_num());
+    const TileRegisters registers;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < pairs; ++task) {
       const Segment& segment = args.segments[task / args.kv_heads];

@@ -19,6 +19,22 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+template <int Half>
+GPTCORE_INLINE void exchange(Vec (&v)[kLanes]) {
+  const IntVec lane = lane_index();
+  const IntVec low = (lane & Half) ? lane - Half + kLanes : lane, high = (lane & Half) ? lane + kLanes : lane + Half;
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & Half)) {
+      Vec a = v[i], b = v[i + Half];
+      v[i] = __builtin_shuffle(a, b, low);
+      v[i + Half] = __builtin_shuffle(a, b, high);
+    }
+  if constexpr (Half > 1) exchange<Half / 2>(v);
+}
+
+// Transposes kLanes vectors in registers, by exchanging quarters of halves of halves.
+GPTCORE_INLINE void transpose(Vec (&v)[kLanes]) { exchange<kLanes / 2>(v); }
+
 // ---- the matrix product -----------------------------------------------------------------------------------------------
 //
 // C (rows x width) = or += A (rows x depth) B (depth x width), in T. B is in Wide<T>: a float, or two bfloat16 that are
@@ -30,6 +46,11 @@ template <> struct Operand<float> { using Wide = float; static constexpr int kSt
 template <> struct Operand<bfloat16> { using Wide = uint32_t; static constexpr int kStep = 2; };
 template <class T> using Wide = typename Operand<T>::Wide;
 template <class T> constexpr int kStep = Operand<T>::kStep;
+#if defined(__AMX_BF16__)
+template <class T> constexpr bool kInTiles = kStep<T> == 2;  // multiplied in the tile registers of AMX
+#else
+template <class T> constexpr bool kInTiles = false;
+#endif
 
 // A: the kStep numbers of row r and step k begin at data + r * row + k * step.
 template <class T>
@@ -98,6 +119,96 @@ void multiply_rows(Left<T> a, const Wide<T>* b, int64_t rows, int64_t steps, flo
   }
 }
 
+#if defined(__AMX_BF16__)
+// The same in the tile registers of AMX, of 16 rows x 64 bytes: 16 rows and 16 steps of A, 16 steps and a vector of columns
+// of B, 16 rows and a vector of columns of C. In the operands a tile's rows lie at equal distances, as the loads want
+// them; but for a turned A, which is turned back. Every product of 16-bit numbers comes here, tails too, so that equal
+// numbers are summed in one order wherever they meet.
+constexpr int kTile = 16;
+
+// The shape of the tiles from now on, whose contents are lost.
+inline void shape_tiles(int64_t rows, int64_t steps) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } shape;
+  for (int i = 0; i < 4; ++i) shape.row_bytes[i] = 4 * kTile, shape.rows[i] = rows;  // C
+  shape.row_bytes[4] = 4 * steps, shape.rows[4] = rows;                              // A
+  for (int i = 5; i < 8; ++i) shape.row_bytes[i] = 4 * kTile, shape.rows[i] = steps;  // B, by turns
+  __asm__ volatile("ldtilecfg %0" ::"m"(shape));
+}
+// What threads that multiply have in between.
+struct TileRegisters {
+  TileRegisters() { shape_tiles(kTile, kTile); }
+  ~TileRegisters() { __asm__ volatile("tilerelease"); }
+};
+
+// The compiler does not know of these registers, nor, but for "memory", of what they are loaded from.
+#define GPTCORE_LOAD_TILE(tile, from, stride) \
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"((int64_t)(stride)) : "memory")
+#define GPTCORE_STORE_TILE(tile, to, stride) \
+  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"((int64_t)(stride)) : "memory")
+#define GPTCORE_ZERO_TILE(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
+#define GPTCORE_MULTIPLY_TILES(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+
+// One tile of rows, in tiles of the shape that they have.
+template <int Vectors>
+void multiply_tiles(const void* a, int64_t a_stride, const uint32_t* b, int64_t steps, float* c, bool accumulate) {
+#define GPTCORE_BEGIN(v)                                                                          \
+  if (Vectors > v) {                                                                              \
+    if (accumulate) GPTCORE_LOAD_TILE(v, c + v * kLanes, kPanel * sizeof *c);                     \
+    else GPTCORE_ZERO_TILE(v);                                                                    \
+  }
+#define GPTCORE_STEP(v, b_tile)                                                                   \
+  if (Vectors > v) {                                                                              \
+    GPTCORE_LOAD_TILE(b_tile, b + k * kPanel + v * kLanes, kPanel * sizeof *b);                   \
+    GPTCORE_MULTIPLY_TILES(v, 4, b_tile);                                                         \
+  }
+#define GPTCORE_END(v) \
+  if (Vectors > v) GPTCORE_STORE_TILE(v, c + v * kLanes, kPanel * sizeof *c)
+  GPTCORE_BEGIN(0) GPTCORE_BEGIN(1) GPTCORE_BEGIN(2) GPTCORE_BEGIN(3)
+  for (int64_t k = 0; k < steps; k += kTile) {
+    GPTCORE_LOAD_TILE(4, (const uint32_t*)a + k, a_stride);
+    GPTCORE_STEP(0, 5) GPTCORE_STEP(1, 6) GPTCORE_STEP(2, 7) GPTCORE_STEP(3, 5)
+  }
+  GPTCORE_END(0); GPTCORE_END(1); GPTCORE_END(2); GPTCORE_END(3);
+}
+
+template <int Vectors>
+void multiply_rows(Left<bfloat16> a, const uint32_t* b, int64_t rows, int64_t steps, float* c, bool accumulate) {
+  alignas(64) uint32_t turned[kTile * kBlockN / 2];
+  const int64_t whole = steps / kTile * kTile;
+  for (int64_t r = 0; r < rows; r += kTile, c += kTile * kPanel) {
+    const void* rows_of_a = a.data + r * a.row;
+    int64_t stride = a.row * sizeof(bfloat16);
+    if (a.step != kStep<bfloat16>) {
+      for (int64_t k = 0; k < steps; k += kTile) {
+        Vec v[kLanes];
+        for (int i = 0; i < kTile; ++i)
+          v[i] = k + i < steps ? load((const float*)(a.data + r * a.row + (k + i) * a.step)) : Vec{};
+        transpose(v);
+        for (int i = 0; i < kTile; ++i) store((float*)turned + i * (kBlockN / 2) + k, v[i]);
+      }
+      rows_of_a = turned, stride = kBlockN / 2 * sizeof *turned;
+    }
+    const int64_t here = smaller(kTile, rows - r);
+    if (here < kTile) shape_tiles(here, kTile);
+    if (whole > 0) multiply_tiles<Vectors>(rows_of_a, stride, b, whole, c, accumulate);
+    if (whole < steps) {
+      shape_tiles(here, steps - whole);
+      multiply_tiles<Vectors>((const uint32_t*)rows_of_a + whole, stride, b + whole * kPanel, steps - whole, c,
+                              accumulate || whole > 0);
+    }
+    if (here < kTile || whole < steps) shape_tiles(kTile, kTile);
+  }
+}
+#else
+struct TileRegisters {
+  TileRegisters() {}  // not trivial, as with AMX: nobody warns of a variable that is not used
+};
+#endif
+
 // The first `width` columns, rounded up to whole vectors.
 template <class T>
 void multiply(Left<T> a, const Wide<T>* b, int64_t rows, int64_t steps, int64_t width, float* c, bool accumulate) {
@@ -152,22 +263,6 @@ void add_keys(const T* a, const Wide<T>* b, const Seen& seen, int64_t keys, int6
 }
 
 // ---- packing: from strided rows of any storage type S to operands of type T -------------------------------------------
-
-template <int Half>
-GPTCORE_INLINE void exchange(Vec (&v)[kLanes]) {
-  const IntVec lane = lane_index();
-  const IntVec low = (lane & Half) ? lane - Half + kLanes : lane, high = (lane & Half) ? lane + kLanes : lane + Half;
-  for (int i = 0; i < kLanes; ++i)
-    if (!(i & Half)) {
-      Vec a = v[i], b = v[i + Half];
-      v[i] = __builtin_shuffle(a, b, low);
-      v[i + Half] = __builtin_shuffle(a, b, high);
-    }
-  if constexpr (Half > 1) exchange<Half / 2>(v);
-}
-
-// Transposes kLanes vectors in registers, by exchanging quarters of halves of halves.
-GPTCORE_INLINE void transpose(Vec (&v)[kLanes]) { exchange<kLanes / 2>(v); }
 
 // A vector of the sums over the lanes of each of kLanes vectors: as above, but of the two halves only the sum goes on.
 template <int Half = kLanes / 2>
