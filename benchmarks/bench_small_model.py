@@ -25,8 +25,9 @@ SMALL_BATCH = pick((2, 8), (12, 64))
 def fused_pytorch() -> str:
     """A backend made of PyTorch's own fused operations, the strictest plain PyTorch; `torch` is made of formulas."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, None]:
+    def attention(qkv: Tensor, _k: None, _v: None, *rest: Any) -> tuple[Tensor, None]:
         scale, causal = rest[3:5]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale), None
 
     def layer_norm(

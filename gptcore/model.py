@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,13 +68,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, segments: Segments | None, cache: KVCache | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D), strided: never copied
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, H, tokens so far, D)
         dropout_p = self.attn_pdrop if self.training else 0.0
-        y = ops.attention(q, k, v, scale=self.scale, window=self.window, cu_seqlens=segments, dropout_p=dropout_p)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
-        return self.resid_dropout(self.c_proj(y))
+        settings: Any = {"scale": self.scale, "window": self.window, "cu_seqlens": segments, "dropout_p": dropout_p}
+        if cache is None:
+            y = ops.attention_qkvpacked(qkv, **settings)  # (B, T, H, D)
+        else:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D), strided: never copied
+            k, v = cache.append(self.layer, k, v)  # (B, H, tokens so far, D)
+            y = ops.attention(q, k, v, **settings).transpose(1, 2)
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))  # heads side by side
 
 
 class MLP(nn.Module):

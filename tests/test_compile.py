@@ -37,6 +37,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
         lambda b, q, k, v: ops.attention(q, k, v, cu_seqlens=(PACKED, torch.tensor([0, 2, 7, 7, 14])), backend=b),
         ((2, 4, 9, 8), (2, 2, 7, 8), (2, 2, 7, 8)),
     ),
+    "packed": (lambda b, x: ops.attention_qkvpacked(x, backend=b), ((2, 9, 3, 2, 8),)),
     "fused projection": (
         lambda b, x: ops.attention(*x.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4), backend=b)
         .transpose(1, 2).flatten(2),
@@ -141,9 +142,10 @@ def test_the_operators_keep_what_they_promise() -> None:
         arguments = (q, k, v, cu, cu, seed if cu is not None else none, *settings)
         torch.library.opcheck(native.attention_forward.default, arguments)
         out, lse = native.attention_forward(*arguments)
-        torch.library.opcheck(
-            native.attention_backward.default, (out, lse if cu is None else none, q, k, v, out, lse, *arguments[3:])
-        )
+        grad_lse, backend = lse if cu is None else none, arguments[-1]
+        for packed in (False, True):
+            tensors = (out, grad_lse, q, q, q, out, lse) if packed else (out, grad_lse, q, k, v, out, lse)
+            torch.library.opcheck(native.attention_backward.default, (*tensors, *arguments[3:-1], packed, backend))
     for residual in (none, x, x.bfloat16()):
         total = x if residual is none or residual is x else x.bfloat16()
         arguments = (total, weight, bias, residual, 1e-5, "cpu")

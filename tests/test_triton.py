@@ -203,6 +203,11 @@ def test_a_key_with_all_the_weight_has_no_gradient(lengths: tuple[int, int], hea
     attention_grid.check_a_key_with_all_the_weight("triton", lengths, head_dim)
 
 
+@pytest.mark.parametrize("settings", attention_grid.PACKED, ids=["causal", "full", "window", "documents"])
+def test_packed_attention(settings: dict[str, Any]) -> None:
+    attention_grid.check_packed("triton", settings)
+
+
 @pytest.mark.parametrize("far", [0, 1, 2], ids=["batch", "head", "token"])
 def test_more_than_2_to_the_31_elements(far: int, tmp_path: Path) -> None:
     """Offsets are int64: the third batch row, head or token lies 2^31 elements behind the first. The file is sparse."""
@@ -258,7 +263,7 @@ def test_a_forward_by_one_backend_and_a_backward_by_another(one: str, other: str
         gradients = []
         for backend in (one, other):
             out, lse = native.attention_forward(q, k, v, *settings, backend)
-            gradients.append(native.attention_backward(grad, lse, q, k, v, out, lse, *settings, other))
+            gradients.append(native.attention_backward(grad, lse, q, k, v, out, lse, *settings, False, other))
         for mixed, pure in zip(*gradients, strict=True):
             torch.testing.assert_close(mixed, pure, rtol=1e-5, atol=1e-5)
     x, weight = randn(65, 300), randn(300, seed=1)

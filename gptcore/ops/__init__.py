@@ -4,10 +4,20 @@
 `with` block; the argument `backend=` chooses for one call.
 """
 
-from gptcore.ops.attention import attention
+from gptcore.ops.attention import attention, attention_qkvpacked
 from gptcore.ops.gelu import gelu
 from gptcore.ops.layer_norm import layer_norm
 from gptcore.ops.linear_cross_entropy import linear_cross_entropy
 from gptcore.ops.registry import backends, chosen, in_use, use
 
-__all__ = ["attention", "backends", "chosen", "gelu", "in_use", "layer_norm", "linear_cross_entropy", "use"]
+__all__ = [
+    "attention",
+    "attention_qkvpacked",
+    "backends",
+    "chosen",
+    "gelu",
+    "in_use",
+    "layer_norm",
+    "linear_cross_entropy",
+    "use",
+]

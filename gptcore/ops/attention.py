@@ -94,9 +94,66 @@ def attention(
         RuntimeError: the backend that was asked for cannot serve the call.
     """
     native.check_tensors(q=q, k=k, v=v)
-    native.check_numbers(scale=0 if scale is None else scale, dropout_p=dropout_p)
-    native.check_flags(causal=causal, return_lse=return_lse, deterministic=deterministic)
+    native.check_flags(return_lse=return_lse, deterministic=deterministic)
     q, k, v = native.cast_for_autocast(q, k, v)
+    out, lse = _run(q, k, v, None, causal, scale, window, cu_seqlens, dropout_p, backend)
+    return (out, lse) if return_lse else out
+
+
+def attention_qkvpacked(
+    qkv: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    cu_seqlens: Boundaries | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """`attention` of the q, k and v that one projection has made, whose gradient is one tensor, too.
+
+    The same numbers as of qkv.permute(2, 0, 3, 1, 4).unbind(0), but for that its gradient would be put together from
+    three.
+
+    Args:
+        qkv: (batch, length, 3, heads, head_dim).
+        causal, scale, window, cu_seqlens, dropout_p, backend: as in `attention`.
+
+    Returns:
+        (batch, length, heads, head_dim), dense: `.flatten(2)` is free.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `attention` does.
+    """
+    native.check_tensors(qkv=qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}, expected (batch, length, 3, heads, head_dim)")
+    (qkv,) = native.cast_for_autocast(qkv)
+    out, _ = _run(*_parts(qkv.detach()), qkv, causal, scale, window, cu_seqlens, dropout_p, backend)
+    return out.transpose(1, 2)
+
+
+def _parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (batch, heads, length, head_dim) in (batch, length, 3, heads, head_dim)."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    window: tuple[int, int] | None,
+    cu_seqlens: Boundaries | None,
+    dropout_p: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Checks the arguments of `attention`; out and the log-sum-exp. `packed` is what q, k and v are parts of, if so."""
+    native.check_numbers(scale=0 if scale is None else scale, dropout_p=dropout_p)
+    native.check_flags(causal=causal)
     # The native check takes a tenth of the time, and what it does not take, is explained or found to be right here.
     if torch.compiler.is_compiling() or not _C.attention_takes(q, k, v):
         _check(q, k, v)
@@ -111,8 +168,11 @@ def attention(
     run = registry.select("attention", backend, q)
     # The seed is a tensor, so that torch.compile does not take one draw for all.
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64) if dropout_p > 0.0 else None
-    out, lse = run(q, k, v, cu_q, cu_k, seed, float(scale), causal, left, right, float(dropout_p))
-    return (out, lse) if return_lse else out
+    tensors = (q, k, v) if packed is None else (packed, None, None)
+    out: Tensor
+    lse: Tensor
+    out, lse = run(*tensors, cu_q, cu_k, seed, float(scale), causal, left, right, float(dropout_p))
+    return out, lse
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -247,8 +307,8 @@ def _dropout_keep(shape: torch.Size, seed: Tensor, dropout_p: float, device: tor
 
 def _attention_torch(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     seed: Tensor | None,
@@ -258,6 +318,8 @@ def _attention_torch(
     right: int,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
+    if k is None or v is None:
+        q, k, v = _parts(q)
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     keys, values = (tensor.to(wide).repeat_interleave(group, dim=1) for tensor in (k, v))
@@ -276,10 +338,7 @@ def _attention_torch(
 
 # ---- the kernels -------------------------------------------------------------------------------------------------
 
-_SETTINGS = (
-    "Tensor? cu_q, Tensor? cu_k, Tensor? seed, float scale, bool causal, int left, int right, float dropout_p, "
-    "str backend"
-)
+_SETTINGS = "Tensor? cu_q, Tensor? cu_k, Tensor? seed, float scale, bool causal, int left, int right, float dropout_p, "
 
 
 def _like_heads(tensor: Tensor) -> Tensor:
@@ -292,10 +351,20 @@ def _outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _gradients(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
+def _gradients(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Of q, k and v: the tensor that they are parts of, empty if not `packed`, and they."""
+    if not packed:
+        return q.new_empty(0), (_like_heads(q), _like_heads(k), _like_heads(v))
+    batch, heads, length, head_dim = q.shape
+    whole = q.new_empty(batch, length, 3, heads, head_dim)
+    return whole, _parts(whole)
+
+
+def _backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like_heads(q), _like_heads(k), _like_heads(v)
+    whole, parts = _gradients(q, k, v, rest[-2])
+    return (whole, whole.new_empty(0), whole.new_empty(0)) if rest[-2] else parts
 
 
 def _forward_body(
@@ -345,6 +414,7 @@ def _backward_body(
     left: int,
     right: int,
     dropout_p: float,
+    packed: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = native.kernels(backend, "attention")
@@ -352,37 +422,43 @@ def _backward_body(
         grad_out = grad_out.contiguous()
     if cu_q is not None and cu_k is not None and backend != "cpu":
         cu_q, cu_k = cu_q.long().contiguous(), cu_k.long().contiguous()
+    whole, gradients = _gradients(q, k, v, packed)
     if backend == "triton":
-        result: tuple[Tensor, Tensor, Tensor] = kernels.backward(
-            grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, seed, scale, causal, left, right, dropout_p
+        kernels.backward(
+            grad_out, grad_lse, q, k, v, out, lse, *gradients, cu_q, cu_k, seed, scale, causal, left, right, dropout_p
         )
-        return result
-    gradients = _gradients(grad_out, grad_lse, q, k, v)
-    if cu_k is not None:  # keys of a segment without queries are nobody's to write
-        gradients[1].zero_()
-        gradients[2].zero_()
-    kernels.attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, *gradients, cu_q, cu_k, scale, causal, left, right, dropout_p,
-        0 if seed is None else int(seed), native.execution(backend, q),
-    )  # fmt: skip
-    return gradients
+    else:
+        if cu_k is not None:  # keys of a segment without queries are nobody's to write
+            gradients[1].zero_()
+            gradients[2].zero_()
+        kernels.attention_backward(
+            grad_out, grad_lse, q, k, v, out, lse, *gradients, cu_q, cu_k, scale, causal, left, right, dropout_p,
+            0 if seed is None else int(seed), native.execution(backend, q),
+        )  # fmt: skip
+    return (whole, whole.new_empty(0), whole.new_empty(0)) if packed else gradients
 
 
 _forward = native.define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)", _forward_body, _outputs
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_SETTINGS}str backend) -> (Tensor, Tensor)",
+    _forward_body,
+    _outputs,
 )
+# If packed, the first result is the whole gradient, and the other two are empty.
 _backward = native.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    f"{_SETTINGS}bool packed, str backend) -> (Tensor, Tensor, Tensor)",
     _backward_body,
-    _gradients,
+    _backward_fake,
 )
 
 
 class _Attention(torch.autograd.Function):
+    """q, k and v, or what they are parts of and twice None."""
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, *settings)
+    def forward(ctx: Any, q: Tensor, k: Tensor | None, v: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
+        tensors = (q, k, v) if k is not None and v is not None else _parts(q)
+        out, lse = _forward(*tensors, *settings)
         cu_q, cu_k, seed, *ctx.settings = settings
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, seed)
         ctx.set_materialize_grads(False)
@@ -396,8 +472,12 @@ class _Attention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         if grad_lse is not None:
             grad_lse = grad_lse.contiguous()
-        gradients = _backward(grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, seed, *ctx.settings)
-        return *gradients, *(None,) * 9
+        packed = k is None
+        if packed:
+            q, k, v = _parts(q)
+        *settings, backend = ctx.settings
+        gradients = _backward(grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, seed, *settings, packed, backend)
+        return *((gradients[0], None, None) if packed else gradients), *(None,) * 9
 
 
 registry.BACKENDS["torch"].implementations["attention"] = _attention_torch

@@ -560,6 +560,9 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     seed: Tensor | None,
@@ -568,11 +571,10 @@ def backward(
     left: int,
     right: int,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv."""
+) -> None:
+    """Writes dq, dk and dv."""
     batch, heads, query_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
-    dq, dk, dv = _like_heads(q), _like_heads(k), _like_heads(v)
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
     delta = torch.empty_like(lse)
@@ -590,4 +592,3 @@ def backward(
         _spans(cu_k, cu_q, batch, lengths[::-1], limits[::-1]), *settings, *_heads(q, k, keys=True), scale,
         like=q, **_constants(q),
     )  # fmt: skip
-    return dq, dk, dv
