@@ -43,6 +43,8 @@ struct Panel {
     Seen seen{vectors(), {}};
     for (int v = 0; v < seen.vectors; ++v)
       seen.count[v] = smaller(count, round_up(larger(0, end[(v + 1) * kLanes - 1] - key), kStep<T>));
+    // A tile is as deep as two vectors are long, and those that are cut short cost more than what is masked in whole ones.
+    for (int v = 0; v + 1 < seen.vectors && kInTiles<T>; v += 2) seen.count[v] = seen.count[v + 1];
     return seen;
   }
   // How many keys from `key` on all queries of a vector see: these need no mask.

@@ -296,8 +296,10 @@ template <class S, class T>
 void pack_rows(T* to, int64_t depth, const S* source, int64_t stride, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i, to += depth, source += stride)
     if constexpr (kSame<S, T>) {
-      memcpy(to, source, columns * sizeof(T));
-      memset(to + columns, 0, (depth - columns) * sizeof(T));
+      constexpr int64_t kWhole = sizeof(Vec) / sizeof(T);
+      int64_t j = 0;
+      for (; j + kWhole <= columns; j += kWhole) store((float*)(to + j), load((const float*)(source + j)));
+      for (; j < depth; ++j) to[j] = j < columns ? source[j] : T{};
     } else {
       for (int64_t j = 0; j < depth; j += kLanes)
         store_up_to(to + j, j < columns ? load_up_to(source + j, columns - j) : Vec{}, depth - j);
