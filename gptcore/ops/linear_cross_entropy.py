@@ -132,7 +132,10 @@ def _forward_body(
 
     most = max(CHUNK, CHUNK_BYTES // (vocab * dtype.itemsize))
     size = max(1, -(-count // max(1, -(-count // most))))
-    buffer, total = _kept("logits", (min(size, count), -(-vocab // ROW) * ROW), dtype)[:, :vocab], 0.0
+    buffer, total = _kept("logits", (min(size, count), -(-vocab // ROW) * ROW), dtype), 0.0
+    # Where oneDNN multiplies in AMX's tiles, it reads the neighbour of an odd last column, and 0 x NaN is NaN
+    buffer[:, vocab:].zero_()
+    buffer = buffer[:, :vocab]
     for begin in range(0, count, size):
         chunk = slice(begin, begin + size)
         part = rows[chunk]
