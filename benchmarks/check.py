@@ -2,9 +2,10 @@
 
     python -m benchmarks.check out/benchmarks/results.json [benchmarks/results/results.json]
 
-A ratio may fall by 15 % and the spread (half of the distance between the quartiles, of both runs). Exits with 1, and
-names the rows, where one has fallen by more. Ratios carry over between machines of one kind only: other instruction
-sets or thread counts raise ValueError, as does a run without a row in common.
+Where none are named, with those of the committed results that have the same kernels and threads. A ratio may fall by
+15 % and the spread (half of the distance between the quartiles, of both runs). Exits with 1, and names the rows, where
+one has fallen by more. Ratios carry over between machines of one kind only: other instruction sets or thread counts
+raise ValueError, as does a run without a row in common.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import COMMITTED, Results, load
+from benchmarks.report import COMMITTED, Results, elsewhere, load
 
 ALLOWED = 0.15
+KIND = "isa", "threads"  # of machine
 
 
 def half_spread(ratio: list[float]) -> float:
@@ -26,7 +28,7 @@ def half_spread(ratio: list[float]) -> float:
 
 def regressions(new: Results, old: Results) -> list[str]:
     """One line for each row whose ratio has fallen by more than it may."""
-    for key in ("isa", "threads"):
+    for key in KIND:
         if new[key] != old[key]:
             raise ValueError(f"{key} was {old[key]} and is {new[key]}: these ratios cannot be compared")
 
@@ -48,8 +50,15 @@ def regressions(new: Results, old: Results) -> list[str]:
     return lines
 
 
-def main(new: Path, old: Path = COMMITTED / "results.json") -> int:
-    results = load(new), load(old)
+def like(new: Results, folder: Path) -> Results:
+    """The results below this folder that `new` can be compared with, else the folder's own."""
+    known = [load(path) for path in (folder / "results.json", *elsewhere(folder))]
+    return next((old for old in known if all(old[key] == new[key] for key in KIND)), known[0])
+
+
+def main(new: Path, old: Path | None = None) -> int:
+    measured = load(new)
+    results = measured, like(measured, COMMITTED) if old is None else load(old)
     lines = regressions(*results)
     print(
         *lines or [f"no ratio has fallen ({len(results[0]['rows'])} rows against {len(results[1]['rows'])})"], sep="\n"

@@ -57,11 +57,15 @@ def quantity(value: float, unit: str) -> str:
     return f"{digits:.{0 if digits >= 99.95 else 1 if digits >= 9.995 else 2}f} {prefix}{unit}"
 
 
+def machine(results: Results) -> str:
+    return f"{results['cpu']}, {results['threads']} threads, {results['isa']} kernels"
+
+
 def caption(results: Results) -> str:
     versions, limits = results["versions"], results["limits"]
     rates = "; ".join(f"{name} {quantity(limit['rate'][0], limit['unit'])}" for name, limit in limits.items())
     return (
-        f"{results['cpu']}, {results['threads']} threads, {results['isa']} kernels, PyTorch {versions['torch']}, "
+        f"{machine(results)}, PyTorch {versions['torch']}, "
         f"transformers {versions['transformers']}, {results['date']}, {results['form']} form"
         + f"; {rates}"
         * bool(rates)
@@ -131,10 +135,10 @@ WHY = """What stops those that are missed, and the rows that measure it:
 - Where a line says what the whole of a limit would be, the limit itself is in the way: PyTorch is too near to it, or
   all of it would have to be reached.
 - Otherwise it says what would be without what stops it, by rows of this table, and of which the following tell more.
-- Attention in bfloat16: what is not products. *Rest of attention* measures it, by the same scores with a head_dim of 2;
-  products that thin are slow, so that it is a bound from above. A line that counts it says what products at the whole
-  rate of matmul would be with that after them. *Attention against its products* is without a mask. At S=256 the blocks
-  on the diagonal count, of which a part is computed and masked.
+- Attention in bfloat16: what is not products, above all where AMX makes these. *Rest of attention* measures it, by the
+  same scores with a head_dim of 2; products that thin are slow, so that it is a bound from above. A line that counts it
+  says what products at the whole rate of matmul would be with that after them. *Attention against its products* is
+  without a mask. At S=256 the blocks on the diagonal count, of which a part is computed and masked.
 - Decoding at batch 1: the call from Python. *Attention decode, native function alone* reads at the memory's rate.
 - GELU and layer norm: the first touch of new memory, by the system, and the call. *GELU into memory that exists*,
   *layer norm into memory that exists* and *freed memory kept* are the same kernels without the one, or without both.
@@ -152,7 +156,7 @@ def between(values: list[float], form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def summary(results: Results) -> str:
+def summary(results: Results, folder: Path = COMMITTED) -> str:
     """What the README shows: one line for each group, the range over its cases, and a link to every figure."""
     lines = [["operation", "against", "times as fast, or as small", "percent of the limit", "goals met"]]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -169,7 +173,12 @@ def summary(results: Results) -> str:
         ])  # fmt: skip
     return (
         f"Medians of interleaved rounds on {caption(results)}. All cases with their spread, and what is missed of the "
-        f"goals: [benchmarks/results](benchmarks/results/README.md).\n\n{markdown(lines)}\n\n"
+        f"goals: [benchmarks/results](benchmarks/results/README.md)."
+        + "".join(
+            f" And on {machine(load(path))}: [{path.parent.name}](benchmarks/results/{path.parent.name}/README.md)."
+            for path in elsewhere(folder)
+        )
+        + f"\n\n{markdown(lines)}\n\n"
         "![speed of attention against sequence length](benchmarks/results/attention.png)"
     )
 
@@ -184,6 +193,21 @@ def full(results: Results) -> str:
     listed = "\n".join(f"- {line}" for line in shortfalls(results))
     parts = ["# Results", f"{caption(results)}.", text, listed, WHY, markdown(table(results)), charts]
     return "\n\n".join(parts) + "\n"
+
+
+def elsewhere(folder: Path) -> list[Path]:
+    """The results of other machines, each in a folder of its own below this."""
+    return sorted(folder.glob("*/results.json"))
+
+
+def on_other_machines(folder: Path) -> str:
+    lines = [
+        f"- {machine(results)}: [{path.parent.name}]({path.parent.name}/README.md), {shortfalls(results)[0]}"
+        for path in elsewhere(folder)
+        for results in [load(path)]
+    ]
+    note = "The goals were set for the machine of this page.\n\n"
+    return "\n## On other machines\n\n" + note + "\n".join(lines) + "\n" if lines else ""
 
 
 def on_a_gpu(folder: Path) -> str:
@@ -319,7 +343,7 @@ def write(path: Path, make: Callable[[], str]) -> None:
 def main(folder: Path = COMMITTED) -> None:
     results = load(folder / "results.json")
     draw(results, folder)
-    write(folder / "README.md", lambda: full(results) + on_a_gpu(folder))
+    write(folder / "README.md", lambda: full(results) + on_other_machines(folder) + on_a_gpu(folder))
     if folder.resolve() == COMMITTED:
         readme = ROOT / "README.md"
         write(readme, lambda: insert(readme.read_text(encoding="utf-8"), summary(results)))

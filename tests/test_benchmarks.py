@@ -174,8 +174,23 @@ def test_committed_report_is_what_the_committed_results_say() -> None:
         results = report.load(committed)
         assert not results["form"].startswith("toy")
         assert report.insert(readme, report.summary(results)) == readme
-        made = report.full(results) + report.on_a_gpu(report.COMMITTED)
-        assert (report.COMMITTED / "README.md").read_text(encoding="utf-8") == made
+        more = report.on_other_machines(report.COMMITTED) + report.on_a_gpu(report.COMMITTED)
+        assert (report.COMMITTED / "README.md").read_text(encoding="utf-8") == report.full(results) + more
+    for other in report.elsewhere(report.COMMITTED):
+        assert other.with_name("README.md").read_text(encoding="utf-8") == report.full(report.load(other))
+
+
+def test_the_results_of_another_machine(tmp_path: Path) -> None:
+    here = {**results_of(gelu_row([0.010], [0.043])), "isa": "avx2"}
+    there = {**results_of(gelu_row([0.020], [0.030])), "isa": "amx_bf16"}
+    for folder, results in ((tmp_path, here), (tmp_path / "amx", there)):
+        folder.mkdir(exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(results))
+    assert "amx_bf16 kernels: [amx](amx/README.md), 0 of 2 goals met" in report.on_other_machines(tmp_path)
+    assert "amx_bf16 kernels: [amx](benchmarks/results/amx/README.md)" in report.summary(here, tmp_path)
+    assert check.like(there, tmp_path) == there
+    assert check.like(here, tmp_path) == here
+    assert report.on_other_machines(tmp_path / "amx") == ""
 
 
 # ---- check
