@@ -1,6 +1,6 @@
 #include "csrc/cpu_isa.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(GPTCORE_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -46,7 +46,9 @@ GPTCORE_DECLARE_ISA(baseline)
 GPTCORE_DECLARE_ISA(avx2)
 GPTCORE_DECLARE_ISA(avx512)
 GPTCORE_DECLARE_ISA(avx512_bf16)
+#if defined(GPTCORE_AMX)
 GPTCORE_DECLARE_ATTENTION(amx_bf16)
+#endif
 #endif
 
 namespace {
@@ -56,18 +58,14 @@ struct Isa {
   bool supported;
 };
 
-#if defined(__x86_64__)
-// Linux saves the 8 KiB of tile registers for processes that have asked, which costs those that never touch them nothing.
+#if defined(GPTCORE_AMX)
+// Linux saves the 8 KiB of tile registers for processes that have asked, and of those for the threads that use them.
 bool may_use_amx() {
-#if defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile)) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of <asm/prctl.h>
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
 }
 #endif
 
@@ -83,7 +81,9 @@ const std::vector<Isa>& isas() {
     found.push_back({GPTCORE_KERNELS("avx512", avx512, avx512), avx512});
     bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     found.push_back({GPTCORE_KERNELS("avx512_bf16", avx512_bf16, avx512_bf16), avx512_bf16});
+#if defined(GPTCORE_AMX)
     found.push_back({GPTCORE_KERNELS("amx_bf16", amx_bf16, avx512_bf16), avx512_bf16 && may_use_amx()});
+#endif
 #endif
     return found;
   }();

@@ -302,7 +302,7 @@ def check_a_key_with_all_the_weight(
     assert torch.equal(out, v[:, :, -1:].expand_as(out))
     assert not dq.any()
     assert not dk.any()
-    assert dv[:, :, -1].any(-1).all()
+    assert dv[:, :, -1].all() if dtype == F32 else dv[:, :, -1].any(-1).all()  # few bits may cancel
 
 
 @pytest.mark.parametrize("head_dim", [3, 64, 80, 128])
@@ -349,6 +349,12 @@ def test_packed_refuses_what_is_not(backend: str) -> None:
         ops.attention_qkvpacked(torch.zeros(2, 9, 2, 3, 8), backend=backend)
     with pytest.raises(TypeError, match=r"qkv is a list, expected a torch\.Tensor"):
         ops.attention_qkvpacked([1.0], backend=backend)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"qkv is torch\.int64 with 1 heads, expected a floating-point dtype"):
+        ops.attention_qkvpacked(torch.zeros(1, 2, 3, 1, 8).long(), backend=backend)
+    with pytest.raises(ValueError, match=r"qkv is torch\.float32 with 0 heads, expected"):
+        ops.attention_qkvpacked(torch.zeros(1, 2, 3, 0, 8), backend=backend)
+    with pytest.raises(ValueError, match=r"qkv has stride 2 in its last dimension, expected 1"):
+        ops.attention_qkvpacked(torch.zeros(1, 2, 3, 1, 16)[..., ::2], backend=backend)
     with pytest.raises(ValueError, match=r"head_dim is 257, expected 1 to 256"):
         ops.attention_qkvpacked(torch.zeros(1, 2, 3, 1, 257), backend=backend)
     with pytest.raises(ValueError, match="dropout_p is 1, expected 0 <="):
@@ -460,6 +466,21 @@ def test_one_bad_number_stays_with_those_who_see_it(backend: str, dtype: torch.d
             seeing = torch.arange(130) == at if which == 0 else torch.arange(130) >= at
             if bad != bad:
                 assert out[1, 0, seeing].isnan().any(-1).all(), "a NaN was lost"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(128, 96), (130, 97), (65, 17)])
+def test_queries_that_see_nothing_beside_some_that_do(
+    backend: str, lengths: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """A whole number of vectors and tiles of them, after a head that left NaN in the scratch memory."""
+    query_len, kv_len = lengths
+    q, k, v = (randn(2, 1, n, 64, seed=s, dtype=dtype) for s, n in enumerate((query_len, kv_len, kv_len)))
+    v[1] = math.nan  # the last of its rows comes first
+    out = ops.attention(q, k, v, backend=backend)
+    assert not out[0, :, : query_len - kv_len].any()
+    assert not out[0].isnan().any()
+    assert torch.equal(out[0], ops.attention(q[:1], k[:1], v[:1], backend=backend)[0])
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from gptcore import Tokenizer
+from gptcore import Tokenizer, ops
 from gptcore.corpus import write_standard_library_corpus
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -25,11 +25,12 @@ def test_training_and_generation(tmp_path, monkeypatch, capsys):
 def test_operations():
     q, k, v = torch.randn(3, 2, 4, 16, 8).unbind()
     update, x, h = torch.randn(3, 2, 16, 32).unbind()
-    names = {"q": q, "k": k, "v": v, "update": update, "x": x, "h": h}
+    qkv = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4)
+    names = {"q": q, "k": k, "v": v, "qkv": qkv, "update": update, "x": x, "h": h}
     names |= {"weight": torch.ones(32), "bias": torch.zeros(32)}
     before = dict(names)
     exec(BLOCKS[1], names)
-    assert names["out"].shape == q.shape
+    torch.testing.assert_close(names["out"], ops.attention(q, k, v).transpose(1, 2))
     torch.testing.assert_close(names["x"], before["update"] + before["x"])
     assert names["h"].shape == before["h"].shape
 

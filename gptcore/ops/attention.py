@@ -128,6 +128,10 @@ def attention_qkvpacked(
     native.check_tensors(qkv=qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}, expected (batch, length, 3, heads, head_dim)")
+    if not qkv.dtype.is_floating_point or qkv.shape[3] < 1:
+        raise ValueError(f"qkv is {qkv.dtype} with {qkv.shape[3]} heads, expected a floating-point dtype and 1 or more")
+    if qkv.stride(4) != 1 and qkv.shape[4] > 1 and qkv.numel():
+        raise ValueError(f"qkv has stride {qkv.stride(4)} in its last dimension, expected 1; call .contiguous() on it")
     (qkv,) = native.cast_for_autocast(qkv)
     out, _ = _run(*_parts(qkv.detach()), qkv, causal, scale, window, cu_seqlens, dropout_p, backend)
     return out.transpose(1, 2)
@@ -151,7 +155,10 @@ def _run(
     dropout_p: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Checks the arguments of `attention`; out and the log-sum-exp. `packed` is what q, k and v are parts of, if so."""
+    """Checks the arguments of `attention`; out and the log-sum-exp.
+
+    `packed` is what q, k and v are parts of, if so. Then implementations get it and twice None in place of q, k and v.
+    """
     native.check_numbers(scale=0 if scale is None else scale, dropout_p=dropout_p)
     native.check_flags(causal=causal)
     # The native check takes a tenth of the time, and what it does not take, is explained or found to be right here.

@@ -105,7 +105,8 @@ def _linear_cross_entropy_torch(
         logits = F.linear(x.to(dtype), F.pad(weight.to(dtype), (0, 0, 0, padding)))[..., :vocab]
     else:
         logits = F.linear(x.to(dtype), weight.to(dtype))
-    logits, targets = logits.flatten(0, -2).to(torch.promote_types(dtype, torch.float32)), targets.flatten()
+    logits = logits.flatten(0, -2) if logits.dim() > 1 else logits[None]
+    logits, targets = logits.to(torch.promote_types(dtype, torch.float32)), targets.flatten()
     total = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
     return total / (targets != ignore_index).sum().clamp(min=1)
 

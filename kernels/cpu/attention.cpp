@@ -11,7 +11,7 @@
 //
 // Operands are packed once per task into the order in which `multiply` reads them, converted on the way; that is where
 // strides, storage types and odd sizes end. T is the type that is multiplied: float, or bfloat16 where the CPU has a
-// dot product for it. Sums are float32 always.
+// dot product for it, or AMX's tiles. Sums are float32 always.
 #include <math.h>
 #include <omp.h>
 
@@ -123,8 +123,12 @@ void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, 
                    float size_log2, int64_t width, Dropout& dropout, float keep_factor) {
   float* scores = scratch.scores + v * kLanes;
   const int64_t unmasked = panel.unmasked(v, key, count);
-  Vec block_max = splat(-kInfinity);
-  for (int64_t j = 0; j < unmasked; ++j) block_max = max(block_max, load(scores + j * kPanel));
+  Vec maxima[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};  // none waits for another
+  const int64_t fours = unmasked / 4 * 4;
+  for (int64_t j = 0; j < fours; j += 4)
+    for (int i = 0; i < 4; ++i) maxima[i] = max(maxima[i], load(scores + (j + i) * kPanel));
+  for (int64_t j = fours; j < unmasked; ++j) maxima[0] = max(maxima[0], load(scores + j * kPanel));
+  Vec block_max = max(max(maxima[0], maxima[1]), max(maxima[2], maxima[3]));
   for (int64_t j = unmasked; j < count; ++j) {
     Vec s = panel.sees(v, key + j) ? load(scores + j * kPanel) : splat(-kInfinity);
     store(scores + j * kPanel, s);
@@ -206,7 +210,7 @@ void forward(const AttentionArgs& args) {
 #pragma omp parallel num_threads(args.num_threads) if (args.num_threads > 1 && pairs * chunks > 1)
   {
     const ForwardScratch<T> scratch(args, args.workspace + bytes * omp_get_thread_num());
-    const TileRegisters registers;
+    const TileRegisters<T> registers;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < pairs * chunks; ++task) {
       const int64_t chunk = chunks - 1 - task / pairs, pair = task % pairs;  // the longest (under a causal mask) first
@@ -592,7 +596,7 @@ void backward(const AttentionArgs& args) {
 #pragma omp parallel num_threads(args.num_threads) if (args.num_threads > 1 && pairs > 1)
   {
     const BackwardScratch<T> scratch(args, args.workspace + bytes * omp_get_thread_num());
-    const TileRegisters registers;
+    const TileRegisters<T> registers;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < pairs; ++task) {
       const Segment& segment = args.segments[task / args.kv_heads];

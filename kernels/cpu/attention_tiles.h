@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kPanel = kPanelVectors * kLanes;  // queries in one block of scores
 constexpr int kBlockN = 64;                     // keys in one block of scores
-constexpr int kTileRows = 6;                    // rows of one register tile
+constexpr int kTileRows = 6;                    // rows of a tile in vector registers
 // Terms of a dot product that are added up on their own: the error of a sum grows with its length. Fewer where vectors
 // are short, since there a product is rounded before it is added.
 constexpr int kDepth = 4 * kLanes;
@@ -124,7 +124,7 @@ void multiply_rows(Left<T> a, const Wide<T>* b, int64_t rows, int64_t steps, flo
 // of B, 16 rows and a vector of columns of C. In the operands a tile's rows lie at equal distances, as the loads want
 // them; but for a turned A, which is turned back. Every product of 16-bit numbers comes here, tails too, so that equal
 // numbers are summed in one order wherever they meet.
-constexpr int kTile = 16;
+constexpr int kTile = 16;  // rows and steps
 
 // The shape of the tiles from now on, whose contents are lost.
 inline void shape_tiles(int64_t rows, int64_t steps) {
@@ -138,10 +138,11 @@ inline void shape_tiles(int64_t rows, int64_t steps) {
   for (int i = 5; i < 8; ++i) shape.row_bytes[i] = 4 * kTile, shape.rows[i] = steps;  // B, by turns
   __asm__ volatile("ldtilecfg %0" ::"m"(shape));
 }
-// What threads that multiply have in between.
+// What a thread has while it multiplies in T.
+template <class T>
 struct TileRegisters {
-  TileRegisters() { shape_tiles(kTile, kTile); }
-  ~TileRegisters() { __asm__ volatile("tilerelease"); }
+  TileRegisters() { if (kInTiles<T>) shape_tiles(kTile, kTile); }
+  ~TileRegisters() { if (kInTiles<T>) __asm__ volatile("tilerelease"); }
 };
 
 // The compiler does not know of these registers, nor, but for "memory", of what they are loaded from.
@@ -194,7 +195,7 @@ void multiply_rows(Left<bfloat16> a, const uint32_t* b, int64_t rows, int64_t st
     }
     const int64_t here = smaller(kTile, rows - r);
     if (here < kTile) shape_tiles(here, kTile);
-    if (whole > 0) multiply_tiles<Vectors>(rows_of_a, stride, b, whole, c, accumulate);
+    if (whole > 0 || steps == 0) multiply_tiles<Vectors>(rows_of_a, stride, b, whole, c, accumulate);
     if (whole < steps) {
       shape_tiles(here, steps - whole);
       multiply_tiles<Vectors>((const uint32_t*)rows_of_a + whole, stride, b + whole * kPanel, steps - whole, c,
@@ -204,6 +205,7 @@ void multiply_rows(Left<bfloat16> a, const uint32_t* b, int64_t rows, int64_t st
   }
 }
 #else
+template <class T>
 struct TileRegisters {
   TileRegisters() {}  // not trivial, as with AMX: nobody warns of a variable that is not used
 };

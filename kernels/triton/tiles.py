@@ -1,8 +1,8 @@
 """The tiles of attention: (queries, keys, warps, stages), by architecture, dtype and head_dim.
 
-Each is the largest of those tried that spills no register and fits the shared memory of the smallest GPU of its line,
-as the compiler says (tests/triton_table.py). Those of sm_90 for 16 bits were the fastest on an H200; of the others none
-was measured on a GPU.
+Those of sm_90 for 16 bits were the fastest on an H200, though some spill. Each of the others is the largest of those
+tried that spills no register and fits the shared memory of the smallest GPU of its line, as the compiler says
+(tests/triton_table.py); none of these was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TILES: dict[str, dict[str, tuple[Row, Row]]] = {
             _row((32, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
         ),
     },
-    "sm_90": {  # of 16 bits the fastest on an H200
+    "sm_90": {
         "forward": (
             _row((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2)),
             _row((64, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
