@@ -43,7 +43,7 @@ struct Panel {
     Seen seen{vectors(), {}};
     for (int v = 0; v < seen.vectors; ++v)
       seen.count[v] = smaller(count, round_up(larger(0, end[(v + 1) * kLanes - 1] - key), kStep<T>));
-    // A tile is as deep as two vectors are long, and those that are cut short cost more than what is masked in whole ones.
+    // A tile is as deep as two vectors are long. Those that are cut short cost more than what is masked in whole ones.
     for (int v = 0; v + 1 < seen.vectors && kInTiles<T>; v += 2) seen.count[v] = seen.count[v + 1];
     return seen;
   }

@@ -1,9 +1,9 @@
 // One vector type for every instruction set: GCC's vector extensions, with intrinsics only where they say more.
 //
-// Every file of kernels/cpu is compiled once for each instruction set that it gains from, with GPTCORE_ISA naming the namespace that its
-// code lands in. Nothing here or in those files may be an external template or inline function (`static` only, no STL):
-// the linker would keep one copy for everybody, and an AVX-512 copy kills an older CPU. tests/test_native.py looks at
-// the symbols.
+// Every file of kernels/cpu is compiled once for each instruction set that it gains from, with GPTCORE_ISA naming the
+// namespace that its code lands in. Nothing here or in those files may be an external template or inline function
+// (`static` only, no STL): the linker would keep one copy for everybody, and an AVX-512 copy kills an older CPU.
+// tests/test_native.py looks at the symbols.
 #pragma once
 
 #include <stdint.h>
