@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import name_of, pick
-from benchmarks.models import NO_DROPOUT, PARTS, Trainee, difference, in_parts, matmuls
+from benchmarks.models import NO_DROPOUT, PARTS, Trainee, difference, in_parts, matmuls, named
 from gptcore import GPT, GPTConfig
 from gptcore.ops.registry import BACKENDS, FLOATS, Backend
 from gptcore.optim import AdamW
@@ -46,41 +46,46 @@ def fused_pytorch() -> str:
 
 
 def small_pair(
-    config: GPTConfig, batch: tuple[int, int], ours: torch.dtype, theirs: torch.dtype, fused: bool
+    config: GPTConfig, batch: tuple[int, int], ours: torch.dtype, weights: torch.dtype, theirs: torch.dtype, fused: bool
 ) -> tuple[Trainee, Trainee]:
-    """The model with our kernels and optimizer, and the same with PyTorch's."""
+    """The model with our kernels and optimizer, and the same with PyTorch's, whose weights are float32."""
     torch.manual_seed(0)
     model = GPT(config)
     other = copy.deepcopy(model)
+    model.to(weights)
     optimizer = torch.optim.AdamW(other.parameters(), lr=1e-4, fused=fused)
     reference = Trainee(other, optimizer, batch, theirs, backend=fused_pytorch() if fused else "torch")
     return Trainee(model, AdamW(model.parameters(), lr=1e-4), batch, ours), reference
 
 
+F32, BF16 = torch.float32, torch.bfloat16
 OPS, FUSED = 'ops.use("torch")', "PyTorch's fused operations"
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "fused"),
+    ("ours", "weights", "theirs", "fused"),
     [
-        (torch.float32, torch.float32, False),
-        (torch.bfloat16, torch.bfloat16, False),
-        (torch.bfloat16, torch.float32, False),
-        (torch.float32, torch.float32, True),
-        (torch.bfloat16, torch.bfloat16, True),
+        (F32, F32, F32, False),
+        (BF16, F32, BF16, False),
+        (BF16, BF16, BF16, False),
+        (BF16, BF16, F32, False),
+        (F32, F32, F32, True),
+        (BF16, BF16, BF16, True),
     ],
 )
-def bench_small_model(ours: torch.dtype, theirs: torch.dtype, fused: bool, compare: Compare) -> None:
+def bench_small_model(
+    ours: torch.dtype, weights: torch.dtype, theirs: torch.dtype, fused: bool, compare: Compare
+) -> None:
     """The 4 layers, 4 heads, width 128, block 64, batch 12 of nanoGPT's README, on 65 characters.
 
     Against the same model on ops.use("torch") with torch.optim.AdamW as it comes, which is what one writes first, and
     against PyTorch's own fused operations with its fused AdamW, which is the best that it has without compiling.
     """
-    pair = small_pair(SMALL, SMALL_BATCH, ours, theirs, fused)
+    pair = small_pair(SMALL, SMALL_BATCH, ours, weights, theirs, fused)
     against = (FUSED if fused else OPS) + (f" in {name_of(theirs)}" if theirs is not ours else "")
     extra: dict[str, Any] = {"tokens": SMALL_BATCH[0] * SMALL_BATCH[1]}
     compare(
-        f"small model training step {name_of(ours)}", f"against {against}", *pair,
+        f"small model training step {named(ours, weights)}", f"against {against}", *pair,
         against=FUSED if fused else OPS, limit=matmuls(SMALL, SMALL_BATCH[0] * SMALL_BATCH[1], ours), extra=extra,
     )  # fmt: skip
     extra["loss difference"] = difference(*pair)
@@ -89,10 +94,9 @@ def bench_small_model(ours: torch.dtype, theirs: torch.dtype, fused: bool, compa
 @pytest.mark.parametrize("part", PARTS)
 def bench_parts(part: str, compare: Compare) -> None:
     """How much shorter a step is without some of its parts, which is what they take."""
-    dtype = torch.bfloat16
     compare(
-        f"small model step in parts {name_of(dtype)}", part, *in_parts(SMALL, SMALL_BATCH, dtype, part),
-        against="the whole step", limit=matmuls(SMALL, SMALL_BATCH[0] * SMALL_BATCH[1], dtype),
+        f"small model step in parts {named(BF16, BF16)}", part, *in_parts(SMALL, SMALL_BATCH, BF16, part, BF16),
+        against="the whole step", limit=matmuls(SMALL, SMALL_BATCH[0] * SMALL_BATCH[1], BF16),
     )  # fmt: skip
 
 
@@ -103,6 +107,6 @@ def bench_python_overhead(fused: bool, compare: Compare) -> None:
     Batch 1 of two tokens, width 32: 0.3 million multiplications in a step, which is microseconds.
     """
     config = GPTConfig(vocab_size=65, n_positions=64, n_embd=32, n_layer=4, n_head=4, **NO_DROPOUT)
-    pair = small_pair(config, (1, 2), torch.float32, torch.float32, fused)
+    pair = small_pair(config, (1, 2), F32, F32, F32, fused)
     against = FUSED if fused else OPS
     compare("overhead of a small model's step", f"against {against}", *pair, against=against)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.measure import FORM, in_child, keep_freed_memory, name_of, pick, seconds
-from benchmarks.models import BATCH, GPT2, PARTS, Trainee, difference, in_parts, matmuls, transformers_gpt2
+from benchmarks.models import BATCH, GPT2, PARTS, Trainee, difference, in_parts, matmuls, named, transformers_gpt2
 from gptcore import GPT
 from gptcore.optim import AdamW
 
@@ -20,22 +20,23 @@ CASE = "batch {} x {}".format(*BATCH)
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def pair(dtype: torch.dtype) -> tuple[Trainee, Trainee]:
-    """Our model and transformers', with the same weights."""
+def pair(dtype: torch.dtype, weights: torch.dtype = torch.float32) -> tuple[Trainee, Trainee]:
+    """Our model and transformers', with the same weights, which of transformers' are float32."""
     torch.manual_seed(0)
     model = GPT(GPT2)
     other = transformers_gpt2(model)
+    model.to(weights)
     ours = Trainee(model, AdamW(model.parameters(), lr=1e-4), BATCH, dtype)
     # fused: what transformers' own Trainer takes
     return ours, Trainee(other, torch.optim.AdamW(other.parameters(), lr=1e-4, fused=True), BATCH, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def bench_gpt2(dtype: torch.dtype, compare: Compare) -> None:
-    ours, theirs = pair(dtype)
+@pytest.mark.parametrize(("dtype", "weights"), [(dtype, torch.float32) for dtype in DTYPES] + [(torch.bfloat16,) * 2])
+def bench_gpt2(dtype: torch.dtype, weights: torch.dtype, compare: Compare) -> None:
+    ours, theirs = pair(dtype, weights)
     extra: dict[str, Any] = {"tokens": BATCH[0] * BATCH[1]}
     compare(
-        f"GPT-2 124M training step {name_of(dtype)}", CASE, ours, theirs,
+        f"GPT-2 124M training step {named(dtype, weights)}", CASE, ours, theirs,
         against="transformers", limit=matmuls(GPT2, BATCH[0] * BATCH[1], dtype), extra=extra,
     )  # fmt: skip
     extra["loss difference"] = difference(ours, theirs)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Limit, pick
+from benchmarks.measure import Limit, name_of, pick
 from gptcore import GPT, GPTConfig, ops
 from gptcore.ops.registry import BACKENDS, FLOATS, Backend
 from gptcore.optim import AdamW
@@ -94,14 +94,18 @@ def no_kernels() -> str:
 PARTS = ["without AdamW and clipping", "nor casts", "nor attention, norms and GELU"]  # each is gone in the next as well
 
 
+def named(dtype: torch.dtype, weights: torch.dtype) -> str:
+    return name_of(dtype) + (" weights" if weights is not torch.float32 else "")
+
+
 def in_parts(
-    config: GPTConfig, batch: tuple[int, int], dtype: torch.dtype, part: str
+    config: GPTConfig, batch: tuple[int, int], dtype: torch.dtype, part: str, weights: torch.dtype = torch.float32
 ) -> tuple[Callable[[], None], Callable[[], Tensor]]:
     """A training step without some of its parts, and the whole of it."""
-    if part == "nor casts" and dtype is torch.float32:
-        pytest.skip("float32 has none")
+    if part == "nor casts" and dtype is weights:
+        pytest.skip(f"{named(dtype, weights)} has none")
     torch.manual_seed(0)
-    model = GPT(config).train()
+    model = GPT(config).train().to(weights)
     optimizer = AdamW(model.parameters(), lr=1e-4)
     ids = torch.randint(config.vocab_size, batch)
     less = model if part == PARTS[0] else copy.deepcopy(model).to(dtype)  # weights that no autocast has to cast

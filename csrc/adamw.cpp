@@ -14,18 +14,13 @@ constexpr int64_t kPiece = 65536;
 
 std::string at(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
-float* dense_float(const TensorView& t, const std::string& name) {
-  check_cpu(t, name.c_str());
-  check_dtype(t, name.c_str(), DType::float32, "torch.float32");
-  check_contiguous(t, name.c_str());
-  return t.as<float>();
-}
-
 void append_pieces(std::vector<ParameterPiece>& pieces, ParameterPiece tensor, int64_t size) {
   for (int64_t begin = 0; begin < size; begin += kPiece) {
     ParameterPiece piece = tensor;
     piece.size = std::min(kPiece, size - begin);
-    piece.grad += begin;
+    const int64_t offset = begin * item_size(piece.dtype);
+    piece.grad = static_cast<const char*>(piece.grad) + offset;
+    if (piece.copy) piece.copy = static_cast<char*>(piece.copy) + offset;
     if (piece.param) piece.param += begin, piece.exp_avg += begin, piece.exp_avg_sq += begin;
     pieces.push_back(piece);
   }
@@ -43,8 +38,12 @@ int threads_for(const std::vector<ParameterPiece>& pieces, int64_t num_threads) 
 double grad_norm(const Views& grads, int64_t num_threads) {
   std::vector<ParameterPiece> pieces;
   for (size_t i = 0; i < grads.size(); ++i) {
+    const std::string name = at("grads", i);
+    check_cpu(grads[i], name.c_str());
+    check_float(grads[i], name.c_str());
+    check_contiguous(grads[i], name.c_str());
     ParameterPiece tensor{};
-    tensor.grad = dense_float(grads[i], at("grads", i));
+    tensor.dtype = grads[i].dtype, tensor.grad = grads[i].data;
     append_pieces(pieces, tensor, grads[i].size());
   }
   const Workspace workspace(pieces.size() * sizeof(double));
@@ -60,28 +59,41 @@ double grad_norm(const Views& grads, int64_t num_threads) {
   return std::sqrt(sum);
 }
 
-void adamw(const Views& params, const Views& grads, const Views& exp_avgs, const Views& exp_avg_sqs, const Views& steps,
-           double lr, double beta1, double beta2, double eps, double weight_decay, double grad_scale,
-           int64_t num_threads) {
+void adamw(const Views& params, const Views& copies, const Views& grads, const Views& exp_avgs,
+           const Views& exp_avg_sqs, const Views& steps, double lr, double beta1, double beta2, double eps,
+           double weight_decay, double grad_scale, int64_t num_threads) {
   const size_t count = params.size();
-  for (const Views* views : {&grads, &exp_avgs, &exp_avg_sqs, &steps})
-    if (views->size() != count)
+  for (const Views* views : {&copies, &grads, &exp_avgs, &exp_avg_sqs, &steps})
+    if (views->size() != count && !(views == &copies && copies.empty()))
       refuse("a list of ", views->size(), " tensors for ", count, " params; expected one for each");
   for (const double value : {lr, beta1, beta2, eps, weight_decay, grad_scale})
     if (!std::isfinite(value)) refuse("a setting is ", value, ", expected a finite number");
 
   std::vector<ParameterPiece> pieces;
   for (size_t i = 0; i < count; ++i) {
-    ParameterPiece tensor{};
-    tensor.param = dense_float(params[i], at("params", i));
-    const std::pair<const TensorView*, const char*> others[] = {
-        {&grads[i], "grads"}, {&exp_avgs[i], "exp_avgs"}, {&exp_avg_sqs[i], "exp_avg_sqs"}};
-    for (const auto& [view, name] : others) {
-      check_like(*view, at(name, i).c_str(), params[i]);
-      check_apart(params[i], at("params", i).c_str(), *view, at(name, i).c_str());
+    const TensorView &param = params[i], &model = copies.empty() ? param : copies[i];
+    const std::string param_name = at("params", i), copy_name = at("copies", i);
+    check_cpu(param, param_name.c_str());
+    check_dtype(param, param_name.c_str(), DType::float32, "torch.float32");
+    check_contiguous(param, param_name.c_str());
+    if (!copies.empty()) {
+      check_float(model, copy_name.c_str());
+      if (model.dtype == DType::float32) refuse(copy_name, " is torch.float32, expected 16 bits");
+      check_dense_like(model, copy_name.c_str(), param);
+      check_apart(param, param_name.c_str(), model, copy_name.c_str());
+    }
+    check_like(grads[i], at("grads", i).c_str(), model);
+    check_apart(model, copies.empty() ? param_name.c_str() : copy_name.c_str(), grads[i], at("grads", i).c_str());
+    const std::pair<const TensorView*, const char*> moments[] = {{&exp_avgs[i], "exp_avgs"},
+                                                                 {&exp_avg_sqs[i], "exp_avg_sqs"}};
+    for (const auto& [view, name] : moments) {
+      check_like(*view, at(name, i).c_str(), param);
+      check_apart(param, param_name.c_str(), *view, at(name, i).c_str());
     }
     check_apart(exp_avgs[i], at("exp_avgs", i).c_str(), exp_avg_sqs[i], at("exp_avg_sqs", i).c_str());
-    tensor.grad = grads[i].as<float>();
+    ParameterPiece tensor{};
+    tensor.dtype = grads[i].dtype, tensor.grad = grads[i].data;
+    tensor.param = param.as<float>(), tensor.copy = copies.empty() ? nullptr : model.data;
     tensor.exp_avg = exp_avgs[i].as<float>(), tensor.exp_avg_sq = exp_avg_sqs[i].as<float>();
     const double step = 1 + *float_array(steps[i], at("steps", i).c_str(), params[i], {});
     tensor.step_size = static_cast<float>(lr / (1 - std::pow(beta1, step)));

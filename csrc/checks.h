@@ -64,13 +64,17 @@ inline void check_contiguous(const TensorView& t, const char* name) {
   }
 }
 
-// A tensor with the device, the dtype and the shape of another, dense.
-inline void check_like(const TensorView& t, const char* name, const TensorView& like) {
+// A tensor with the device and the shape of another, dense.
+inline void check_dense_like(const TensorView& t, const char* name, const TensorView& like) {
   check_device(t, name, like);
-  check_same_dtype(t, name, like);
   if (t.ndim != like.ndim || !std::equal(t.shape, t.shape + t.ndim, like.shape))
     refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected ", shape_text(like.shape, like.ndim));
   check_contiguous(t, name);
+}
+// And with its dtype.
+inline void check_like(const TensorView& t, const char* name, const TensorView& like) {
+  check_same_dtype(t, name, like);
+  check_dense_like(t, name, like);
 }
 
 // A dense 2-D tensor of one of the three float types.

@@ -65,9 +65,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("targets"), py::arg("gradient"),
         py::arg("num_threads"));
   m.def("grad_norm", &grad_norm, py::arg("grads"), py::arg("num_threads"));
-  m.def("adamw", &adamw, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-        py::arg("steps"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
-        py::arg("grad_scale"), py::arg("num_threads"));
+  m.def("adamw", &adamw, py::arg("params"), py::arg("copies"), py::arg("grads"), py::arg("exp_avgs"),
+        py::arg("exp_avg_sqs"), py::arg("steps"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+        py::arg("weight_decay"), py::arg("grad_scale"), py::arg("num_threads"));
 
   m.def("compiled_isas", &compiled_isas, "CPU instruction sets that the kernels are compiled for, lowest first.");
   m.def("supported_isas", &supported_isas, "Those of them that this CPU has, lowest first.");

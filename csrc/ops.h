@@ -56,9 +56,9 @@ double cross_entropy(const TensorView& logits, const TensorView& targets, bool g
 using Views = std::vector<TensorView>;
 
 double grad_norm(const Views& grads, int64_t num_threads);
-void adamw(const Views& params, const Views& grads, const Views& exp_avgs, const Views& exp_avg_sqs, const Views& steps,
-           double lr, double beta1, double beta2, double eps, double weight_decay, double grad_scale,
-           int64_t num_threads);
+void adamw(const Views& params, const Views& copies, const Views& grads, const Views& exp_avgs,
+           const Views& exp_avg_sqs, const Views& steps, double lr, double beta1, double beta2, double eps,
+           double weight_decay, double grad_scale, int64_t num_threads);
 
 // Defines attention, layer norm and GELU in a module; which kernels run them is said by that module's kernels_for.
 void bind_ops(pybind11::module_& m);

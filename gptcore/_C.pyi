@@ -110,10 +110,11 @@ def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool, num_threads: 
     """
 
 def grad_norm(grads: collections.abc.Sequence[Tensor], num_threads: int) -> float:
-    """The 2-norm of all gradients together; they are float32, and dense in the sense of .is_contiguous()."""
+    """The 2-norm of all gradients together; they are dense, in the sense of .is_contiguous()."""
 
 def adamw(
     params: collections.abc.Sequence[Tensor],
+    copies: collections.abc.Sequence[Tensor],
     grads: collections.abc.Sequence[Tensor],
     exp_avgs: collections.abc.Sequence[Tensor],
     exp_avg_sqs: collections.abc.Sequence[Tensor],
@@ -126,7 +127,11 @@ def adamw(
     grad_scale: float,
     num_threads: int,
 ) -> None:
-    """Updates params, exp_avgs and exp_avg_sqs by grad_scale x grads, and adds 1 to steps, which are scalars."""
+    """Updates params, exp_avgs and exp_avg_sqs by grad_scale x grads, and adds 1 to steps, which are scalars.
+
+    copies: of params, rounded to the 16 bits that the model has; their gradients have that dtype, too. An element that
+    is no longer its param's rounding is what the update begins with. Empty where the model has params.
+    """
 
 def compiled_isas() -> list[str]:
     """CPU instruction sets that the kernels are compiled for, lowest first."""

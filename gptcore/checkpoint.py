@@ -37,7 +37,7 @@ from gptcore.files import PathLike, atomic_directory, load_tensors, read_json, s
 FORMAT = 1  # of the folder as a whole; one that this code does not know is refused
 _NAME = re.compile(r"checkpoint-(\d+)")
 _NEEDED = {"config.json", "model.safetensors", "optimizer.safetensors", "random_state.json", "trainer_state.json"}
-_ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+_ADAM_STATE = ("exp_avg", "exp_avg_sq", "step", "master")  # the last of 16-bit parameters only
 
 
 class CheckpointError(RuntimeError):
@@ -152,6 +152,7 @@ def save_checkpoint(
         for name, parameter in model.named_parameters()  # a tied parameter has one name here
         if parameter in optimizer.state
         for key in _ADAM_STATE
+        if key in optimizer.state[parameter]
     }
     try:
         if path.exists():
@@ -217,7 +218,8 @@ def load_checkpoint(path: PathLike, model: nn.Module, optimizer: torch.optim.Opt
     for name, parameter in model.named_parameters():
         if f"step.{name}" in tensors and id(parameter) in trained:
             # Cloned: a loaded tensor may be a view of the file.
-            state = {key: tensors.pop(f"{key}.{name}").to(parameter.device, copy=True) for key in _ADAM_STATE}
+            keys = [key for key in _ADAM_STATE if f"{key}.{name}" in tensors]
+            state = {key: tensors.pop(f"{key}.{name}").to(parameter.device, copy=True) for key in keys}
             optimizer.state[parameter] = state
     if tensors:
         raise CheckpointError(

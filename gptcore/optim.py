@@ -1,7 +1,8 @@
 """AdamW that updates all parameters in one pass over memory, with gradient clipping folded in.
 
 Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization" (arXiv:1711.05101), algorithm 2. State and state
-dict are those of torch.optim.AdamW: each loads the other's.
+dict are those of torch.optim.AdamW: each loads the other's. Parameters of 16 bits have a float32 copy in the state, as
+Micikevicius et al. 2018, "Mixed Precision Training" (arXiv:1710.03740), section 3.1, keep one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from gptcore import _C
@@ -34,8 +35,13 @@ class AdamW(torch.optim.Optimizer):
         norm = optimizer.grad_norm()
         optimizer.step(grad_scale=min(1.0, max_norm / (norm + 1e-6)))
 
+    Of a parameter in bfloat16 or float16 the state has a `master` in float32: that is what is updated, with moments in
+    float32, and the parameter is its rounding. Updates are often less than half of the last of 16 bits, and would
+    be lost without it. Elements of a parameter that are no longer their master's rounding, because other weights were
+    loaded, are where the update begins.
+
     Settings are torch.optim.AdamW's; it has no amsgrad, maximize, capturable or differentiable. Backends are those of
-    gptcore.ops: `cpu` for parameters in float32, which must be contiguous; `torch` for all.
+    gptcore.ops: `cpu` for contiguous parameters in float32, bfloat16 or float16; `torch` for all.
 
     Raises ValueError for settings out of range and for parameters that are not of a floating-point dtype.
     """
@@ -69,6 +75,18 @@ class AdamW(torch.optim.Optimizer):
             _check(group)
         super().__setstate__(state)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        numbers, parameters = (
+            [entry for group in groups for entry in group["params"]]
+            for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        for number, parameter in zip(numbers, parameters, strict=True):
+            if _has_master(parameter) and number in state_dict["state"]:  # rounded to 16 bits by now
+                for key, value in state_dict["state"][number].items():
+                    if key != "step":
+                        self.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
+
     def grad_norm(self) -> float:
         """The 2-norm of all gradients together, before any scaling; NaN or infinite if one of them holds such."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -90,9 +108,10 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"grad_scale is {grad_scale}, expected a finite number")
         updates = [(group, alike) for group in self.param_groups for alike in self._alike("adamw", group["params"])]
         for group, (run, parameters, gradients) in updates:
-            states = [self.state[parameter] or self._new_state(parameter) for parameter in parameters]
+            states = [self._state_of(parameter) for parameter in parameters]
             moments = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")]
-            run(parameters, gradients, *moments, group, grad_scale)
+            masters = [state["master"] for state in states] if _has_master(parameters[0]) else []
+            run(parameters, masters, gradients, *moments, group, grad_scale)
         return loss
 
     def _alike(self, op: str, params: list[Tensor]) -> list[tuple[Implementation, list[Tensor], list[Tensor]]]:
@@ -108,12 +127,20 @@ class AdamW(torch.optim.Optimizer):
                 gradients.append(gradient)
         return [(registry.select(op, self.backend, some[1][0]), *some) for some in alike.values()]
 
-    def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(parameter, dtype=wide, memory_format=torch.preserve_format)
+        if "master" not in state and _has_master(parameter):
+            state["master"] = parameter.float()
         return state
+
+
+def _has_master(parameter: Tensor) -> bool:
+    return parameter.dtype in (torch.bfloat16, torch.float16)
 
 
 def _check(group: Group) -> None:
@@ -132,11 +159,13 @@ def _check(group: Group) -> None:
 
 
 def _grad_norm_torch(gradients: list[Tensor]) -> float:
-    return float(nn.utils.get_total_norm(gradients))
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, wide))))
 
 
 def _adamw_torch(
     parameters: list[Tensor],
+    masters: list[Tensor],
     gradients: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
@@ -144,13 +173,19 @@ def _adamw_torch(
     group: Group,
     grad_scale: float,
 ) -> None:
+    for master, parameter in zip(masters, parameters, strict=False):
+        torch.where(master.to(parameter.dtype) == parameter, master, parameter.float(), out=master)
+    if masters:
+        gradients = [gradient.float() for gradient in gradients]
     if grad_scale != 1.0:
         gradients = list(torch._foreach_mul(gradients, grad_scale))
     beta1, beta2 = group["betas"]
     adamw(
-        parameters, gradients, exp_avgs, exp_avg_sqs, [], steps, foreach=True, amsgrad=False, maximize=False,
+        masters or parameters, gradients, exp_avgs, exp_avg_sqs, [], steps, foreach=True, amsgrad=False, maximize=False,
         beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
     )  # fmt: skip
+    if masters:
+        torch._foreach_copy_(parameters, masters)
 
 
 # ---- cpu: kernels/cpu/adamw.cpp --------------------------------------------------------------------------------------
@@ -162,6 +197,7 @@ def _grad_norm_cpu(gradients: list[Tensor]) -> float:
 
 def _adamw_cpu(
     parameters: list[Tensor],
+    masters: list[Tensor],
     gradients: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
@@ -171,8 +207,9 @@ def _adamw_cpu(
 ) -> None:
     gradients = [gradient.contiguous() for gradient in gradients]
     beta1, beta2 = group["betas"]
+    updated, copies = (masters, parameters) if masters else (parameters, [])
     _C.adamw(
-        parameters, gradients, exp_avgs, exp_avg_sqs, steps, group["lr"], beta1, beta2, group["eps"],
+        updated, copies, gradients, exp_avgs, exp_avg_sqs, steps, group["lr"], beta1, beta2, group["eps"],
         group["weight_decay"], grad_scale, torch.get_num_threads(),
     )  # fmt: skip
     torch.autograd.graph.increment_version(parameters)  # so that a backward pass that needs the old ones says so
@@ -181,4 +218,3 @@ def _adamw_cpu(
 registry.BACKENDS["cpu"].implementations |= {"grad_norm": _grad_norm_cpu, "adamw": _adamw_cpu}
 for name in registry.WITH_TORCH:
     registry.BACKENDS[name].implementations |= {"grad_norm": _grad_norm_torch, "adamw": _adamw_torch}
-registry.BACKENDS["cpu"].narrower |= dict.fromkeys(("grad_norm", "adamw"), (torch.float32,))

@@ -243,7 +243,8 @@ class Trainer:
         wrong = {str(p.dtype) for p in model.parameters() if p.dtype != torch.float32}
         if args.bf16 and wrong:
             raise ValueError(
-                f"bf16=True computes in bfloat16 with float32 weights, but the model has {', '.join(wrong)}"
+                f"bf16=True computes in bfloat16 with float32 weights, but the model has {', '.join(wrong)}; "
+                "with bf16=False it is trained in its own dtype, and AdamW keeps the weights in float32 beside it"
             )
         if args.warmup_steps >= self.total_steps:
             raise ValueError(f"warmup_steps is {args.warmup_steps}, but the run has only {self.total_steps} steps")
@@ -349,7 +350,10 @@ class Trainer:
         start = f", of which {self.state.global_step:,} are done" if self.state.global_step else ""
         dtype = "bfloat16 by autocast, weights and optimizer float32 (bf16=True)"
         if not args.bf16:
-            dtype = f"{str(next(self.model.parameters()).dtype).removeprefix('torch.')}, as the model is (bf16=False)"
+            own = next(self.model.parameters()).dtype
+            dtype = f"{str(own).removeprefix('torch.')}, as the model is (bf16=False)"
+            if own.itemsize == 2:
+                dtype += "; AdamW keeps the weights in float32 beside it"
         clipped = f"gradient norm clipped to {args.max_grad_norm:g}" if args.max_grad_norm > 0 else "no clipping"
         return "\n".join([
             f"model       {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "

@@ -102,8 +102,10 @@ struct CrossEntropyArgs {
 // A stretch of one parameter tensor of an optimizer, and of what belongs to it.
 struct ParameterPiece {
   int64_t size;
+  DType dtype;       // of grad and copy
   float* param;
-  const float* grad;
+  void* copy;        // param rounded to 16 bits, which is what the model has; null if that has param itself
+  const void* grad;
   float *exp_avg, *exp_avg_sq;
   float step_size;   // learning rate / (1 - beta1^step)
   float root_scale;  // 1 / sqrt(1 - beta2^step)
@@ -119,7 +121,7 @@ struct AdamWArgs {
 };
 
 struct GradNormArgs {
-  const ParameterPiece* pieces;  // size and grad only
+  const ParameterPiece* pieces;  // size, dtype and grad only
   int64_t num_pieces;
   double* sums;  // (num_pieces,): the sum of squares of each
   int num_threads;

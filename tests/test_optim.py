@@ -27,10 +27,10 @@ def parameters(dtype: torch.dtype = F32, seed: int = 0) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
 
 
-def give_gradients(params: list[nn.Parameter], step: int, scale: float = 1.0) -> None:
+def give_gradients(params: list[nn.Parameter], step: int, scale: float = 1.0, rounded_to: torch.dtype = F32) -> None:
     generator = torch.Generator().manual_seed(1000 + step)
     for p in params:
-        p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
+        p.grad = (scale * torch.randn(p.shape, generator=generator)).to(rounded_to).to(p.dtype)
 
 
 def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
@@ -49,21 +49,25 @@ def clipped(norm: float, limit: float) -> float:
 
 
 @pytest.mark.parametrize("limit", [None, 0.5, 1e6])
-@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_twenty_steps_equal_pytorchs(name: str, limit: float | None, dtype: torch.dtype) -> None:
-    """float32 is allowed twice the error of torch.optim's in float32; each against float64."""
+    """float32 is allowed twice the error of torch.optim's in float32; each against float64.
+
+    So are the masters of 16 bits: their gradients are exact in float32, too.
+    """
     argument = BACKENDS[name][0]
     if dtype == F64 and argument != "torch":
         argument = None  # PyTorch's functions are what there is for float64
+    wide = torch.promote_types(dtype, F32)
     results = []
     with running(name):
-        for kind, precision in ((AdamW, dtype), (torch.optim.AdamW, dtype), (torch.optim.AdamW, F64)):
-            params = parameters(precision)
+        for kind, precision in ((AdamW, dtype), (torch.optim.AdamW, wide), (torch.optim.AdamW, F64)):
+            params = [nn.Parameter(p.detach().to(precision)) for p in parameters(dtype)]
             extra = {"backend": argument} if kind is AdamW else {}
             optimizer = kind(groups(params), lr=1e-2, **extra)
             for step in range(20):
-                give_gradients(params, step, scale=10.0 ** (step % 5 - 2))
+                give_gradients(params, step, scale=10.0 ** (step % 5 - 2), rounded_to=dtype)
                 for group in optimizer.param_groups:
                     group["lr"] *= 0.95
                 if isinstance(optimizer, AdamW):
@@ -75,35 +79,69 @@ def test_twenty_steps_equal_pytorchs(name: str, limit: float | None, dtype: torc
                     if limit is not None:
                         nn.utils.clip_grad_norm_(params, limit)
                     optimizer.step()
-            moments = [optimizer.state[p][key] for p in params for key in ("exp_avg", "exp_avg_sq")]
+            states = [optimizer.state[p] for p in params]
+            if precision != wide and isinstance(optimizer, AdamW):
+                assert all(torch.equal(p, state["master"].to(dtype)) for p, state in zip(params, states, strict=True))
+                params = [state["master"] for state in states]
+            moments = [state[key] for state in states for key in ("exp_avg", "exp_avg_sq")]
+            assert precision == F64 or all(t.dtype == wide for t in [*params, *moments])
             results.append([t.detach().double() for t in [*params, *moments]])
-            assert {float(optimizer.state[p]["step"]) for p in params} == {20.0}
+            assert {float(state["step"]) for state in states} == {20.0}
     for ours, theirs, ref in zip(*results, strict=True):
         error, their_error = (ours - ref).norm(), (theirs - ref).norm()
-        assert error <= 2 * their_error + 4 * torch.finfo(dtype).eps * ref.norm() + 1e-12, (error, their_error)
+        assert error <= 2 * their_error + 4 * torch.finfo(wide).eps * ref.norm() + 1e-12, (error, their_error)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_parameters_in_16_bits_are_updated_by_pytorchs_functions(dtype: torch.dtype) -> None:
-    ours, theirs = parameters(dtype), parameters(dtype)
-    optimizer, reference = AdamW(ours, lr=1e-2), torch.optim.AdamW(theirs, lr=1e-2, foreach=True)
-    for step in range(3):
-        give_gradients(ours, step)
-        give_gradients(theirs, step)
-        optimizer.step()
-        reference.step()
-    assert all(map(torch.equal, ours, theirs))
-    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run adamw: it takes torch\.float32, not"):
-        AdamW(ours, backend="cpu").step()
+def test_small_updates_of_16_bits_add_up(backend: str, dtype: torch.dtype) -> None:
+    """Each is a fifth of what the dtype can tell from 1, and torch.optim's are all lost."""
+    ours, theirs = (nn.Parameter(torch.ones(40, dtype=dtype)) for _ in range(2))
+    lr = torch.finfo(dtype).eps / 10
+    optimizers = AdamW([ours], lr, weight_decay=0.0, backend=backend), torch.optim.AdamW([theirs], lr, weight_decay=0.0)
+    for _ in range(100):
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+    assert torch.equal(theirs, torch.ones_like(theirs))
+    torch.testing.assert_close(ours, torch.full_like(ours, 1 - 100 * lr))
 
 
-def test_dtypes_may_be_mixed() -> None:
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_other_weights_are_where_the_next_update_begins(backend: str, dtype: torch.dtype) -> None:
+    """Whatever of a parameter was written into, by way of .data too; the rest of it goes on from its master."""
+    p = nn.Parameter(torch.linspace(1, 2, 37).to(dtype))
+    optimizer = AdamW([p], lr=1e-3, weight_decay=0.0, backend=backend)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    before, master = p.detach().clone(), optimizer.state[p]["master"].clone()
+    assert not torch.equal(before.float(), master)
+    p.data[5:25] = 7.0
+    p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    master[5:25] = 7.0
+    assert torch.equal(optimizer.state[p]["master"], master)
+    assert torch.equal(p, master.to(dtype))
+
+
+def test_dtypes_may_be_mixed(backend: str) -> None:
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=BF16))]
     params[0].grad, params[1].grad = torch.full((3,), 3.0), torch.full((3,), 4.0, dtype=BF16)
-    optimizer = AdamW(params, lr=0.5, weight_decay=0.0)
-    assert optimizer.grad_norm() == pytest.approx(math.sqrt(75), rel=1e-2)
+    optimizer = AdamW(params, lr=0.5, weight_decay=0.0, backend=backend)
+    assert optimizer.grad_norm() == pytest.approx(math.sqrt(75), rel=1e-6)
     optimizer.step()
     torch.testing.assert_close(params[0], params[1].float(), rtol=1e-2, atol=0)
+
+
+def test_a_model_that_becomes_bfloat16_goes_on(backend: str) -> None:
+    p = nn.Parameter(torch.ones(20))
+    optimizer = AdamW([p], lr=0.1, weight_decay=0.0, backend=backend)
+    p.grad = torch.ones(20)
+    optimizer.step()
+    p.data, p.grad = p.data.bfloat16(), None
+    p.grad = torch.ones(20, dtype=BF16)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["master"], torch.full((20,), 0.8), rtol=1e-2, atol=0)
 
 
 def test_parameters_without_a_gradient_stay(backend: str) -> None:
@@ -217,6 +255,30 @@ def test_state_dicts_are_interchangeable(backend: str, fused: bool) -> None:
         assert all(s["step"].dtype == F32 and s["step"].shape == () for s in resumed.state.values())
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_state_dicts_of_16_bits_lose_nothing(backend: str, dtype: torch.dtype) -> None:
+    """Ours go on bit for bit; between ours and PyTorch's, which has moments of 16 bits and no master, they load."""
+    expected = parameters(dtype)
+    after(AdamW(expected, lr=1e-4, backend=backend), expected, 0, 6)
+    params = parameters(dtype)
+    saved = pickle.dumps(after(AdamW(params, lr=1e-4, backend=backend), params, 0, 3).state_dict())
+    resumed = AdamW(params, backend=backend)
+    resumed.load_state_dict(pickle.loads(saved))
+    after(resumed, params, 3, 6)
+    assert all(map(torch.equal, params, expected))
+    theirs = torch.optim.AdamW(params)
+    theirs.load_state_dict(resumed.state_dict())
+    ours = AdamW(params, backend=backend)
+    ours.load_state_dict(after(theirs, params, 6, 7).state_dict())
+    after(ours, params, 7, 8)
+    assert {float(state["step"]) for state in ours.state.values()} == {8.0}
+    for p, state in ours.state.items():
+        assert {key: t.dtype for key, t in state.items()} == dict.fromkeys(
+            ("step", "exp_avg", "exp_avg_sq", "master"), F32
+        )
+        assert torch.equal(p, state["master"].to(dtype))
+
+
 def test_copies_keep_backend_and_state() -> None:
     params = parameters()
     optimizer = copy.deepcopy(after(AdamW(params, backend="torch"), params, 0, 1))
@@ -306,24 +368,29 @@ def test_what_it_does_not_have_is_refused(backend: str) -> None:
 @given(st.data())
 def test_the_native_function_refuses_what_does_not_fit(data: st.DataObject) -> None:
     """Each list may have one wrong tensor, or one too few; then nothing is changed."""
-    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
-    lists = {key: [torch.ones(() if key == "steps" else (4, 3)) for _ in range(2)] for key in names}
-    key, index = data.draw(st.sampled_from(names)), data.draw(st.integers(0, 1))
+    names = ("params", "copies", "grads", "exp_avgs", "exp_avg_sqs", "steps")
+    model = data.draw(st.sampled_from([None, BF16, F16]), "dtype of copies")
+    dtypes = dict.fromkeys(names, F32) | ({} if model is None else dict.fromkeys(("copies", "grads"), model))
+    lists = {key: [torch.ones(() if key == "steps" else (4, 3), dtype=dtypes[key]) for _ in range(2)] for key in names}
+    if model is None:
+        lists["copies"] = []
+    key, index = data.draw(st.sampled_from([name for name in names if lists[name]])), data.draw(st.integers(0, 1))
     wrong = data.draw(st.sampled_from(["dtype", "shape", "strides", "fewer", "meta", "shared", "setting"]))
     scale = math.inf if wrong == "setting" else 1.0
     if wrong == "dtype":
-        lists[key][index] = lists[key][index].to(data.draw(st.sampled_from([F64, F16, torch.int32])))
+        others = [dtype for dtype in (F64, F32, BF16, torch.int32) if dtype != dtypes[key]]
+        lists[key][index] = lists[key][index].to(data.draw(st.sampled_from(others)))
     elif wrong == "shape":
-        lists[key][index] = torch.ones(3, 4, 1)
+        lists[key][index] = torch.ones(3, 4, 1, dtype=dtypes[key])
     elif wrong == "strides":
         key = "params" if key == "steps" else key
-        lists[key][index] = torch.ones(3, 4).t()
+        lists[key][index] = torch.ones(3, 4, dtype=dtypes[key]).t()
     elif wrong == "fewer":
         lists[key].pop()
     elif wrong == "meta":
         lists[key][index] = lists[key][index].to("meta")
     elif wrong == "shared":
-        lists["exp_avgs"][index] = lists["params"][index]
+        lists[data.draw(st.sampled_from(["exp_avgs", "exp_avg_sqs"]))][index] = lists["params"][index]
     before = [t.clone() for key in names for t in lists[key]]
     with pytest.raises(ValueError, match=r"expected|contiguous|shares memory|without storage"):
         _C.adamw(*(lists[key] for key in names), 0.1, 0.9, 0.999, 1e-8, 0.01, scale, 1)

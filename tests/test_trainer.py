@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import threading
 import warnings
 from collections.abc import Iterator
@@ -281,6 +282,30 @@ def test_bf16_keeps_float32_weights(tmp_path: Path) -> None:
     assert {m["exp_avg"].dtype for m in trainer.optimizer.state.values()} == {torch.float32}
     with pytest.raises(ValueError, match=r"float32 weights, but the model has torch.bfloat16"):
         tiny_trainer(tmp_path / "other", model=tiny_model().bfloat16(), bf16=True).train()
+
+
+def test_bfloat16_weights_learn_as_float32_does_and_resume_bit_for_bit(tmp_path: Path) -> None:
+    data = [torch.arange(i, i + 8) % 32 for i in range(32)]
+
+    def trainer(dtype: torch.dtype) -> Trainer:
+        settings: dict[str, Any] = {"max_steps": 120, "learning_rate": 3e-3, "save_steps": 60}
+        return tiny_trainer(tmp_path / str(dtype), model=tiny_model(dropout=0.0).to(dtype), data=data, **settings)
+
+    whole = trainer(torch.bfloat16)
+    for trained in (whole, trainer(torch.float32)):
+        trained.train()
+    assert "bfloat16, as the model is (bf16=False); AdamW keeps the weights in float32 beside it" in whole.plan()
+    narrow, wide = ([e["loss"] for e in losses(tmp_path / str(dtype))] for dtype in (torch.bfloat16, torch.float32))
+    assert wide[-1] < 0.5 * wide[0]
+    assert narrow == pytest.approx(wide, rel=3e-2)
+
+    shutil.rmtree(tmp_path / "torch.bfloat16" / "checkpoint-120")
+    resumed = trainer(torch.bfloat16)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(resumed.model), weights(whole.model))
+    for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert same(whole.optimizer.state[p], resumed.optimizer.state[q])
+        assert resumed.optimizer.state[q]["master"].dtype == torch.float32
 
 
 def test_cpu_and_torch_backends_train_alike(tmp_path: Path) -> None:

@@ -118,12 +118,15 @@ def _forward_body(
     x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, ignore_index: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     vocab = weight.shape[0]
-    _check_targets(targets, vocab, ignore_index)
     counted = (targets != ignore_index).nonzero().flatten()
     count, everything = len(counted), len(counted) == len(targets)
-    rows = (x if everything else x[counted]).to(dtype)
+    kept = targets.contiguous() if everything else targets.index_select(0, counted)
+    low, high = kept.aminmax() if count > 0 else (0, 0)
+    if low < 0 or high >= vocab:
+        _check_targets(targets, vocab, ignore_index)
+    targets = kept
+    rows = (x if everything else x.index_select(0, counted)).to(dtype)
     narrow = weight if weight.dtype == dtype else _kept("narrow", weight.shape, dtype).copy_(weight)
-    targets = targets.contiguous() if everything else targets[counted]
     # The factor 1 / count comes after the sums: softmax / count would vanish in float16
     scale = 1.0 / max(1, count)
     grad_rows = torch.empty_like(rows if need_x else rows[:0])
@@ -146,7 +149,7 @@ def _forward_body(
             torch.mm(logits, narrow, out=grad_rows[chunk])
         if need_weight:
             _add_product(grad_weight, logits, part, scale, first=begin == 0)
-    grad_x = grad_rows.float().mul_(scale).to(x.dtype)
+    grad_x = grad_rows.to(x.dtype).mul_(scale)
     if need_x and not everything:
         grad_x = torch.zeros_like(x).index_copy_(0, counted, grad_x)
     return torch.tensor(total * scale, dtype=torch.float32), grad_x, grad_weight.to(weight.dtype)

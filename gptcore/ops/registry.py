@@ -26,7 +26,6 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     unusable: str | None = None  # why this machine cannot use it, and what to do about it
     implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    narrower: dict[str, tuple[torch.dtype, ...]] = field(default_factory=dict)  # operations that take fewer dtypes
 
     def refusal(self, op: str, tensor: torch.Tensor) -> str | None:
         """Why this backend cannot run `op` on such a tensor, or None."""
@@ -36,9 +35,8 @@ class Backend:
             return f"it has no {op}"
         if self.devices and tensor.device.type not in self.devices:
             return f"it takes tensors on {' or '.join(self.devices)}, not on {tensor.device}"
-        dtypes = self.narrower.get(op, self.dtypes)
-        if tensor.dtype not in dtypes:
-            return f"it takes {', '.join(map(str, dtypes))}, not {tensor.dtype}"
+        if tensor.dtype not in self.dtypes:
+            return f"it takes {', '.join(map(str, self.dtypes))}, not {tensor.dtype}"
         if self.name in VERIFIED and op in verify.OPS:
             formula = BACKENDS["torch"].implementations[op]
             return verify.failure(self.name, op, tensor, self.implementations[op], formula)

@@ -1,6 +1,8 @@
 // AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2) and the norm of gradients, of many tensors at once.
 //
 // Memory is the limit: parameter, gradient and both moments are read once, and all but the gradient written once.
+// A parameter that the model has in 16 bits is kept in float32 beside it: an update is often less than half of the last
+// of 16 bits, and would be lost.
 #include "kernels/cpu/rows.h"
 
 namespace gptcore {
@@ -18,50 +20,77 @@ GPTCORE_INLINE Vec root(Vec x) {
 #endif
 }
 
+template <class T>
+GPTCORE_INLINE Vec rounded_to(Vec x) {
+  T buffer[kLanes];
+  store(buffer, x);
+  return load(buffer);
+}
+
+template <class T>
 GPTCORE_INLINE void update(const AdamWArgs& args, const ParameterPiece& piece) {
+  const T* grads = static_cast<const T*>(piece.grad);
+  T* copies = static_cast<T*>(piece.copy);
   for (int64_t i = 0; i < piece.size; i += kLanes) {
     const int64_t left = piece.size - i;
-    Vec param = load_up_to(piece.param + i, left), grad = load_up_to(piece.grad + i, left) * args.grad_scale;
+    Vec param = load_up_to(piece.param + i, left), grad = load_up_to(grads + i, left) * args.grad_scale;
+    if (sizeof(T) == 2) {  // someone may have written other weights into the model
+      Vec copy = load_up_to(copies + i, left);
+      param = copy == rounded_to<T>(param) ? param : copy;
+    }
     Vec exp_avg = load_up_to(piece.exp_avg + i, left), exp_avg_sq = load_up_to(piece.exp_avg_sq + i, left);
     exp_avg += (grad - exp_avg) * args.beta1_rest;
     exp_avg_sq = exp_avg_sq * args.beta2 + (grad * grad) * args.beta2_rest;
     Vec step = exp_avg * piece.step_size / (root(exp_avg_sq) * piece.root_scale + args.eps);
-    store_up_to(piece.param + i, param * args.decay - step, left);
+    param = param * args.decay - step;
+    store_up_to(piece.param + i, param, left);
+    if (sizeof(T) == 2) store_up_to(copies + i, param, left);
     store_up_to(piece.exp_avg + i, exp_avg, left);
     store_up_to(piece.exp_avg_sq + i, exp_avg_sq, left);
   }
 }
 
 // In double, in which no square of a float32 overflows or vanishes.
-GPTCORE_INLINE double sum_of_squares(const float* x, int64_t n) {
+template <class T>
+GPTCORE_INLINE double sum_of_squares(const T* x, int64_t n) {
   typedef float Floats __attribute__((vector_size(kLanes * 2)));
   typedef double Doubles __attribute__((vector_size(kLanes * 4)));
-  constexpr int kWidth = kLanes / 2, kSums = 4;  // four: one addition need not wait for the one before it
-  Doubles sums[kSums] = {};
-  int64_t i = 0;
-  for (; i + kSums * kWidth <= n; i += kSums * kWidth)
-    for (int j = 0; j < kSums; ++j) {
-      Floats narrow;
-      memcpy(&narrow, x + i + j * kWidth, sizeof narrow);
-      Doubles wide = __builtin_convertvector(narrow, Doubles);
-      sums[j] += wide * wide;
+  constexpr int kWidth = kLanes / 2, kVecs = 2;  // four sums: one addition need not wait for the one before it
+  Doubles sums[kVecs][2] = {};
+  for (int64_t i = 0; i < n; i += kVecs * kLanes)
+    for (int j = 0; j < kVecs; ++j) {
+      const int64_t begin = i + j * kLanes;
+      if (begin >= n) break;
+      Vec both = load_up_to(x + begin, n - begin);
+      Floats halves[2];
+      memcpy(halves, &both, sizeof both);
+      for (int half = 0; half < 2; ++half) {
+        Doubles wide = __builtin_convertvector(halves[half], Doubles);
+        sums[j][half] += wide * wide;
+      }
     }
   double sum = 0;
-  for (; i < n; ++i) sum += (double)x[i] * x[i];
-  for (int j = 0; j < kSums; ++j)
-    for (int lane = 0; lane < kWidth; ++lane) sum += sums[j][lane];
+  for (const auto& pair : sums)
+    for (const Doubles& part : pair)
+      for (int lane = 0; lane < kWidth; ++lane) sum += part[lane];
   return sum;
 }
 
 }  // namespace
 
 void adamw(const AdamWArgs& args) {
-  parallel_for(args.num_pieces, args.num_threads, [&](int64_t i) { update(args, args.pieces[i]); });
+  parallel_for(args.num_pieces, args.num_threads, [&](int64_t i) {
+    with_type(args.pieces[i].dtype, [&](auto zero) { update<decltype(zero)>(args, args.pieces[i]); });
+  });
 }
 
 void grad_norm(const GradNormArgs& args) {
-  parallel_for(args.num_pieces, args.num_threads,
-               [&](int64_t i) { args.sums[i] = sum_of_squares(args.pieces[i].grad, args.pieces[i].size); });
+  parallel_for(args.num_pieces, args.num_threads, [&](int64_t i) {
+    const ParameterPiece& piece = args.pieces[i];
+    with_type(piece.dtype, [&](auto zero) {
+      args.sums[i] = sum_of_squares(static_cast<const decltype(zero)*>(piece.grad), piece.size);
+    });
+  });
 }
 
 }  // namespace GPTCORE_ISA
