@@ -173,17 +173,31 @@ def _adamw_torch(
     group: Group,
     grad_scale: float,
 ) -> None:
-    for master, parameter in zip(masters, parameters, strict=False):
-        torch.where(master.to(parameter.dtype) == parameter, master, parameter.float(), out=master)
     if masters:
-        gradients = [gradient.float() for gradient in gradients]
+        rounded = [torch.empty_like(parameter) for parameter in parameters]
+        torch._foreach_copy_(rounded, masters)
+        # One answer of the device for all of them; what differs, or is not finite, is looked at element by element
+        distances = torch.stack(torch._foreach_norm(torch._foreach_sub(rounded, parameters), 1))
+        for i in (distances != 0).nonzero().flatten().tolist():
+            torch.where(rounded[i] == parameters[i], masters[i], parameters[i].float(), out=masters[i])
+        narrow, gradients = gradients, [torch.empty_like(master) for master in masters]
+        torch._foreach_copy_(gradients, narrow)
     if grad_scale != 1.0:
         gradients = list(torch._foreach_mul(gradients, grad_scale))
+    updated = masters or parameters
     beta1, beta2 = group["betas"]
-    adamw(
-        masters or parameters, gradients, exp_avgs, exp_avg_sqs, [], steps, foreach=True, amsgrad=False, maximize=False,
-        beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-    )  # fmt: skip
+    numbers: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay", "eps")}
+    numbers |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False}
+    # Of a GPT-2 on an H200 the fused function takes a third of the time, but its memory must be dense, and it has to be
+    # told the step by a tensor on the device, which would be waited for if it were read
+    if updated[0].device.type in ("cpu", "cuda") and all(t.is_contiguous() for t in (*updated, *gradients)):
+        torch._foreach_add_(steps, 1)
+        counts = [float(step) for step in steps]
+        on_device = {count: torch.full((), count, device=updated[0].device) for count in set(counts)}
+        torch._fused_adamw_(updated, gradients, exp_avgs, exp_avg_sqs, [], [on_device[c] for c in counts], **numbers)
+        torch.autograd.graph.increment_version(updated)
+    else:
+        adamw(updated, gradients, exp_avgs, exp_avg_sqs, [], steps, foreach=True, **numbers)
     if masters:
         torch._foreach_copy_(parameters, masters)
 
