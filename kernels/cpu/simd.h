@@ -129,14 +129,24 @@ GPTCORE_INLINE void store(float16* p, Vec v) {
 template <class T>
 GPTCORE_INLINE Vec load_partial(const T* p, int64_t n, float fill = 0.0f) {
   T buffer[kLanes] = {};
+#if defined(__AVX512BW__) && defined(__AVX512VL__)  // the buffer stays a register
+  if (sizeof(T) == 4) _mm512_storeu_ps((float*)buffer, _mm512_maskz_loadu_ps((1u << n) - 1, p));
+  else _mm256_storeu_si256((__m256i*)buffer, _mm256_maskz_loadu_epi16((1u << n) - 1, p));
+#else
   memcpy(buffer, p, n * sizeof(T));
+#endif
   return lane_index() < (int32_t)n ? load(buffer) : splat(fill);
 }
 template <class T>
 GPTCORE_INLINE void store_partial(T* p, Vec v, int64_t n) {
   T buffer[kLanes];
   store(buffer, v);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if (sizeof(T) == 4) _mm512_mask_storeu_ps(p, (1u << n) - 1, _mm512_loadu_ps((const float*)buffer));
+  else _mm256_mask_storeu_epi16(p, (1u << n) - 1, _mm256_loadu_si256((const __m256i*)buffer));
+#else
   memcpy(p, buffer, n * sizeof(T));
+#endif
 }
 
 template <class T>
