@@ -92,10 +92,11 @@ def bench_small_model(
 
 
 @pytest.mark.parametrize("part", PARTS)
-def bench_parts(part: str, compare: Compare) -> None:
+@pytest.mark.parametrize("weights", [F32, BF16])
+def bench_parts(weights: torch.dtype, part: str, compare: Compare) -> None:
     """How much shorter a step is without some of its parts, which is what they take."""
     compare(
-        f"small model step in parts {named(BF16, BF16)}", part, *in_parts(SMALL, SMALL_BATCH, BF16, part, BF16),
+        f"small model step in parts {named(BF16, weights)}", part, *in_parts(SMALL, SMALL_BATCH, BF16, part, weights),
         against="the whole step", limit=matmuls(SMALL, SMALL_BATCH[0] * SMALL_BATCH[1], BF16),
     )  # fmt: skip
 

@@ -95,7 +95,9 @@ PARTS = ["without AdamW and clipping", "nor casts", "nor attention, norms and GE
 
 
 def named(dtype: torch.dtype, weights: torch.dtype) -> str:
-    return name_of(dtype) + (" weights" if weights is not torch.float32 else "")
+    if dtype is torch.float32:
+        return name_of(dtype)
+    return f"{name_of(dtype)} {'autocast' if weights is torch.float32 else 'weights'}"
 
 
 def in_parts(
