@@ -43,7 +43,7 @@ def pick(toy: T, real: T) -> T:
 BLOCK = pick(0.0, 0.02)  # seconds: what is quicker is called several times in a row
 WARM = 0.1  # seconds: what is quicker runs once before it is timed, as the caches are somebody else's
 ROUNDS = {"toy": (2, 2), "quick": (3, 15), "full": (7, 60)}[FORM]
-BUDGET = {"toy": 0.0, "quick": 1.2, "full": 15.0}[FORM]  # seconds for the rounds between those two
+BUDGET = {"toy": 0.0, "quick": 1.0, "full": 15.0}[FORM]  # seconds for the rounds between those two
 
 
 def name_of(dtype: torch.dtype) -> str:
