@@ -17,7 +17,7 @@ from benchmarks.models import GPT2, transformers_gpt2
 from gptcore import GPT
 
 Compare = Callable[..., None]
-PROMPT, NEW = pick((8, 4), (64, 12))
+PROMPT, NEW = pick((8, 4), (64, 10))
 
 
 @cache

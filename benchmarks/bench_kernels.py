@@ -181,10 +181,14 @@ def bench_gelu(dtype: torch.dtype, compare: Compare) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("rows", pick([16], [4096, 128]))
 @dtypes
-def bench_gelu_in_place(dtype: torch.dtype, compare: Compare) -> None:
-    """The kernels into memory that exists: what the above takes longer is the first touch of new memory."""
-    shape = pick((16, 64), (4096, 3072))
+def bench_gelu_in_place(dtype: torch.dtype, rows: int, compare: Compare) -> None:
+    """The kernels into memory that exists: what the above takes longer is the first touch of new memory.
+
+    128 rows stay in the cache: what they take is arithmetic.
+    """
+    shape = rows, pick(64, 3072)
     x, grad = (torch.randn(shape).to(dtype) for _ in range(2))
     out, grad_x, threads = torch.empty_like(x), torch.empty_like(x), torch.get_num_threads()
 
@@ -224,11 +228,15 @@ def bench_layer_norm(dtype: torch.dtype, residual: bool, compare: Compare) -> No
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("rows", pick([16], [4096, 512]))
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @dtypes
-def bench_layer_norm_in_place(dtype: torch.dtype, residual: bool, compare: Compare) -> None:
-    """The kernels into memory that exists, against `ops.layer_norm`, which makes new tensors."""
-    rows, width = shape = pick((16, 64), (4096, 768))
+def bench_layer_norm_in_place(dtype: torch.dtype, residual: bool, rows: int, compare: Compare) -> None:
+    """The kernels into memory that exists, against `ops.layer_norm`, which makes new tensors.
+
+    512 rows stay in the cache: what they take is arithmetic.
+    """
+    rows, width = shape = rows, pick(64, 768)
     x, y, grad, grad_sum, out, total, grad_x = (torch.randn(shape).to(dtype) for _ in range(7))
     weight, bias, grad_weight, grad_bias = (torch.rand(width) for _ in range(4))
     mean, rstd, threads = torch.empty(rows), torch.empty(rows), torch.get_num_threads()

@@ -139,9 +139,10 @@ WHY = """What stops those that are missed, and the rows that measure it:
   same scores with a head_dim of 2; products that thin are slow, so that it is a bound from above. A line that counts it
   says what products at the whole rate of matmul would be with that after them. *Attention against its products* is
   without a mask. At S=256 the blocks on the diagonal count, of which a part is computed and masked.
-- Decoding at batch 1: the call from Python. *Attention decode, native function alone* reads at the memory's rate.
+- Decoding at batch 1: the call from Python. *Attention decode, native function alone* is without it.
 - GELU and layer norm: the first touch of new memory, by the system, and the call. *GELU into memory that exists*,
   *layer norm into memory that exists* and *freed memory kept* are the same kernels without the one, or without both.
+  With few rows (128, 512) they stay in the cache: what these take is arithmetic, which counts where memory is fast.
 - Training steps: *step in parts* takes away one part after the other, each without those before. *Overhead of a small
   model's step* is what that takes beside its kernels, *call of ...* what an operation does."""
 
