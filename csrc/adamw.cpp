@@ -73,6 +73,7 @@ void adamw(const Views& params, const Views& copies, const Views& grads, const V
   for (size_t i = 0; i < count; ++i) {
     const TensorView &param = params[i], &model = copies.empty() ? param : copies[i];
     const std::string param_name = at("params", i), copy_name = at("copies", i);
+    const std::string& model_name = copies.empty() ? param_name : copy_name;
     check_cpu(param, param_name.c_str());
     check_dtype(param, param_name.c_str(), DType::float32, "torch.float32");
     check_contiguous(param, param_name.c_str());
@@ -83,12 +84,14 @@ void adamw(const Views& params, const Views& copies, const Views& grads, const V
       check_apart(param, param_name.c_str(), model, copy_name.c_str());
     }
     check_like(grads[i], at("grads", i).c_str(), model);
-    check_apart(model, copies.empty() ? param_name.c_str() : copy_name.c_str(), grads[i], at("grads", i).c_str());
+    check_apart(model, model_name.c_str(), grads[i], at("grads", i).c_str());
+    check_apart(param, param_name.c_str(), grads[i], at("grads", i).c_str());
     const std::pair<const TensorView*, const char*> moments[] = {{&exp_avgs[i], "exp_avgs"},
                                                                  {&exp_avg_sqs[i], "exp_avg_sqs"}};
     for (const auto& [view, name] : moments) {
       check_like(*view, at(name, i).c_str(), param);
       check_apart(param, param_name.c_str(), *view, at(name, i).c_str());
+      check_apart(model, model_name.c_str(), *view, at(name, i).c_str());
     }
     check_apart(exp_avgs[i], at("exp_avgs", i).c_str(), exp_avg_sqs[i], at("exp_avg_sqs", i).c_str());
     ParameterPiece tensor{};

@@ -134,7 +134,8 @@ class AdamW(torch.optim.Optimizer):
             wide = torch.promote_types(parameter.dtype, torch.float32)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(parameter, dtype=wide, memory_format=torch.preserve_format)
-        if "master" not in state and _has_master(parameter):
+        if _has_master(parameter) and "master" not in state:  # new, or the state of another optimizer
+            state |= {key: state[key].float() for key in ("exp_avg", "exp_avg_sq")}
             state["master"] = parameter.float()
         return state
 

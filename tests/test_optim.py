@@ -144,6 +144,18 @@ def test_a_model_that_becomes_bfloat16_goes_on(backend: str) -> None:
     torch.testing.assert_close(optimizer.state[p]["master"], torch.full((20,), 0.8), rtol=1e-2, atol=0)
 
 
+def test_moments_of_16_bits_are_widened(backend: str) -> None:
+    p = nn.Parameter(torch.ones(20, dtype=BF16))
+    optimizer = AdamW([p], lr=0.1, weight_decay=0.0, backend=backend)
+    moments = {key: torch.ones(20, dtype=BF16) for key in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[p] = {"step": torch.ones(()), **moments}
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert {t.dtype for t in optimizer.state[p].values()} == {F32}
+    update = 0.1 / (1 - 0.9**2) * math.sqrt(1 - 0.999**2)  # both moments stay 1
+    torch.testing.assert_close(optimizer.state[p]["master"], torch.full((20,), 1 - update))
+
+
 def test_parameters_without_a_gradient_stay(backend: str) -> None:
     params = parameters()
     give_gradients(params, 0)
@@ -390,7 +402,10 @@ def test_the_native_function_refuses_what_does_not_fit(data: st.DataObject) -> N
     elif wrong == "meta":
         lists[key][index] = lists[key][index].to("meta")
     elif wrong == "shared":
-        lists[data.draw(st.sampled_from(["exp_avgs", "exp_avg_sqs"]))][index] = lists["params"][index]
+        pairs = [("exp_avgs", "params"), ("exp_avg_sqs", "params"), ("exp_avg_sqs", "exp_avgs")]
+        pairs += [("grads", "params")] if model is None else [("grads", "copies")]
+        one, other = data.draw(st.sampled_from(pairs))
+        lists[one][index] = lists[other][index]
     before = [t.clone() for key in names for t in lists[key]]
     with pytest.raises(ValueError, match=r"expected|contiguous|shares memory|without storage"):
         _C.adamw(*(lists[key] for key in names), 0.1, 0.9, 0.999, 1e-8, 0.01, scale, 1)
