@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.measure import FORM, in_child, keep_freed_memory, name_of, pick, seconds
-from benchmarks.models import BATCH, GPT2, PARTS, Trainee, difference, in_parts, matmuls, named, transformers_gpt2
+from benchmarks.models import ALL, BATCH, GPT2, PARTS, Trainee, difference, in_parts, matmuls, named, transformers_gpt2
 from gptcore import GPT
 from gptcore.optim import AdamW
 
@@ -44,7 +44,7 @@ def bench_gpt2(dtype: torch.dtype, weights: torch.dtype, compare: Compare) -> No
     extra["loss difference"] = difference(ours, theirs)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [ALL, *PARTS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16] if FORM == "quick" else DTYPES, ids=name_of)
 def bench_parts(dtype: torch.dtype, part: str, compare: Compare) -> None:
     """How much shorter a step is without some of its parts, which is what they take."""

@@ -91,6 +91,7 @@ def no_kernels() -> str:
     return "nothing"
 
 
+ALL = "all of it"  # where no step of transformers' is made in between, after which memory has to be found anew
 PARTS = ["without AdamW and clipping", "nor casts", "nor attention, norms and GELU"]  # each is gone in the next as well
 
 
@@ -102,7 +103,7 @@ def named(dtype: torch.dtype, weights: torch.dtype) -> str:
 
 def in_parts(
     config: GPTConfig, batch: tuple[int, int], dtype: torch.dtype, part: str, weights: torch.dtype = torch.float32
-) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+) -> tuple[Callable[[], object], Callable[[], object]]:
     """A training step without some of its parts, and the whole of it."""
     if part == "nor casts" and dtype is weights:
         pytest.skip(f"{named(dtype, weights)} has none")
@@ -118,7 +119,10 @@ def in_parts(
             compute_gradients(less, ids, dtype)
         less.zero_grad()
 
-    return gradients, lambda: train_step(model, optimizer, ids, dtype)
+    def whole() -> Tensor:
+        return train_step(model, optimizer, ids, dtype)
+
+    return (whole if part == ALL else gradients), whole
 
 
 def difference(ours: Trainee, theirs: Trainee) -> float:

@@ -143,7 +143,8 @@ WHY = """What stops those that are missed, and the rows that measure it:
 - GELU and layer norm: the first touch of new memory, by the system, and the call. *GELU into memory that exists*,
   *layer norm into memory that exists* and *freed memory kept* are the same kernels without the one, or without both.
   With few rows (128, 512) they stay in the cache: what these take is arithmetic, which counts where memory is fast.
-- Training steps: *step in parts* takes away one part after the other, each without those before. *Overhead of a small
+- Training steps: *step in parts* takes away one part after the other, each without those before; *all of it* is the
+  step where no step of transformers is made beside it, after which memory has to be found anew. *Overhead of a small
   model's step* is what that takes beside its kernels, *call of ...* what an operation does."""
 
 
