@@ -41,7 +41,7 @@ GOALS = [
     Goal(r"GPT-2 124M training step (\w+) .*", ratio=1.3, percent=85, stops=r"GPT-2 124M step in parts \1 "),
     Goal(r"small model training step float32 against ops\.use\(\"torch\"\)", ratio=1.6),
     Goal(
-        r"small model training step (bfloat16(?: \w+)?) against ops\.use\(\"torch\"\)(?: in float32)?", ratio=2.5,
+        r"small model training step (bfloat16(?: \w+)?) against ops\.use\(\"torch\"\)", ratio=2.5,
         stops=r"small model step in parts \1 ",
     ),
     Goal(r"peak memory of a GPT-2 124M step .*", ratio=1),
