@@ -258,6 +258,21 @@ def bench_layer_norm_in_place(dtype: torch.dtype, residual: bool, rows: int, com
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("shape", pick([(16, 32, 64)], [(768, 128, 512), (1024, 768, 3072)]), ids=str)
+def bench_linear(shape: tuple[int, int, int], compare: Compare) -> None:
+    """Under autocast, with float32 weights, as the small model and GPT-2 have it in training. Of our own only there."""
+    rows, inner, outer = shape
+    x, grad = torch.randn(rows, inner).bfloat16(), torch.randn(rows, outer).bfloat16()
+    inputs = [tensor.requires_grad_() for tensor in (x, torch.randn(outer, inner), torch.randn(outer))]
+
+    autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    ours, theirs = (forward_backward(autocast(linear), inputs, [grad]) for linear in (ops.linear, reference(F.linear)))
+    compare(
+        "linear layer forward + backward bfloat16 autocast", f"{rows} x {inner} to {outer}", ours, theirs,
+        against=PYTORCH, limit=measure.matmul(torch.bfloat16), flops=6 * rows * inner * outer,
+    )  # fmt: skip
+
+
 def shape_of(name: str) -> tuple[int, int]:
     return pick((16, 64), (4096, 3072) if name == "GELU" else (4096, 768))
 

@@ -29,6 +29,8 @@ namespace gptcore {
   void gelu_forward(const GeluArgs&);                          \
   size_t gelu_backward_workspace(const GeluArgs&);             \
   void gelu_backward(const GeluArgs&);                         \
+  size_t linear_workspace(const LinearArgs&);                  \
+  void linear(const LinearArgs&);                              \
   void cross_entropy(const CrossEntropyArgs&);                 \
   void adamw(const AdamWArgs&);                                \
   void grad_norm(const GradNormArgs&);                         \
@@ -38,7 +40,8 @@ namespace gptcore {
     name, attention::attention_forward_workspace, attention::attention_forward,                            \
         attention::attention_backward_workspace, attention::attention_backward, isa::layer_norm_forward,   \
         isa::layer_norm_backward_workspace, isa::layer_norm_backward, isa::gelu_forward,                   \
-        isa::gelu_backward_workspace, isa::gelu_backward, isa::cross_entropy, isa::adamw, isa::grad_norm   \
+        isa::gelu_backward_workspace, isa::gelu_backward, isa::linear_workspace, isa::linear,              \
+        isa::cross_entropy, isa::adamw, isa::grad_norm                                                     \
   }
 
 GPTCORE_DECLARE_ISA(baseline)

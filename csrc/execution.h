@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdlib>
-#include <memory>
 #include <new>
 #include <optional>
+#include <utility>
 
 #include "csrc/checks.h"
 
@@ -22,18 +22,52 @@ struct Execution {
 // The kernels for tensors on the device of this one. Throws ValueError if this module has none.
 const Kernels& kernels_for(const TensorView& tensor, const Execution& execution);
 
-// Scratch memory of one call. On the CPU it is aligned to a cache line and freed with the call; on a GPU PyTorch's
-// allocator owns it, which gives it to nobody else before the stream has passed this call.
+// Scratch memory on the CPU, aligned to a cache line. A thread keeps what it used for its next call: memory that the
+// system has to hand out anew, page by page, takes longer than a small kernel.
+class Scratch {
+ public:
+  Scratch() = default;
+  explicit Scratch(size_t bytes) {
+    bytes = bytes ? (bytes + 63) / 64 * 64 : 64;
+    if (kept().bytes_ >= bytes) {
+      swap(kept());
+      return;
+    }
+    memory_ = static_cast<char*>(std::aligned_alloc(64, bytes));
+    if (!memory_) throw std::bad_alloc();  // MemoryError in Python
+    bytes_ = bytes;
+  }
+  ~Scratch() {
+    if (bytes_ > kept().bytes_ && bytes_ <= kMostKept) swap(kept());
+    std::free(memory_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void swap(Scratch& other) { std::swap(memory_, other.memory_), std::swap(bytes_, other.bytes_); }
+  char* data() const { return memory_; }
+
+ private:
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr size_t kMostKept = 0;  // every byte beyond what was asked for is an error
+#else
+  static constexpr size_t kMostKept = 32 << 20;
+#endif
+  static Scratch& kept() {
+    static thread_local Scratch last;
+    return last;
+  }
+  char* memory_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Scratch memory of one call. On a GPU PyTorch's allocator owns it, which gives it to nobody else before the stream has
+// passed this call.
 class Workspace {
  public:
-  explicit Workspace(size_t bytes) {
-    bytes = (bytes + 63) / 64 * 64;
-    memory_.reset(static_cast<char*>(std::aligned_alloc(64, bytes ? bytes : 64)));
-    if (!memory_) throw std::bad_alloc();  // MemoryError in Python
-  }
+  explicit Workspace(size_t bytes) { Scratch(bytes).swap(scratch_); }
   Workspace(const Execution& execution, const TensorView& like, size_t bytes) {
     if (!execution.allocate) {
-      *this = Workspace(bytes);
+      Scratch(bytes).swap(scratch_);
       return;
     }
     if (bytes == 0) return;
@@ -45,11 +79,11 @@ class Workspace {
       refuse("the workspace has ", view_->bytes(), " bytes, expected ", bytes);
   }
   template <class T = char>
-  T* as() const { return view_ ? view_->as<T>() : reinterpret_cast<T*>(memory_.get()); }
+  T* as() const { return view_ ? view_->as<T>() : reinterpret_cast<T*>(scratch_.data()); }
   const std::optional<TensorView>& view() const { return view_; }
 
  private:
-  std::unique_ptr<char[], decltype(&std::free)> memory_{nullptr, &std::free};
+  Scratch scratch_;
   pybind11::object tensor_;
   std::optional<TensorView> view_;
 };

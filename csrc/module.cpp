@@ -62,6 +62,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_ops(m);
   m.def("attention_takes", &attention_takes, py::arg("query"), py::arg("key"), py::arg("value"),
         "Whether these are tensors that attention's kernels can read, with shapes that fit. Never raises.");
+  m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
+        py::arg("num_threads"));
+  m.def("linear_backward", &linear_backward, py::arg("grad_out"), py::arg("x"), py::arg("weight"), py::arg("grad_x"),
+        py::arg("grad_weight"), py::arg("grad_bias"), py::arg("num_threads"));
   m.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("targets"), py::arg("gradient"),
         py::arg("num_threads"));
   m.def("grad_norm", &grad_norm, py::arg("grads"), py::arg("num_threads"));

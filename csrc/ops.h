@@ -49,6 +49,13 @@ void gelu_forward(const TensorView& x, const OptionalView& bias, const TensorVie
 void gelu_backward(const TensorView& grad_out, const TensorView& x, const OptionalView& bias, const TensorView& grad_x,
                    const OptionalView& grad_bias, bool tanh_form, const Execution& execution);
 
+// x @ weight^T + bias, as F.linear has it, on the CPU. Which gradients are made is said by which are there.
+void linear_forward(const TensorView& x, const TensorView& weight, const OptionalView& bias, const TensorView& out,
+                    int64_t num_threads);
+void linear_backward(const TensorView& grad_out, const TensorView& x, const TensorView& weight,
+                     const OptionalView& grad_x, const OptionalView& grad_weight, const OptionalView& grad_bias,
+                     int64_t num_threads);
+
 // The sum over the rows. `gradient` overwrites the logits with softmax - onehot.
 double cross_entropy(const TensorView& logits, const TensorView& targets, bool gradient, int64_t num_threads);
 

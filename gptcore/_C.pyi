@@ -103,6 +103,20 @@ def gelu_backward(
 ) -> None:
     """Fills grad_x and, with a bias, grad_bias."""
 
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, num_threads: int) -> None:
+    """Fills out, (rows, out_features), with x @ weight.T + bias; inputs have its dtype or float32."""
+
+def linear_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    grad_x: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    num_threads: int,
+) -> None:
+    """Fills those gradients that are there."""
+
 def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool, num_threads: int) -> float:
     """The sum of the rows' cross entropies; logits is (rows, vocabulary), whose rows are dense.
 

@@ -32,6 +32,13 @@ class GPTOutput(NamedTuple):
     loss: Tensor | None  # (), float32; None without labels
 
 
+class Linear(nn.Linear):
+    """torch.nn.Linear through ops.linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
 class LayerNorm(nn.Module):
     """Layer norm of x plus what is still to be added to it, in one kernel: (norm(x + update), x + update)."""
 
@@ -52,8 +59,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
         self.attn_pdrop = config.attn_pdrop
         self.n_head, self.layer = config.n_head, layer
@@ -83,8 +90,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         n_inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, n_inner)
-        self.c_proj = nn.Linear(n_inner, config.n_embd)
+        self.c_fc = Linear(config.n_embd, n_inner)
+        self.c_proj = Linear(n_inner, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
         self.gelu_form = GELU_FORMS[config.activation_function]
 

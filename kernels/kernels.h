@@ -89,6 +89,25 @@ struct GeluArgs {
   void* stream;      // GPU
 };
 
+// (rows, columns) in any of the three float types; its rows are dense.
+struct Matrix {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t stride = 0;  // from row to row
+};
+
+// x, weight and bias are each of `dtype` or float32, and their gradients like them. What has no data is not made.
+struct LinearArgs {
+  DType dtype;  // of out and grad_out, and what products are made in
+  int64_t rows, in_features, out_features;
+  Matrix x, weight, out, grad_out, grad_x, grad_weight;
+  const void* bias;  // (out_features,), may be null
+  void* grad_bias;
+  DType bias_dtype;
+  char* workspace;  // linear_workspace bytes, aligned to 64
+  int num_threads;
+};
+
 struct CrossEntropyArgs {
   DType dtype;
   int64_t rows, vocab, row_stride;
@@ -140,6 +159,8 @@ struct Kernels {
   size_t (*gelu_backward_workspace)(const GeluArgs&);
   void (*gelu_backward)(const GeluArgs&);
   // The CPU's alone.
+  size_t (*linear_workspace)(const LinearArgs&);
+  void (*linear)(const LinearArgs&);
   void (*cross_entropy)(const CrossEntropyArgs&);
   void (*adamw)(const AdamWArgs&);
   void (*grad_norm)(const GradNormArgs&);

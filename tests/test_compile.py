@@ -50,6 +50,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
         ((3, 5, 12), (12,), (12,), (3, 5, 12)),
     ),
     "gelu": (lambda b, x: ops.gelu(x, backend=b), ((3, 5, 12),)),
+    "linear": (lambda b, x, w, c: ops.linear(x, w, c, backend=b), ((3, 5, 12), (7, 12), (7,))),
+    "linear without bias": (lambda b, x, w: ops.linear(x, w, backend=b), ((5, 12), (7, 12))),
     "gelu with bias": (lambda b, x, c: ops.gelu(x, bias=c, approximate="none", backend=b), ((3, 5, 12), (12,))),
 }  # fmt: skip
 
@@ -88,7 +90,7 @@ def test_compiled_dropout_draws_anew_each_time(backend: str) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["attention", "residual", "gelu with bias"])
+@pytest.mark.parametrize("name", ["attention", "residual", "gelu with bias", "linear without bias"])
 def test_compiled_for_any_size(name: str) -> None:
     function, shapes = CASES[name]
     compiled = torch.compile(lambda *t: function("cpu", *t), fullgraph=True, backend="aot_eager", dynamic=True)

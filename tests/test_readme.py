@@ -27,12 +27,13 @@ def test_operations():
     update, x, h = torch.randn(3, 2, 16, 32).unbind()
     qkv = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4)
     names = {"q": q, "k": k, "v": v, "qkv": qkv, "update": update, "x": x, "h": h}
-    names |= {"weight": torch.ones(32), "bias": torch.zeros(32)}
+    names |= {"weight": torch.ones(32), "bias": torch.zeros(32), "projection": torch.randn(48, 32)}
     before = dict(names)
     exec(BLOCKS[1], names)
     torch.testing.assert_close(names["out"], ops.attention(q, k, v).transpose(1, 2))
     torch.testing.assert_close(names["x"], before["update"] + before["x"])
     assert names["h"].shape == before["h"].shape
+    assert names["z"].shape == (2, 16, 48)
 
 
 def test_from_gpt2_and_back(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@
 from gptcore.ops.attention import attention, attention_qkvpacked
 from gptcore.ops.gelu import gelu
 from gptcore.ops.layer_norm import layer_norm
+from gptcore.ops.linear import linear
 from gptcore.ops.linear_cross_entropy import linear_cross_entropy
 from gptcore.ops.registry import backends, chosen, in_use, use
 
@@ -18,6 +19,7 @@ __all__ = [
     "gelu",
     "in_use",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "use",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,8 @@ def _is_watched(tensor: torch.Tensor) -> bool:
     return type(tensor) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
 
 
-def implement(op: str, function: type[torch.autograd.Function]) -> None:
-    """Register function.apply(..., backend) as what runs `op` on every backend that has kernels."""
+def implement(op: str, function: type[torch.autograd.Function], backends: Sequence[str] = KERNEL_BACKENDS) -> None:
+    """Register function.apply(..., backend) as what runs `op` on these backends."""
 
     # What function.apply comes to where functorch is not at work; finding that out takes it as long as a small kernel.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
@@ -55,7 +55,7 @@ def implement(op: str, function: type[torch.autograd.Function]) -> None:
             return apply(*args, backend)
         return function.forward(_NothingToKeep(), *args, backend)
 
-    for backend in KERNEL_BACKENDS:
+    for backend in backends:
         registry.BACKENDS[backend].implementations[op] = functools.partial(run, backend)
 
 

@@ -1,0 +1,370 @@
+"""ops.linear against its formula in float64, by the rule of grid.py; autocast, edges, memory and refusals."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from grid import BF16, DTYPES, F16, F32, F64, NATIVE, check, covering, leaves, over, randn, running, threads
+from torch import Tensor
+
+from gptcore import _C, ops
+from gptcore.model import GPT, GPTConfig, Linear
+
+# The others leave linear layers to PyTorch
+on_the_cpu = pytest.mark.parametrize("kernel", [name for name in NATIVE if name.startswith("cpu")], indirect=True)
+
+
+@dataclass(frozen=True)
+class Layer:
+    shape: tuple[int, ...] = (30,)  # of x, without in_features
+    sizes: tuple[int, int] = (40, 33)  # in_features, out_features
+    bias: bool = True
+    dtype: torch.dtype = F32
+    wide: str = ""  # which of "x" and "w", weight and bias, are float32 under autocast to dtype
+
+
+def results(run: Callable[..., Tensor], case: Layer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    inner, outer = case.sizes
+    x, weight, bias = (
+        randn(*case.shape, inner, dtype=case.dtype),
+        randn(outer, inner, seed=1, scale=1 / math.sqrt(max(1, inner)), dtype=case.dtype),
+        randn(outer, seed=2, dtype=case.dtype) if case.bias else None,
+    )
+    x, weight, bias = leaves(x, weight, bias, dtype=dtype)
+    out = run(x, weight, bias)
+    out.backward(randn(*case.shape, outer, seed=3, dtype=case.dtype).to(out.dtype))
+    found = {"out": out.detach(), "dx": x.grad, "dweight": weight.grad}
+    return found if bias is None else {**found, "dbias": bias.grad}
+
+
+@functools.cache
+def expected(case: Layer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return results(lambda x, w, b: F.linear(x, w, b), case, F64), results(lambda x, w, b: F.linear(x, w, b), case)
+
+
+def autocast_results(run: Callable[..., Tensor], case: Layer) -> dict[str, Tensor]:
+    """The numbers of `case`, rounded to its dtype, some of them in tensors of float32."""
+
+    def widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.float() if "x" in case.wide else x
+        if "w" in case.wide:
+            weight, bias = weight.float(), None if bias is None else bias.float()
+        with torch.autocast("cpu", case.dtype):
+            return run(x, weight, bias)
+
+    return results(widened, case)
+
+
+# Around the edges of tiles (12 rows or 6, panels of 32, 16 or 8 columns), bands of four tiles, stretches of 64 and 256
+ROWS = [(), (1,), (11,), (13,), (25,), (49,), (97,), (3, 65), (2, 2, 7), (300,)]
+IN = [1, 2, 3, 31, 33, 64, 65, 257, 514, 1025]
+OUT = [1, 6, 13, 16, 17, 32, 33, 65, 130]
+CASES = [
+    Layer(axes["shape"], (axes["inner"], axes["outer"]), axes["bias"], axes["dtype"])
+    for axes in covering(shape=ROWS, inner=IN, outer=OUT, bias=[True, False], dtype=list(DTYPES))
+]
+WIDE = [
+    Layer(axes["shape"], (axes["inner"], axes["outer"]), axes["bias"], axes["dtype"], axes["wide"])
+    for axes in covering(
+        shape=[(1,), (13,), (3, 65), (130,)], inner=[1, 31, 64, 67, 130], outer=[1, 16, 33, 70], bias=[True, False],
+        dtype=[BF16, F16], wide=["", "x", "w", "xw"],
+    )
+]  # fmt: skip
+
+
+@over(CASES, CASES[:2])
+def test_it_equals_the_formula(backend: str, case: Layer) -> None:
+    ref, theirs = expected(case)
+    for name, got in results(functools.partial(ops.linear, backend=backend), case).items():
+        assert got.dtype == case.dtype
+        check(name, got, ref[name], theirs[name])
+
+
+@over(WIDE, WIDE[:2])
+def test_autocast(backend: str, case: Layer) -> None:
+    ref, theirs = expected(case)
+    got = autocast_results(functools.partial(ops.linear, backend=backend), case)
+    assert got["out"].dtype == case.dtype
+    for name, tensor in got.items():
+        check(name, tensor, ref[name], theirs[name])
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_gradients_of_float32_weights_are_not_rounded_on_their_way(kernel: str, dtype: torch.dtype) -> None:
+    x, weight, bias = leaves(randn(70, 40), randn(33, 40, seed=1), randn(33, seed=2))
+    grad_out = randn(70, 33, seed=3, dtype=dtype)
+    with torch.autocast("cpu", dtype):
+        ops.linear(x, weight, bias, backend=kernel).backward(grad_out)
+    wide, narrow = grad_out.double(), x.detach().to(dtype).double()
+    torch.testing.assert_close(bias.grad, wide.sum(0).float(), rtol=1e-5, atol=1e-5)
+    # x is rounded to dtype where there are instructions for that, and else used as it is
+    off = min(float((weight.grad - wide.t() @ other).abs().max()) for other in (narrow, x.detach().double()))
+    assert off < 1e-4
+    assert float((weight.grad - weight.grad.to(dtype)).abs().max()) > 1e-4
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinity_and_nan_spread_as_in_pytorch(kernel: str, dtype: torch.dtype) -> None:
+    """Not further than to their row or column, and NaN that bits of its mantissa tell from infinity stays NaN."""
+    x, weight, bias = randn(20, 37, dtype=dtype), randn(40, 37, seed=1, dtype=dtype), randn(40, seed=2, dtype=dtype)
+    x[3, 5], x[7, 36], weight[9, 0], bias[11] = math.nan, math.inf, math.nan, -math.inf
+    whole = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(F32)
+    for wide in (False, True):
+        tensors = [x, weight, bias]
+        if wide:
+            tensors = [tensor.float() for tensor in tensors]
+            tensors[0][3, 5] = tensors[1][9, 0] = whole[0]
+        tensors = leaves(*tensors)
+        grad_out = randn(20, 40, seed=4, dtype=dtype)
+        grad_out[2, 2] = math.inf
+        with torch.autocast("cpu", dtype, enabled=wide and dtype is not F32):
+            out = ops.linear(*tensors, backend=kernel)
+            out.backward(grad_out)
+        exact = leaves(x, weight, bias, dtype=F64)
+        theirs = F.linear(*exact)
+        theirs.backward(grad_out.double())
+        for ours, ref in zip((out, *(t.grad for t in tensors)), (theirs, *(t.grad for t in exact)), strict=True):
+            assert torch.equal(ours.isnan(), ref.isnan())
+            assert torch.equal(ours.isinf(), ref.isinf())
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
+def test_only_what_needs_a_gradient_gets_one(backend: str, needs: tuple[bool, ...]) -> None:
+    tensors = [randn(70, 24), randn(9, 24, seed=1), randn(9, seed=2)]
+    everything = leaves(*tensors)
+    F.linear(*everything).sum().backward()
+    for tensor, need in zip(tensors, needs, strict=True):
+        tensor.requires_grad_(need)
+    out = ops.linear(*tensors, backend=backend)
+    assert out.requires_grad == any(needs)
+    if any(needs):
+        out.sum().backward()
+    for tensor, need, full in zip(tensors, needs, everything, strict=True):
+        if need:
+            torch.testing.assert_close(tensor.grad, full.grad)
+        else:
+            assert tensor.grad is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides(backend: str, dtype: torch.dtype) -> None:
+    x, weight = randn(24, 2, 66, dtype=dtype, seed=1)[..., ::2].transpose(0, 1), randn(33, 20, dtype=dtype).t()
+    bias, grad_out = randn(40, dtype=dtype)[::2], randn(20, 24, 2, dtype=dtype, seed=3).permute(2, 1, 0)
+    dense = leaves(*(tensor.contiguous() for tensor in (x, weight, bias)))
+    expected = F.linear(*dense)
+    expected.backward(grad_out)
+    strided = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+    out = ops.linear(*strided, backend=backend)
+    out.backward(grad_out)
+    for ours, theirs in zip((out, *(t.grad for t in strided)), (expected, *(t.grad for t in dense)), strict=True):
+        check("strided", ours.detach(), theirs.detach().double(), theirs.detach())
+
+
+def test_a_gradient_that_is_one_number_expanded(backend: str) -> None:
+    x, weight = leaves(randn(70, 24), randn(9, 24, seed=1))
+    ops.linear(x, weight, backend=backend).sum().backward()
+    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(70, 24))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(0, 5, 3), (4, 0, 3), (4, 5, 0), (0, 0, 0)])
+def test_nothing(backend: str, rows: int, inner: int, outer: int, dtype: torch.dtype) -> None:
+    x, weight, bias = leaves(
+        randn(rows, inner, dtype=dtype), randn(outer, inner, dtype=dtype), randn(outer, dtype=dtype)
+    )
+    out = ops.linear(x, weight, bias, backend=backend)
+    assert torch.equal(out, bias.expand(rows, outer))
+    out.backward(torch.ones_like(out))
+    assert [tuple(t.grad.shape) for t in (x, weight, bias)] == [(rows, inner), (outer, inner), (outer,)]
+    assert not weight.grad.any()
+    assert torch.equal(bias.grad, torch.full_like(bias, rows))
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_threads_does_not_matter(kernel: str, dtype: torch.dtype) -> None:
+    case, found = Layer((130,), (257, 70), dtype=dtype), []
+    for count in (1, 2, 3, 7):
+        with threads(count):
+            found.append(results(functools.partial(ops.linear, backend="cpu"), case))
+    for other in found[1:]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in found[0].items())
+
+
+@on_the_cpu
+def test_rows_a_page_apart(kernel: str) -> None:
+    """Which would share few places of the cache, and are packed for that."""
+    case = Layer((30,), (2048, 20), dtype=BF16)
+    ref, theirs = expected(case)
+    for name, got in results(functools.partial(ops.linear, backend=kernel), case).items():
+        check(name, got, ref[name], theirs[name])
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neighbours_in_memory_are_neither_read_nor_written(kernel: str, dtype: torch.dtype) -> None:
+    def among(*shape: int) -> tuple[Tensor, Tensor]:
+        room = torch.full((math.prod(shape) + 128,), math.nan, dtype=dtype)
+        return room, room[64:-64].view(shape)
+
+    for rows, inner, outer in ((13, 35, 33), (25, 64, 17), (3, 7, 5)):
+        rooms, (x, weight, bias, out, grad_out, *gradients) = zip(
+            *(
+                among(*shape)
+                for shape in (
+                    (rows, inner), (outer, inner), (outer,), (rows, outer), (rows, outer),
+                    (rows, inner), (outer, inner), (outer,),
+                )
+            ),
+            strict=True,
+        )  # fmt: skip
+        for seed, tensor in enumerate((x, weight, bias, grad_out)):
+            tensor.copy_(randn(*tensor.shape, seed=seed, dtype=dtype))
+        _C.linear_forward(x, weight, bias, out, 2)
+        _C.linear_backward(grad_out, x, weight, *gradients, 2)
+        assert not any(tensor.isnan().any() for tensor in (out, *gradients))
+        assert all(room[:64].isnan().all() and room[-64:].isnan().all() for room in rooms)
+
+
+# ---- which backend --------------------------------------------------------------------------------------------------
+
+
+def calls_of_the_kernel(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
+    calls = []
+    forward = _C.linear_forward
+    with monkeypatch.context() as patch:
+        patch.setattr(_C, "linear_forward", lambda *a: (calls.append(1), forward(*a)))
+        run()
+    return len(calls)
+
+
+def test_the_kernel_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["gptcore.ops.linear"]
+    monkeypatch.setattr(module, "FASTER_ON", _C.cpu_isa())
+    x, weight = randn(100, 8, dtype=BF16), randn(9, 8, dtype=BF16)
+
+    def calls(*args: Tensor, **settings: Any) -> int:
+        return calls_of_the_kernel(lambda: ops.linear(*args, **settings), monkeypatch)
+
+    assert calls(x, weight) == 1
+    assert calls(x.view(10, 10, 8), weight) == 1
+    assert calls(x[:63], weight) == 0
+    assert calls(x.float(), weight.float()) == 0
+    assert calls(x.half(), weight.half()) == 0
+    with torch.autocast("cpu", BF16):
+        assert calls(x.float(), weight.float()) == 1
+    assert calls(x, weight, backend="torch") == 0
+    assert calls(x.float(), weight.float(), backend="cpu") == 1
+    with ops.use("torch"):
+        assert calls(x, weight) == 0
+    with ops.use("cpu"):
+        assert calls(x[:1].float(), weight.float()) == 1
+    monkeypatch.setattr(module, "FASTER_ON", "another")
+    assert calls(x, weight) == 0
+
+
+@pytest.mark.skipif("cpu-avx512_bf16" not in NATIVE, reason="this CPU has no AVX-512 with bfloat16")
+def test_a_model_in_bfloat16_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(GPTConfig(vocab_size=50, n_positions=64, n_embd=16, n_layer=2, n_head=2)).eval()
+    ids = torch.randint(50, (2, 64))
+    with running("cpu-avx512_bf16"):
+        assert calls_of_the_kernel(lambda: model(ids), monkeypatch) == 0
+        with torch.autocast("cpu", BF16):
+            assert calls_of_the_kernel(lambda: model(ids), monkeypatch) == 8
+        assert calls_of_the_kernel(lambda: model.bfloat16()(ids), monkeypatch) == 8
+
+
+def test_the_module_is_torchs_linear() -> None:
+    torch.manual_seed(0)
+    ours = Linear(5, 7)
+    torch.manual_seed(0)
+    theirs = torch.nn.Linear(5, 7)
+    x = randn(3, 5)
+    assert isinstance(ours, torch.nn.Linear)
+    assert torch.equal(ours(x), theirs(x))
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_arguments_that_do_not_fit(backend: str) -> None:
+    x, weight, bias = randn(4, 8), randn(9, 8), randn(9)
+
+    def refused(error: type[Exception], match: str, *args: Any) -> None:
+        with pytest.raises(error, match=match):
+            ops.linear(*args, backend=backend)
+
+    refused(TypeError, "x is a list", [1.0], weight)
+    refused(TypeError, "bias is a float", x, weight, 1.0)
+    refused(ValueError, r"x is torch.int64", x.long(), weight)
+    refused(ValueError, r"shape \(\)", torch.tensor(1.0), weight)
+    refused(ValueError, r"weight has shape \(9, 8\), expected \(out_features, 7\)", x[:, :7], weight)
+    refused(ValueError, r"weight has shape \(8,\)", x, weight[0])
+    refused(ValueError, r"bias has shape \(8,\), expected \(9,\)", x, weight, bias[:8])
+    refused(ValueError, r"weight is torch.bfloat16, expected torch.float32", x, weight.bfloat16())
+    refused(ValueError, r"bias is torch.float16, expected torch.float32", x, weight, bias.half())
+    refused(ValueError, r"weight is on meta, expected cpu", x, weight.to("meta"))
+    with torch.autocast("cpu", BF16):
+        refused(ValueError, r"weight is torch.float64", x, weight.double())
+
+
+def test_float64_is_for_torch_alone() -> None:
+    x, weight = randn(4, 8, dtype=F64), randn(9, 8, dtype=F64)
+    assert torch.equal(ops.linear(x, weight), F.linear(x, weight))
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run linear"):
+        ops.linear(x, weight, backend="cpu")
+
+
+def test_native_arguments_that_do_not_fit() -> None:
+    x, weight, bias, out = randn(4, 8), randn(9, 8), randn(9), torch.empty(4, 9)
+    gradients = [torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)]
+
+    def refused(match: str, function: Callable[..., None], *args: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            function(*args)
+
+    refused(r"x has shape \(\)", _C.linear_forward, torch.tensor(1.0), weight, bias, out, 1)
+    refused(
+        r"x has shape \(4, 7\), expected 4 rows of 8", _C.linear_forward, x[:, :7].contiguous(), weight, bias, out, 1
+    )
+    refused(r"weight has shape \(8\)", _C.linear_forward, x, weight[0], bias, out, 1)
+    refused(r"bias has shape \(8\), expected \(9\)", _C.linear_forward, x, weight, bias[:8], out, 1)
+    refused(r"out has shape \(9, 4\), expected 4 rows of 9", _C.linear_forward, x, weight, bias, out.view(9, 4), 1)
+    refused("x is not contiguous", _C.linear_forward, randn(8, 4).t(), weight, bias, out, 1)
+    refused("weight is torch.bfloat16", _C.linear_forward, x, weight.bfloat16(), bias, out, 1)
+    refused("bias is torch.float16", _C.linear_forward, x, weight, bias.half(), out.bfloat16(), 1)
+    refused("out is torch.float64", _C.linear_forward, x, weight, bias, out.double(), 1)
+    refused("out shares memory with x", _C.linear_forward, x, randn(8, 8), None, x, 1)
+    refused("num_threads is 0", _C.linear_forward, x, weight, bias, out, 0)
+    for i, name in enumerate(("grad_x", "grad_weight", "grad_bias")):
+        for wrong, match in ((gradients[i][:-1], "shape"), (gradients[i].double(), "torch.float64")):
+            given = [*gradients[:i], wrong, *gradients[i + 1 :]]
+            refused(f"{name} .*{match}", _C.linear_backward, out, x, weight, *given, 1)
+    refused("grad_x shares memory with x", _C.linear_backward, out, x, weight, x, None, None, 1)
+    refused("grad_weight shares memory with weight", _C.linear_backward, out, x, weight, None, weight, None, 1)
+    refused("grad_bias shares memory with grad_out", _C.linear_backward, out, x, weight, None, None, out[0], 1)
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def test_the_operators_are_registered_as_pytorch_wants_them() -> None:
+    x, weight, bias = randn(2, 5, 8), randn(9, 8), randn(9)
+    for maybe in (bias, None):
+        torch.library.opcheck(torch.ops.gptcore.linear_forward.default, (x, weight, maybe, BF16))
+        for needs in itertools.product([True, False], repeat=3):
+            if maybe is None and needs[2]:
+                continue
+            arguments = (randn(2, 5, 9), x, weight, maybe, *needs)
+            torch.library.opcheck(torch.ops.gptcore.linear_backward.default, arguments)
