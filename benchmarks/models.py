@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Limit, name_of, pick
-from gptcore import GPT, GPTConfig, ops
+from gptcore import _C, GPT, GPTConfig, ops
+from gptcore.ops.linear import FASTER_ON
 from gptcore.ops.registry import BACKENDS, FLOATS, Backend
 from gptcore.optim import AdamW
 from gptcore.pretrained import PREFIX, TRANSPOSED
@@ -72,7 +73,7 @@ class Trainee:
             self.losses.append(train_step(self.model, self.optimizer, self.ids, self.dtype))
 
 
-def no_kernels() -> str:
+def no_kernels(dtype: torch.dtype) -> str:
     """A backend whose attention, norms and GELU return what they are given: the rest of a step is what it would be."""
 
     def layer_norm(
@@ -86,6 +87,8 @@ def no_kernels() -> str:
         "layer_norm": layer_norm,
         "gelu": lambda x, bias, tanh: x,
     }
+    ours = dtype is torch.bfloat16 and _C.cpu_isa() == FASTER_ON  # as ops.linear chooses
+    nothing["linear"] = BACKENDS["cpu" if ours else "torch"].implementations["linear"]
     implementations = {**BACKENDS["cpu"].implementations, **nothing}
     BACKENDS["nothing"] = Backend("nothing", devices=("cpu",), dtypes=FLOATS, implementations=implementations)
     return "nothing"
@@ -112,7 +115,7 @@ def in_parts(
     optimizer = AdamW(model.parameters(), lr=1e-4)
     ids = torch.randint(config.vocab_size, batch)
     less = model if part == PARTS[0] else copy.deepcopy(model).to(dtype)  # weights that no autocast has to cast
-    backend = no_kernels() if part == PARTS[2] else None
+    backend = no_kernels(dtype) if part == PARTS[2] else None
 
     def gradients() -> None:
         with ops.use(backend):

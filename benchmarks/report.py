@@ -144,8 +144,9 @@ WHY = """What stops those that are missed, and the rows that measure it:
   *layer norm into memory that exists* and *freed memory kept* are the same kernels without the one, or without both.
   With few rows (128, 512) they stay in the cache: what these take is arithmetic, which counts where memory is fast.
 - Training steps: *step in parts* takes away one part after the other, each without those before; *all of it* is the
-  step where no step of transformers is made beside it, after which memory has to be found anew. *Overhead of a small
-  model's step* is what that takes beside its kernels, *call of ...* what an operation does."""
+  step where no step of transformers is made beside it, after which memory has to be found anew. Half of the small
+  model's step in bfloat16 is *its matmuls alone*, which *linear layer* has near the machine's rate; *overhead of a
+  small model's step* is what Python and PyTorch take for its calls, *call of ...* what they take for one."""
 
 
 def markdown(lines: list[list[str]]) -> str:

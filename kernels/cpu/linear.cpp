@@ -17,7 +17,7 @@ constexpr int kRows = kLanes == 16 ? 12 : 6, kVectors = 2;
 constexpr int kWidth = kVectors * kLanes;  // columns of a panel of B
 constexpr int64_t kSteps = 256;            // whose terms are added up on their own, as those of kDepth in attention
 constexpr int64_t kStretch = 64;           // rows or columns that are packed in one go
-constexpr int64_t kMostTiles = 4;          // of a band, one above the other
+constexpr int64_t kMostTiles = 2;          // of a band, one above the other
 
 template <class T>
 struct Product {
@@ -194,7 +194,7 @@ void multiply_all(const Product<T>& p, char* workspace, int num_threads) {
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
     char* left = workspace + p.right_bytes() + omp_get_thread_num() * p.left_bytes();
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 1)
     for (int64_t panel = 0; panel < p.panels(); ++panel)
       pack_right(p, panel * kWidth, right + panel * p.panel_size());
 #pragma omp for schedule(dynamic, 1)
