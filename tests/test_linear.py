@@ -113,6 +113,16 @@ def test_gradients_of_float32_weights_are_not_rounded_on_their_way(kernel: str, 
     assert float((weight.grad - weight.grad.to(dtype)).abs().max()) > 1e-4
 
 
+def test_autocast_of_whatever_dtype(backend: str) -> None:
+    x, weight, bias = leaves(randn(70, 40, dtype=F16), randn(33, 40, seed=1, dtype=F16), randn(33, seed=2))
+    with torch.autocast("cpu", BF16):
+        out = ops.linear(x, weight, bias, backend=backend)
+    assert out.dtype == BF16
+    out.backward(torch.ones_like(out))
+    assert [t.grad.dtype for t in (x, weight, bias)] == [F16, F16, F32]
+    torch.testing.assert_close(out.float(), F.linear(x.float(), weight.float(), bias), rtol=2e-2, atol=1e-1)
+
+
 @on_the_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinity_and_nan_spread_as_in_pytorch(kernel: str, dtype: torch.dtype) -> None:
@@ -249,17 +259,21 @@ def calls_of_the_kernel(run: Callable[[], object], monkeypatch: pytest.MonkeyPat
     return len(calls)
 
 
+class Special(Tensor):
+    """Of a kind that the kernel does not know."""
+
+
 def test_the_kernel_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["gptcore.ops.linear"]
     monkeypatch.setattr(module, "FASTER_ON", _C.cpu_isa())
-    x, weight = randn(100, 8, dtype=BF16), randn(9, 8, dtype=BF16)
+    x, weight = randn(300, 8, dtype=BF16), randn(9, 8, dtype=BF16)
 
     def calls(*args: Tensor, **settings: Any) -> int:
         return calls_of_the_kernel(lambda: ops.linear(*args, **settings), monkeypatch)
 
     assert calls(x, weight) == 1
-    assert calls(x.view(10, 10, 8), weight) == 1
-    assert calls(x[:63], weight) == 0
+    assert calls(x.view(10, 30, 8), weight) == 1
+    assert calls(x[:255], weight) == 0
     assert calls(x.float(), weight.float()) == 0
     assert calls(x.half(), weight.half()) == 0
     with torch.autocast("cpu", BF16):
@@ -270,6 +284,7 @@ def test_the_kernel_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch)
         assert calls(x, weight) == 0
     with ops.use("cpu"):
         assert calls(x[:1].float(), weight.float()) == 1
+    assert calls(x, weight.as_subclass(Special)) == 0
     monkeypatch.setattr(module, "FASTER_ON", "another")
     assert calls(x, weight) == 0
 
@@ -277,7 +292,7 @@ def test_the_kernel_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.skipif("cpu-avx512_bf16" not in NATIVE, reason="this CPU has no AVX-512 with bfloat16")
 def test_a_model_in_bfloat16_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(GPTConfig(vocab_size=50, n_positions=64, n_embd=16, n_layer=2, n_head=2)).eval()
-    ids = torch.randint(50, (2, 64))
+    ids = torch.randint(50, (4, 64))
     with running("cpu-avx512_bf16"):
         assert calls_of_the_kernel(lambda: model(ids), monkeypatch) == 0
         with torch.autocast("cpu", BF16):
@@ -317,6 +332,7 @@ def test_arguments_that_do_not_fit(backend: str) -> None:
     refused(ValueError, r"weight is on meta, expected cpu", x, weight.to("meta"))
     with torch.autocast("cpu", BF16):
         refused(ValueError, r"weight is torch.float64", x, weight.double())
+        refused(ValueError, r"weight is torch.int8", x, weight.to(torch.int8))
 
 
 def test_float64_is_for_torch_alone() -> None:
@@ -357,6 +373,15 @@ def test_native_arguments_that_do_not_fit() -> None:
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_bfloat16_compiles_into_one_graph() -> None:
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(vocab_size=50, n_positions=64, n_embd=16, n_layer=1, n_head=2)).eval()
+    ids = torch.randint(50, (4, 64))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", BF16):
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=2e-2, atol=1e-2)
 
 
 def test_the_operators_are_registered_as_pytorch_wants_them() -> None:

@@ -17,7 +17,7 @@ from gptcore import _C
 from gptcore.ops import native, registry
 
 FASTER_ON = "avx512_bf16"  # the instruction set; where there is AMX, PyTorch's matmuls are several times as fast
-FASTER_FROM = 64  # rows; of fewer, packing the weight takes longer than the products
+FASTER_FROM = 256  # rows; with fewer, packing a large weight takes longer than what is saved
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -42,8 +42,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     native.check_tensors(x=x, weight=weight)
     native.check_tensors(optional=True, bias=bias)
     dtype = _check(x, weight, bias)
-    if backend is None and registry.in_use() is None and not _is_faster(x, dtype):
+    if backend is None and registry.in_use() is None and not _is_faster(x, weight, dtype):
         backend = "torch"
+    # Of what autocast takes, these are read as they are
+    if not all(tensor is None or tensor.dtype in (dtype, torch.float32) for tensor in (x, weight, bias)):
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     out: Tensor = registry.select("linear", backend, x)(x, weight, bias, dtype)
     return out
 
@@ -66,13 +69,21 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     for name, other in others.items():
         if other.device != x.device:
             raise ValueError(f"{name} is on {other.device}, expected {x.device} like x")
-        if other.dtype != dtype and (autocast is None or other.dtype == torch.float64):
+        castable = autocast is not None and other.dtype.is_floating_point and other.dtype != torch.float64
+        if other.dtype != dtype and not castable:
             raise ValueError(f"{name} is {other.dtype}, expected {dtype} like x")
     return dtype
 
 
-def _is_faster(x: Tensor, dtype: torch.dtype) -> bool:
-    return dtype is torch.bfloat16 and x.is_cpu and _C.cpu_isa() == FASTER_ON and math.prod(x.shape[:-1]) >= FASTER_FROM
+def _is_faster(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    return (
+        dtype is torch.bfloat16
+        and x.is_cpu
+        and not torch.compiler.is_compiling()  # which joins F.linear with its neighbours
+        and type(weight) in (Tensor, torch.nn.Parameter)  # others, of quantized weights say, come with an F.linear
+        and _C.cpu_isa() == FASTER_ON
+        and math.prod(x.shape[:-1]) >= FASTER_FROM
+    )
 
 
 # ---- torch: PyTorch's own -----------------------------------------------------------------------------------------
