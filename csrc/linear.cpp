@@ -24,18 +24,24 @@ Matrix as_rows(const TensorView& t, const char* name, DType dtype, int64_t rows,
   return {t.data, t.dtype, columns};
 }
 
-LinearArgs common_args(const TensorView& x, const TensorView& weight, DType dtype, int64_t num_threads) {
+LinearArgs common_args(DType dtype, int64_t rows, int64_t in_features, int64_t out_features, int64_t num_threads) {
   LinearArgs args{};
   args.dtype = dtype;
-  if (x.ndim < 1) refuse("x has shape (), expected (..., in_features)");
-  if (weight.ndim != 2)
-    refuse("weight has shape ", shape_text(weight.shape, weight.ndim), ", expected (out_features, in_features)");
-  args.rows = 1, args.out_features = weight.shape[0], args.in_features = weight.shape[1];
-  for (int i = 0; i + 1 < x.ndim; ++i) args.rows *= x.shape[i];
-  args.x = as_rows(x, "x", dtype, args.rows, args.in_features);
-  args.weight = as_rows(weight, "weight", dtype, args.out_features, args.in_features);
+  args.rows = rows, args.in_features = in_features, args.out_features = out_features;
   args.num_threads = check_threads(num_threads);
   return args;
+}
+
+// The rows of a tensor (..., columns).
+int64_t rows_of(const TensorView& t, const char* name) {
+  if (t.ndim < 1) refuse(name, " has shape (), expected one dimension or more");
+  int64_t rows = 1;
+  for (int i = 0; i + 1 < t.ndim; ++i) rows *= t.shape[i];
+  return rows;
+}
+
+void check_weight(const TensorView& t, const char* name) {
+  if (t.ndim != 2) refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected (out_features, in_features)");
 }
 
 void check_bias(const TensorView& t, const char* name, const LinearArgs& args) {
@@ -43,11 +49,12 @@ void check_bias(const TensorView& t, const char* name, const LinearArgs& args) {
   check_shape(t, name, {args.out_features});
 }
 
-void run(LinearArgs& args) {
+void run(LinearArgs& args, std::initializer_list<const OptionalView*> outputs) {
   const Kernels& kernels = cpu_kernels();
   const Workspace workspace(kernels.linear_workspace(args));
   args.workspace = workspace.as<char>();
   pybind11::gil_scoped_release release;
+  for (const OptionalView* output : outputs) prefer_huge_pages(*output);
   kernels.linear(args);
 }
 
@@ -55,8 +62,11 @@ void run(LinearArgs& args) {
 
 void linear_forward(const TensorView& x, const TensorView& weight, const OptionalView& bias, const TensorView& out,
                     int64_t num_threads) {
-  LinearArgs args = common_args(x, weight, out.dtype, num_threads);
-  args.out = as_rows(out, "out", out.dtype, args.rows, args.out_features);
+  check_weight(weight, "weight");
+  LinearArgs args = common_args(out.dtype, rows_of(x, "x"), weight.shape[1], weight.shape[0], num_threads);
+  args.x = as_rows(x, "x", args.dtype, args.rows, args.in_features);
+  args.weight = as_rows(weight, "weight", args.dtype, args.out_features, args.in_features);
+  args.out = as_rows(out, "out", args.dtype, args.rows, args.out_features);
   check_apart(out, "out", x, "x");
   check_apart(out, "out", weight, "weight");
   if (bias) {
@@ -64,37 +74,45 @@ void linear_forward(const TensorView& x, const TensorView& weight, const Optiona
     check_apart(out, "out", *bias, "bias");
     args.bias = bias->data, args.bias_dtype = bias->dtype;
   }
-  prefer_huge_pages(out);
-  run(args);
+  const OptionalView output = out;
+  run(args, {&output});
 }
 
-void linear_backward(const TensorView& grad_out, const TensorView& x, const TensorView& weight,
+void linear_backward(const TensorView& grad_out, const OptionalView& x, const OptionalView& weight,
                      const OptionalView& grad_x, const OptionalView& grad_weight, const OptionalView& grad_bias,
                      int64_t num_threads) {
-  LinearArgs args = common_args(x, weight, grad_out.dtype, num_threads);
-  args.grad_out = as_rows(grad_out, "grad_out", grad_out.dtype, args.rows, args.out_features);
-  auto check_output = [&](const TensorView& t, const char* name) {
-    check_apart(t, name, grad_out, "grad_out");
-    check_apart(t, name, x, "x");
-    check_apart(t, name, weight, "weight");
-    prefer_huge_pages(t);
-  };
+  if (grad_x.has_value() > weight.has_value()) refuse("weight is None, but grad_x is made of it");
+  if (grad_weight.has_value() > x.has_value()) refuse("x is None, but grad_weight is made of it");
+  if (weight) check_weight(*weight, "weight");
+  if (grad_weight) check_weight(*grad_weight, "grad_weight");
+  const int64_t rows = rows_of(grad_out, "grad_out");
+  const int64_t in_features = weight ? weight->shape[1] : grad_weight ? grad_weight->shape[1] : 0;
+  LinearArgs args = common_args(grad_out.dtype, rows, in_features, grad_out.shape[grad_out.ndim - 1], num_threads);
+  args.grad_out = as_rows(grad_out, "grad_out", args.dtype, rows, args.out_features);
   if (grad_x) {
-    check_like(*grad_x, "grad_x", x);
-    check_output(*grad_x, "grad_x");
-    args.grad_x = as_rows(*grad_x, "grad_x", args.dtype, args.rows, args.in_features);
+    args.weight = as_rows(*weight, "weight", args.dtype, args.out_features, in_features);
+    args.grad_x = as_rows(*grad_x, "grad_x", args.dtype, rows, in_features);
+    check_apart(*grad_x, "grad_x", *weight, "weight");
   }
   if (grad_weight) {
-    check_like(*grad_weight, "grad_weight", weight);
-    check_output(*grad_weight, "grad_weight");
-    args.grad_weight = as_rows(*grad_weight, "grad_weight", args.dtype, args.out_features, args.in_features);
+    args.x = as_rows(*x, "x", args.dtype, rows, in_features);
+    args.grad_weight = as_rows(*grad_weight, "grad_weight", args.dtype, args.out_features, in_features);
+    check_apart(*grad_weight, "grad_weight", *x, "x");
+    if (grad_x) check_apart(*grad_weight, "grad_weight", *weight, "weight"), check_apart(*grad_x, "grad_x", *x, "x");
   }
   if (grad_bias) {
     check_bias(*grad_bias, "grad_bias", args);
-    check_output(*grad_bias, "grad_bias");
     args.grad_bias = grad_bias->data, args.bias_dtype = grad_bias->dtype;
   }
-  run(args);
+  const std::pair<const OptionalView*, const char*> outputs[] = {
+      {&grad_x, "grad_x"}, {&grad_weight, "grad_weight"}, {&grad_bias, "grad_bias"}};
+  for (const auto& [output, name] : outputs) {
+    if (!*output) continue;
+    check_apart(**output, name, grad_out, "grad_out");
+    for (const auto& [other, other_name] : outputs)
+      if (other != output && *other) check_apart(**output, name, **other, other_name);
+  }
+  run(args, {&grad_x, &grad_weight, &grad_bias});
 }
 
 }  // namespace gptcore

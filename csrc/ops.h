@@ -49,10 +49,11 @@ void gelu_forward(const TensorView& x, const OptionalView& bias, const TensorVie
 void gelu_backward(const TensorView& grad_out, const TensorView& x, const OptionalView& bias, const TensorView& grad_x,
                    const OptionalView& grad_bias, bool tanh_form, const Execution& execution);
 
-// x @ weight^T + bias, as F.linear has it, on the CPU. Which gradients are made is said by which are there.
+// x @ weight^T + bias, as F.linear has it, on the CPU. Which gradients are made is said by which are there; x is needed for
+// that of weight, and weight for that of x.
 void linear_forward(const TensorView& x, const TensorView& weight, const OptionalView& bias, const TensorView& out,
                     int64_t num_threads);
-void linear_backward(const TensorView& grad_out, const TensorView& x, const TensorView& weight,
+void linear_backward(const TensorView& grad_out, const OptionalView& x, const OptionalView& weight,
                      const OptionalView& grad_x, const OptionalView& grad_weight, const OptionalView& grad_bias,
                      int64_t num_threads);
 

@@ -108,14 +108,14 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, 
 
 def linear_backward(
     grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
     grad_x: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
     num_threads: int,
 ) -> None:
-    """Fills those gradients that are there."""
+    """Fills those gradients that are there: grad_x needs weight, and grad_weight x."""
 
 def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool, num_threads: int) -> float:
     """The sum of the rows' cross entropies; logits is (rows, vocabulary), whose rows are dense.

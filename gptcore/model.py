@@ -35,8 +35,8 @@ class GPTOutput(NamedTuple):
 class Linear(nn.Linear):
     """torch.nn.Linear through ops.linear."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self.weight, self.bias)
 
 
 class LayerNorm(nn.Module):

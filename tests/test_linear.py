@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from grid import BF16, DTYPES, F16, F32, F64, NATIVE, check, covering, leaves, over, randn, running, threads
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from gptcore import _C, ops
 from gptcore.model import GPT, GPTConfig, Linear
@@ -64,7 +66,7 @@ def autocast_results(run: Callable[..., Tensor], case: Layer) -> dict[str, Tenso
     return results(widened, case)
 
 
-# Around the edges of tiles (12 rows or 6, panels of 32, 16 or 8 columns), bands of four tiles, stretches of 64 and 256
+# Around the edges of tiles (12 rows or 6, panels of 32, 16 or 8 columns), bands of two tiles, stretches of 64 and 256
 ROWS = [(), (1,), (11,), (13,), (25,), (49,), (97,), (3, 65), (2, 2, 7), (300,)]
 IN = [1, 2, 3, 31, 33, 64, 65, 257, 514, 1025]
 OUT = [1, 6, 13, 16, 17, 32, 33, 65, 130]
@@ -167,6 +169,26 @@ def test_only_what_needs_a_gradient_gets_one(backend: str, needs: tuple[bool, ..
             assert tensor.grad is None
 
 
+@pytest.mark.parametrize(("train_x", "train_weight"), [(True, False), (False, True), (False, False)])
+def test_only_what_the_backward_needs_is_kept(train_x: bool, train_weight: bool) -> None:
+    x, weight, bias = (
+        randn(70, 24).requires_grad_(train_x),
+        randn(9, 24).requires_grad_(train_weight),
+        leaves(randn(9))[0],
+    )
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ops.linear(x, weight, bias, backend="cpu").sum().backward()
+    assert [tensor.data_ptr() for tensor in kept] == [
+        tensor.data_ptr() for tensor, needed in ((x, train_weight), (weight, train_x)) if needed
+    ]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(backend: str, dtype: torch.dtype) -> None:
     x, weight = randn(24, 2, 66, dtype=dtype, seed=1)[..., ::2].transpose(0, 1), randn(33, 20, dtype=dtype).t()
@@ -213,9 +235,10 @@ def test_the_number_of_threads_does_not_matter(kernel: str, dtype: torch.dtype) 
 
 
 @on_the_cpu
-def test_rows_a_page_apart(kernel: str) -> None:
+@pytest.mark.parametrize(("dtype", "inner"), [(BF16, 2048), (F32, 1024)])
+def test_rows_a_page_apart(kernel: str, dtype: torch.dtype, inner: int) -> None:
     """Which would share few places of the cache, and are packed for that."""
-    case = Layer((30,), (2048, 20), dtype=BF16)
+    case = Layer((30,), (inner, 20), dtype=dtype)
     ref, theirs = expected(case)
     for name, got in results(functools.partial(ops.linear, backend=kernel), case).items():
         check(name, got, ref[name], theirs[name])
@@ -283,7 +306,22 @@ def test_the_kernel_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch)
     with ops.use("torch"):
         assert calls(x, weight) == 0
     with ops.use("cpu"):
-        assert calls(x[:1].float(), weight.float()) == 1
+        assert calls(x, weight) == 1
+        assert calls(x.float(), weight.float()) == 0
+    assert calls(x.to_sparse(), weight) == 0
+    assert calls(x.view(-1, *[1] * 7, 8), weight) == 0
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        assert calls(x, weight) == 0
+    assert counter.get_total_flops() == 2 * 300 * 8 * 9
+    traced = torch.jit.trace(ops.linear, (x, weight), check_trace=False)
+    assert torch.equal(traced(2 * x, weight), F.linear(2 * x, weight))
+    torch.testing.assert_close(
+        torch.func.vmap(ops.linear, (0, None))(x.view(1, 300, 8), weight)[0], F.linear(x, weight)
+    )
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        tangent = torch.autograd.forward_ad.unpack_dual(ops.linear(dual, weight)).tangent
+    torch.testing.assert_close(tangent, F.linear(x, weight))
     assert calls(x, weight.as_subclass(Special)) == 0
     monkeypatch.setattr(module, "FASTER_ON", "another")
     assert calls(x, weight) == 0
@@ -300,14 +338,16 @@ def test_a_model_in_bfloat16_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch)
         assert calls_of_the_kernel(lambda: model.bfloat16()(ids), monkeypatch) == 8
 
 
-def test_the_module_is_torchs_linear() -> None:
+def test_the_module_is_torchs_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     ours = Linear(5, 7)
     torch.manual_seed(0)
     theirs = torch.nn.Linear(5, 7)
     x = randn(3, 5)
     assert isinstance(ours, torch.nn.Linear)
-    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours(x), theirs(input=x))
+    monkeypatch.setattr(ops, "linear", lambda *args: args)
+    assert ours(input=x) == (x, ours.weight, ours.bias)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -367,9 +407,34 @@ def test_native_arguments_that_do_not_fit() -> None:
         for wrong, match in ((gradients[i][:-1], "shape"), (gradients[i].double(), "torch.float64")):
             given = [*gradients[:i], wrong, *gradients[i + 1 :]]
             refused(f"{name} .*{match}", _C.linear_backward, out, x, weight, *given, 1)
-    refused("grad_x shares memory with x", _C.linear_backward, out, x, weight, x, None, None, 1)
-    refused("grad_weight shares memory with weight", _C.linear_backward, out, x, weight, None, weight, None, 1)
-    refused("grad_bias shares memory with grad_out", _C.linear_backward, out, x, weight, None, None, out[0], 1)
+    refused("weight is None", _C.linear_backward, out, x, None, gradients[0], None, None, 1)
+    refused("x is None", _C.linear_backward, out, None, weight, None, gradients[1], None, 1)
+    refused(r"weight has shape \(8, 9\)", _C.linear_backward, out, x, weight.view(8, 9), gradients[0], None, None, 1)
+    refused(r"x has shape \(3, 8\)", _C.linear_backward, out, x[:3], None, None, gradients[1], None, 1)
+    refused(
+        "grad_x shares memory with weight",
+        _C.linear_backward,
+        out,
+        x,
+        weight,
+        weight.view(-1)[:32].view(4, 8),
+        None,
+        None,
+        1,
+    )
+    refused("grad_weight shares memory with x", _C.linear_backward, randn(4, 4), x, None, None, x, None, 1)
+    refused("grad_bias shares memory with grad_out", _C.linear_backward, out, None, None, None, None, out[0], 1)
+    refused(
+        "grad_x shares memory with grad_weight",
+        _C.linear_backward,
+        randn(9, 9),
+        randn(9, 8),
+        weight,
+        gradients[1],
+        gradients[1],
+        None,
+        1,
+    )
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
@@ -378,10 +443,17 @@ def test_native_arguments_that_do_not_fit() -> None:
 def test_a_model_in_bfloat16_compiles_into_one_graph() -> None:
     torch._dynamo.reset()
     model = GPT(GPTConfig(vocab_size=50, n_positions=64, n_embd=16, n_layer=1, n_head=2)).eval()
-    ids = torch.randint(50, (4, 64))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids, names = torch.randint(50, (4, 64)), set()
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        names.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph)
+
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=look))
     with torch.autocast("cpu", BF16):
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=2e-2, atol=1e-2)
+    assert "aten.addmm.default" in names
+    assert "gptcore.linear_forward.default" not in names
 
 
 def test_the_operators_are_registered_as_pytorch_wants_them() -> None:
@@ -391,5 +463,6 @@ def test_the_operators_are_registered_as_pytorch_wants_them() -> None:
         for needs in itertools.product([True, False], repeat=3):
             if maybe is None and needs[2]:
                 continue
-            arguments = (randn(2, 5, 9), x, weight, maybe, *needs)
+            tensors = randn(2, 5, 9), x if needs[1] else None, weight if needs[0] else None
+            arguments = (*tensors, 8, F32, F32, F32, list(needs))
             torch.library.opcheck(torch.ops.gptcore.linear_backward.default, arguments)

@@ -7,6 +7,7 @@ what stands around them: casts of weights and gradients under autocast, the bias
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         x: (..., in_features).
         weight: (out_features, in_features), in x's dtype; inside torch.autocast in any.
         bias: (out_features,), in weight's dtype.
-        backend: `torch` is F.linear, also on other devices; `cpu` has products of bfloat16 summed in float32, and under
-            autocast reads the weights, and writes their gradients, in the dtype that they have. If none is asked for,
-            `cpu` is taken where it is faster.
+        backend: `torch` is F.linear, also on other devices. `cpu` is differentiable once; under autocast it reads the
+            weights, and writes their gradients, in the dtype that they have. If this call asks for none, also where
+            ops.use("cpu") did, it is taken where it is faster, which is in bfloat16 alone.
 
     Returns:
         (..., out_features), in x's dtype, or autocast's.
@@ -42,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     native.check_tensors(x=x, weight=weight)
     native.check_tensors(optional=True, bias=bias)
     dtype = _check(x, weight, bias)
-    if backend is None and registry.in_use() is None and not _is_faster(x, weight, dtype):
+    if backend is None and registry.in_use() in (None, "cpu") and not _is_faster(x, weight, bias, dtype):
         backend = "torch"
     # Of what autocast takes, these are read as they are
     if not all(tensor is None or tensor.dtype in (dtype, torch.float32) for tensor in (x, weight, bias)):
@@ -71,17 +72,19 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
             raise ValueError(f"{name} is on {other.device}, expected {x.device} like x")
         castable = autocast is not None and other.dtype.is_floating_point and other.dtype != torch.float64
         if other.dtype != dtype and not castable:
-            raise ValueError(f"{name} is {other.dtype}, expected {dtype} like x")
+            raise ValueError(f"{name} is {other.dtype}, expected {dtype}{' like x' if autocast is None else ''}")
     return dtype
 
 
-def _is_faster(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     return (
         dtype is torch.bfloat16
         and x.is_cpu
-        and not torch.compiler.is_compiling()  # which joins F.linear with its neighbours
-        and type(weight) in (Tensor, torch.nn.Parameter)  # others, of quantized weights say, come with an F.linear
+        and not native.is_transformed()
         and _C.cpu_isa() == FASTER_ON
+        and not any(native.is_watched(tensor) for tensor in (x, weight, bias) if tensor is not None)
+        and x.layout is weight.layout is torch.strided
+        and x.dim() <= 8  # as many as native code takes
         and math.prod(x.shape[:-1]) >= FASTER_FROM
     )
 
@@ -107,33 +110,39 @@ def _forward_body(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
 
 
 def _gradients(
-    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, need_x: bool, need_weight: bool, need_bias: bool
+    grad_out: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    in_features: int,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
-        torch.empty_like(weight) if need_weight else x.new_empty(0),
-        torch.empty_like(bias) if bias is not None and need_bias else x.new_empty(0),
+    shapes = (*grad_out.shape[:-1], in_features), (grad_out.shape[-1], in_features), (grad_out.shape[-1],)
+    grad_x, grad_weight, grad_bias = (
+        grad_out.new_empty(shape if need else 0, dtype=dtype)
+        for shape, dtype, need in zip(shapes, (x_dtype, weight_dtype, bias_dtype), needs, strict=True)
     )
-
-
-def _backward_body(
-    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, need_x: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_weight, grad_bias = _gradients(grad_out, x, weight, bias, need_x, need_weight, need_bias)
-    _C.linear_backward(
-        grad_out, x, weight, grad_x if need_x else None, grad_weight if need_weight else None,
-        grad_bias if need_bias else None, torch.get_num_threads(),
-    )  # fmt: skip
     return grad_x, grad_weight, grad_bias
 
 
-# All dense. Gradients that are not needed are empty.
+def _backward_body(
+    grad_out: Tensor, x: Tensor | None, weight: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _gradients(grad_out, x, weight, *settings)
+    grad_x, grad_weight, grad_bias = (g if need else None for g, need in zip(gradients, settings[-1], strict=True))
+    _C.linear_backward(grad_out, x, weight, grad_x, grad_weight, grad_bias, torch.get_num_threads())
+    return gradients
+
+
+# All dense. x is needed for the gradient of weight, weight for that of x; gradients that are not needed are empty.
 _forward = native.define(
     "linear_forward(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor", _forward_body, _output
 )
 _backward = native.define(
-    "linear_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, bool need_x, bool need_weight, "
-    "bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "linear_backward(Tensor grad_out, Tensor? x, Tensor? weight, SymInt in_features, ScalarType x_dtype, "
+    "ScalarType weight_dtype, ScalarType bias_dtype, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _backward_body,
     _gradients,
 )
@@ -142,17 +151,19 @@ _backward = native.define(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
+        needs = ctx.needs_input_grad[:3]
         x, weight = x.contiguous(), weight.contiguous()
         bias = None if bias is None else bias.contiguous()
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
+        ctx.settings = x.shape[-1], x.dtype, weight.dtype, dtype if bias is None else bias.dtype, needs
         return _forward(x, weight, bias, dtype)
 
     @staticmethod
     @native.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:3]
-        gradients = _backward(grad_out.contiguous(), *ctx.saved_tensors, *needed)
-        return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None
+        needs = ctx.settings[-1]
+        gradients = _backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.settings)
+        return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None
 
 
 for _name in registry.WITH_TORCH:

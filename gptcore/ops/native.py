@@ -32,12 +32,12 @@ def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> C
 
     def run(*args: Any) -> Any:
         # The dispatcher costs more than a small kernel, and only those who trace or fake tensors need it.
-        return operator(*args) if torch.compiler.is_compiling() or _is_watched(args[0]) else body(*args)
+        return operator(*args) if torch.compiler.is_compiling() or is_watched(args[0]) else body(*args)
 
     return run
 
 
-def _is_watched(tensor: torch.Tensor) -> bool:
+def is_watched(tensor: torch.Tensor) -> bool:
     """Whether a tensor is none that a kernel could read, or something records the operators that are called."""
     return type(tensor) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
 
@@ -66,6 +66,16 @@ def _is_differentiated(args: tuple[Any, ...]) -> bool:
     return forward_ad._current_level >= 0
 
 
+def is_transformed() -> bool:
+    """Whether a compiler, a tracer, functorch or dual numbers are at work, which PyTorch's own functions serve best."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """torch's own, for a fraction of its time where nobody will differentiate again."""
     checked = torch.autograd.function.once_differentiable(backward)
@@ -78,6 +88,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 class _NothingToKeep:
     """The context of a forward that has no backward."""
+
+    needs_input_grad = (False,) * 8
 
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
     def set_materialize_grads(self, value: bool) -> None: ...

@@ -37,7 +37,7 @@ struct Product {
     return !turned && depth % kStep<T> == 0 && a.dtype == dtype && a.stride * (int64_t)sizeof(T) % 4096 != 0;
   }
   // Else a band of it is packed, in rows or, turned, in panels of kRows like B's.
-  int64_t left_row() const { return round_up(depth, 64) + 64; }
+  int64_t left_row() const { return round_up(depth, 128) + 64; }  // never of such a distance
   int64_t left_panel() const { return round_up(steps() * kRows + kLanes, kLanes); }
   size_t left_bytes() const {  // of a thread
     if (ready()) return 0;
@@ -152,7 +152,7 @@ void multiply_tile(Left<T> a, const Wide<T>* b, int64_t steps, const Vec* bias, 
   Vec acc[Rows][Vectors];
   GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
     GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] = bias[v];
-  if (kStep<T> == 2) {  // whose rounding drowns that of the sum
+  if (kStep<T> == 2) {  // the rounding of A and B drowns that of the sum
     add_products<Rows, Vectors, kWidth>(acc, a, b, steps);
   } else {
     for (; steps > 0; steps -= kSteps, a = a.from_step(kSteps), b += kSteps * kWidth) {

@@ -1,4 +1,4 @@
-// What layer_norm.cpp and gelu.cpp share.
+// Types, threads and sums over rows: what operations on rows share.
 #pragma once
 
 #include "kernels/kernels.h"

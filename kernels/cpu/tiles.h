@@ -1,4 +1,4 @@
-// Products of tiles of matrices, and the packing of their operands: what attention and linear layers share.
+// Products of tiles of matrices, and the packing of their operands, for attention and linear layers.
 #pragma once
 
 #include "kernels/kernels.h"
