@@ -1,7 +1,7 @@
 """A linear layer, for which bfloat16 on a CPU has a kernel of its own.
 
-PyTorch's matmuls are hard to beat, and are what runs all others. In bfloat16 they cost a small layer as much again for
-what stands around them: casts of weights and gradients under autocast, the bias, its gradient.
+PyTorch's matmuls are hard to beat, and run all others. In bfloat16 more stands around them than in float32: casts of
+weights and gradients under autocast, the bias, its gradient. The kernel does all of that on the way.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     )
 
 
-# ---- torch: PyTorch's own -----------------------------------------------------------------------------------------
+# ---- torch: PyTorch's own --------------------------------------------------------------------------------------------
 
 
 def _linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
