@@ -145,7 +145,7 @@ WHY = """What stops those that are missed, and the rows that measure it:
   With few rows (128, 512) they stay in the cache: what these take is arithmetic, which counts where memory is fast.
 - Training steps: *step in parts* takes away one part after the other, each without those before; *all of it* is the
   step where no step of transformers is made beside it, after which memory has to be found anew. Half of the small
-  model's step in bfloat16 is *its matmuls alone*, which *linear layer* has near the machine's rate; *overhead of a
+  model's step in bfloat16 is *its matmuls alone*, and *linear layer* says at what rate it has them; *overhead of a
   small model's step* is what Python and PyTorch take for its calls, *call of ...* what they take for one."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from grid import BF16, DTYPES, F16, F32, F64, NATIVE, check, covering, leaves, over, randn, running, threads
+from grid import BF16, DTYPES, F16, F32, F64, NATIVE, check, covering, leaves, over, randn, threads
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -327,15 +327,14 @@ def test_the_kernel_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch)
     assert calls(x, weight) == 0
 
 
-@pytest.mark.skipif("cpu-avx512_bf16" not in NATIVE, reason="this CPU has no AVX-512 with bfloat16")
 def test_a_model_in_bfloat16_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["gptcore.ops.linear"], "FASTER_ON", _C.cpu_isa())
     model = GPT(GPTConfig(vocab_size=50, n_positions=64, n_embd=16, n_layer=2, n_head=2)).eval()
     ids = torch.randint(50, (4, 64))
-    with running("cpu-avx512_bf16"):
-        assert calls_of_the_kernel(lambda: model(ids), monkeypatch) == 0
-        with torch.autocast("cpu", BF16):
-            assert calls_of_the_kernel(lambda: model(ids), monkeypatch) == 8
-        assert calls_of_the_kernel(lambda: model.bfloat16()(ids), monkeypatch) == 8
+    assert calls_of_the_kernel(lambda: model(ids), monkeypatch) == 0
+    with torch.autocast("cpu", BF16):
+        assert calls_of_the_kernel(lambda: model(ids), monkeypatch) == 8
+    assert calls_of_the_kernel(lambda: model.bfloat16()(ids), monkeypatch) == 8
 
 
 def test_the_module_is_torchs_linear(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -635,12 +635,6 @@ void backward(const AttentionArgs& args) {
 
 // ---- the entries of the kernel table ------------------------------------------------------------------------------------
 
-#if defined(__AVX512BF16__)
-using Bfloat16Operand = bfloat16;
-#else
-using Bfloat16Operand = float;
-#endif
-
 size_t attention_forward_workspace(const AttentionArgs& args) {
   const bool few = few_queries(args);
   if (args.dtype == DType::bfloat16)

@@ -258,11 +258,8 @@ Product<T> weight_gradient(const LinearArgs& args) {
 // body(T()) for the type T in which products of `dtype` are made.
 template <class Body>
 GPTCORE_INLINE void with_operand(DType dtype, Body body) {
-#if defined(__AVX512BF16__)
-  if (dtype == DType::bfloat16) return body(bfloat16());
-#endif
-  (void)dtype;
-  body(float());
+  if (dtype == DType::bfloat16) body(Bfloat16Operand());
+  else body(float());
 }
 
 }  // namespace

@@ -44,6 +44,11 @@ GPTCORE_INLINE void transpose(Vec (&v)[kLanes]) { exchange<kLanes / 2>(v); }
 template <class T> struct Operand;
 template <> struct Operand<float> { using Wide = float; static constexpr int kStep = 1; };
 template <> struct Operand<bfloat16> { using Wide = uint32_t; static constexpr int kStep = 2; };
+#if defined(__AVX512BF16__)
+using Bfloat16Operand = bfloat16;
+#else
+using Bfloat16Operand = float;
+#endif
 template <class T> using Wide = typename Operand<T>::Wide;
 template <class T> constexpr int kStep = Operand<T>::kStep;
 #if defined(__AMX_BF16__)
