@@ -19,7 +19,7 @@ import torch
 from benchmarks.measure import FORM, in_child, pick
 from benchmarks.models import BATCH, GPT2, train_step
 from gptcore import GPT
-from gptcore.optim import AdamW
+from gptcore.training.optim import AdamW
 
 STEPS = 2  # the optimizer makes its state in the first: the second has all there is
 

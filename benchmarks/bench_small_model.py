@@ -15,7 +15,7 @@ from benchmarks.measure import name_of, pick
 from benchmarks.models import NO_DROPOUT, PARTS, Trainee, difference, in_parts, matmuls, named
 from gptcore import GPT, GPTConfig
 from gptcore.ops.registry import BACKENDS, FLOATS, Backend
-from gptcore.optim import AdamW
+from gptcore.training.optim import AdamW
 
 Compare = Callable[..., None]
 SMALL = GPTConfig(vocab_size=65, n_positions=64, n_embd=pick(32, 128), n_layer=pick(1, 4), n_head=4, **NO_DROPOUT)

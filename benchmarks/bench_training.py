@@ -13,7 +13,7 @@ import torch
 from benchmarks.measure import FORM, in_child, keep_freed_memory, name_of, pick, seconds
 from benchmarks.models import ALL, BATCH, GPT2, PARTS, Trainee, difference, in_parts, matmuls, named, transformers_gpt2
 from gptcore import GPT
-from gptcore.optim import AdamW
+from gptcore.training.optim import AdamW
 
 Compare = Callable[..., None]
 CASE = "batch {} x {}".format(*BATCH)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from benchmarks.measure import Limit, name_of, pick
 from gptcore import _C, GPT, GPTConfig, ops
+from gptcore.hf.pretrained import PREFIX, TRANSPOSED
 from gptcore.ops.linear import FASTER_ON
 from gptcore.ops.registry import BACKENDS, FLOATS, Backend
-from gptcore.optim import AdamW
-from gptcore.pretrained import PREFIX, TRANSPOSED
+from gptcore.training.optim import AdamW
 
 NO_DROPOUT: Any = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}  # it would make the losses differ
 SHAPE: Any = pick({"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 128}, {})

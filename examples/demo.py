@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from gptcore import cli
-from gptcore.corpus import write_standard_library_corpus
+from gptcore.data.corpus import write_standard_library_corpus
 
 OUT = Path("out/demo")
 

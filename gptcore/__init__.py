@@ -4,10 +4,10 @@ import torch  # noqa: F401  (first, so that one OpenMP runtime, PyTorch's, serve
 
 from gptcore import _C, ops
 from gptcore.config import GPTConfig
-from gptcore.data import DataCollatorForLanguageModeling, TextDataset
+from gptcore.data.datasets import DataCollatorForLanguageModeling, TextDataset
 from gptcore.model import GPT
-from gptcore.tokenizer import Tokenizer
-from gptcore.trainer import Trainer, TrainingArguments
+from gptcore.text.tokenizer import Tokenizer
+from gptcore.training.trainer import Trainer, TrainingArguments
 
 __version__ = str(_C.build_info()["version"])
 

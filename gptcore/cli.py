@@ -20,16 +20,16 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import torch
 
 from gptcore import counters, info, ops
-from gptcore.callbacks import read_log
-from gptcore.checkpoint import CheckpointError, list_checkpoints
 from gptcore.config import GPTConfig
-from gptcore.data import DataCollatorForLanguageModeling, TextDataset, split
-from gptcore.export import DTYPES, export_gguf, export_hf
+from gptcore.data.datasets import DataCollatorForLanguageModeling, TextDataset, split
+from gptcore.hf.gguf import DTYPES, export_gguf, export_hf
 from gptcore.model import GPT
 from gptcore.ops.registry import BACKENDS
-from gptcore.plot import plot_loss
-from gptcore.tokenizer import Tokenizer
-from gptcore.trainer import Trainer, TrainingArguments, TrainingInterrupted
+from gptcore.text.tokenizer import Tokenizer
+from gptcore.training.callbacks import read_log
+from gptcore.training.checkpoint import CheckpointError, list_checkpoints
+from gptcore.training.plot import plot_loss
+from gptcore.training.trainer import Trainer, TrainingArguments, TrainingInterrupted
 
 # Where the command line's defaults differ from those of the classes: a model that a laptop trains in minutes.
 SMALL_MODEL: dict[str, Any] = {

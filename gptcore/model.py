@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptcore import generation, ops, pretrained
+from gptcore import generation, ops
 from gptcore.config import GELU_FORMS, GPTConfig
 from gptcore.generation import KVCache
+from gptcore.hf import pretrained
 
 IGNORED = -100  # a label that does not count, as in F.cross_entropy
 Segments = Tensor | tuple[Tensor, Tensor]  # cu_seqlens of ops.attention

@@ -23,19 +23,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptcore import checkpoint
-from gptcore.callbacks import TrainerCallback, read_log
-from gptcore.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, verify_checkpoint
 from gptcore.config import GPTConfig
 from gptcore.model import GPT
-from gptcore.trainer import Trainer, TrainingArguments, TrainingInterrupted
+from gptcore.training import checkpoint
+from gptcore.training.callbacks import TrainerCallback, read_log
+from gptcore.training.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, verify_checkpoint
+from gptcore.training.trainer import Trainer, TrainingArguments, TrainingInterrupted
 
 STEPS = 60
 EXACT = ("model.safetensors", "optimizer.safetensors", "random_state.json")  # the same bytes from the same course
 
 # A server that has imported PyTorch forks each process in milliseconds; it never computes, so has no threads to lose.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["gptcore.trainer", "torch._dynamo", "pytest", "hypothesis.strategies"])
+processes.set_forkserver_preload(["gptcore.training.trainer", "torch._dynamo", "pytest", "hypothesis.strategies"])
 
 
 def collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:

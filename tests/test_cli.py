@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from gptcore import GPT, GPTConfig, Tokenizer, cli
-from gptcore.callbacks import read_log
-from gptcore.checkpoint import list_checkpoints
-from gptcore.corpus import write_standard_library_corpus
+from gptcore.data.corpus import write_standard_library_corpus
+from gptcore.training.callbacks import read_log
+from gptcore.training.checkpoint import list_checkpoints
 
 TINY = ["--vocab-size", "400", "--n-layer", "1", "--n-embd", "32", "--n-head", "2", "--n-positions", "32"]
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from gptcore.compat import transformers as compat
-from gptcore.tokenizer import Tokenizer
+from gptcore.text.tokenizer import Tokenizer
 
 WORDS = "the of and a to in is you that it he was for on are"
 

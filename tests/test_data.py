@@ -16,11 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptcore import data
-from gptcore.corpus import write_standard_library_corpus
-from gptcore.data import DataCollatorForLanguageModeling, TextDataset, epoch_order, split
+from gptcore.data import datasets as data
+from gptcore.data.corpus import write_standard_library_corpus
+from gptcore.data.datasets import DataCollatorForLanguageModeling, TextDataset, epoch_order, split
 from gptcore.files import cache_folder
-from gptcore.tokenizer import Tokenizer
+from gptcore.text.tokenizer import Tokenizer
 
 WORDS = (
     "the of and a to in is you that it he was for on are as with his they I\nat be this\n\nhave from, or. one had by"
@@ -97,8 +97,8 @@ def test_a_large_vocabulary_takes_four_bytes(text_file: Path, tokenizer: Tokeniz
 def test_long_lines_are_read_in_bounded_memory(tmp_path: Path) -> None:
     script = """
 import random, resource, sys
-from gptcore.data import TextDataset
-from gptcore.tokenizer import Tokenizer
+from gptcore.data.datasets import TextDataset
+from gptcore.text.tokenizer import Tokenizer
 folder = sys.argv[1]
 tokenizer = Tokenizer.train(f"{folder}/small", kind="char")
 TextDataset(tokenizer, f"{folder}/small", 8)
@@ -177,8 +177,8 @@ def test_processes_that_start_at_once_agree(tmp_path: Path, cache: Path, tokeniz
     tokenizer.save_pretrained(tmp_path)
     script = """
 import hashlib, sys, time
-from gptcore.data import TextDataset
-from gptcore.tokenizer import Tokenizer
+from gptcore.data.datasets import TextDataset
+from gptcore.text.tokenizer import Tokenizer
 tokenizer = Tokenizer.from_pretrained(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from gptcore import GPT, GPTConfig, Tokenizer, cli
-from gptcore.export import export_gguf, export_hf
+from gptcore.hf.gguf import export_gguf, export_hf
 
 TEXT = "the cat sat on the mat, the hat\n\non a naïve émigré cat 12345 😀 " * 20
 

@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor, nn
 
 from gptcore.config import GELU_FORMS, GPTConfig
+from gptcore.hf.pretrained import GPT1_NAMES, TRANSPOSED
 from gptcore.model import GPT
-from gptcore.pretrained import GPT1_NAMES, TRANSPOSED
 
 # Weights ten times as large as at a real start, so that attention is far from uniform and every part matters
 GPT2_SIZES: dict[str, dict] = {

@@ -1,4 +1,4 @@
-"""gptcore.optim.AdamW against torch.optim.AdamW, whose updates and state dict it shares."""
+"""gptcore.training.optim.AdamW against torch.optim.AdamW, whose updates and state dict it shares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gptcore import _C, ops
-from gptcore.optim import AdamW
+from gptcore.training.optim import AdamW
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 SHAPES = ((), (1,), (15,), (16,), (17,), (3, 5, 7), (0, 4), (257, 300))  # the last is more than one piece of 65536

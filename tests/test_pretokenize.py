@@ -10,9 +10,9 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptcore import pretokenize as module
-from gptcore.pretokenize import in_order, split_documents
-from gptcore.tokenizer import Tokenizer
+from gptcore.text import pretokenize as module
+from gptcore.text.pretokenize import in_order, split_documents
+from gptcore.text.tokenizer import Tokenizer
 
 
 def plain(tokenizer: Tokenizer, text: str) -> list[int]:

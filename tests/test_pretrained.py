@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptcore.config import GPTConfig
+from gptcore.hf.pretrained import load_config
 from gptcore.model import GPT
-from gptcore.pretrained import load_config
 
 SMALL = GPTConfig(vocab_size=97, n_positions=32, n_embd=48, n_layer=2, n_head=4)
 IDS = torch.arange(20).view(2, 10)
@@ -331,7 +331,7 @@ def test_loading_takes_little_more_memory_than_the_model(folder: Path, tmp_path:
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptcore.pretrained.CHUNK", 1000)
+    monkeypatch.setattr("gptcore.hf.pretrained.CHUNK", 1000)
     expected = GPT.from_pretrained(folder).state_dict()  # in very many parts
     assert all(torch.equal(GPT.from_pretrained(folder).state_dict()[name], tensor) for name, tensor in expected.items())
     real, reads = safetensors.safe_open, []

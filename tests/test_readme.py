@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from gptcore import Tokenizer, ops
-from gptcore.corpus import write_standard_library_corpus
+from gptcore.data.corpus import write_standard_library_corpus
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

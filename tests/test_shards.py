@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptcore import GPT, GPTConfig, Trainer, TrainingArguments
-from gptcore.data import DataCollatorForLanguageModeling, TextDataset, TokenDataset
-from gptcore.shards import read_shard, write_shard
-from gptcore.tokenizer import Tokenizer
+from gptcore.data.datasets import DataCollatorForLanguageModeling, TextDataset, TokenDataset
+from gptcore.data.shards import read_shard, write_shard
+from gptcore.text.tokenizer import Tokenizer
 
 PRINT = "ab" * 32  # a fingerprint
 

@@ -25,10 +25,10 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptcore import pretokenize as module
-from gptcore.data import DataCollatorForLanguageModeling
-from gptcore.pretokenize import PIECE
-from gptcore.tokenizer import END_OF_TEXT, Tokenizer
+from gptcore.data.datasets import DataCollatorForLanguageModeling
+from gptcore.text import pretokenize as module
+from gptcore.text.pretokenize import PIECE
+from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer
 
 TEXT = (
     """It's a small world, isn't it? We'll see: they've 1234 reasons, I'd say.\n\n  Indented   lines\t\tand tabs\r\n
@@ -712,9 +712,7 @@ def test_bad_calls_say_what_is_wrong(gpt2: Tokenizer) -> None:
 
 def test_a_name_is_looked_for_on_the_hub(tmp_path: Path, gpt2_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    script = (
-        "import sys; from gptcore.tokenizer import Tokenizer; print(Tokenizer.from_pretrained(sys.argv[1]).vocab_size)"
-    )
+    script = "import sys; from gptcore import Tokenizer; print(Tokenizer.from_pretrained(sys.argv[1]).vocab_size)"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
 
     def run(name: str) -> subprocess.CompletedProcess[str]:

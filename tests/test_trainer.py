@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from gptcore import ops
-from gptcore.callbacks import ProgressLine, TrainerCallback, read_log
-from gptcore.checkpoint import CheckpointError, list_checkpoints
 from gptcore.config import GPTConfig
 from gptcore.model import GPT, GPTOutput
-from gptcore.trainer import (
+from gptcore.training.callbacks import ProgressLine, TrainerCallback, read_log
+from gptcore.training.checkpoint import CheckpointError, list_checkpoints
+from gptcore.training.trainer import (
     NonFiniteError,
     Trainer,
     TrainingArguments,

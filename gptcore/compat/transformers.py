@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptcore import data, pretrained, trainer
-from gptcore.checkpoint import seed_everything
 from gptcore.config import GPTConfig
-from gptcore.data import DataCollatorForLanguageModeling, TextDataset
+from gptcore.data.datasets import DataCollatorForLanguageModeling, TextDataset
 from gptcore.files import PathLike
+from gptcore.hf import pretrained
 from gptcore.model import GPT
-from gptcore.tokenizer import Tokenizer
-from gptcore.trainer import TrainingArguments
+from gptcore.text.tokenizer import Tokenizer
+from gptcore.training import trainer
+from gptcore.training.checkpoint import seed_everything
+from gptcore.training.trainer import TrainingArguments
 
 __all__ = [
     "AutoConfig",
@@ -135,7 +136,7 @@ class Trainer(trainer.Trainer):
 
     def __init__(self, model: GPT, args: TrainingArguments, *further: Any, **options: Any) -> None:
         super().__init__(model, args, *further, **options)
-        if self.tokenizer is None and isinstance(self.data_collator, data.DataCollatorForLanguageModeling):
+        if self.tokenizer is None and isinstance(self.data_collator, DataCollatorForLanguageModeling):
             self.tokenizer = self.data_collator.tokenizer  # as in transformers
 
     def train(self, resume_from_checkpoint: bool | str | os.PathLike[str] | None = None) -> trainer.TrainOutput:

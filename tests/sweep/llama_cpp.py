@@ -13,7 +13,7 @@ import torch
 import xllamacpp
 
 from gptcore import GPT, GPTConfig, Tokenizer
-from gptcore.export import export_gguf
+from gptcore.hf.gguf import export_gguf
 
 PROMPT = "the kernels of a GPT, 12 files; naïve über"
 

@@ -8,7 +8,7 @@ it folds case, accents and white space, and what is not in its vocabulary become
 
 What `tokenizers` does not take is handled here. Bytes that are not UTF-8 become their byte tokens directly, and the
 valid text on either side is encoded by itself; a lone surrogate in a str is its three bytes of "surrogatepass". A long
-text is encoded in pieces (see `gptcore.pretokenize`), which bounds memory. The ids are those of the whole: `encode`,
+text is encoded in pieces (see `pretokenize.py`), which bounds memory. The ids are those of the whole: `encode`,
 `encode_batch` and `encode_stream`, in chunks of any size, always agree. Only a word that is longer than a piece stays
 whole, and takes memory in proportion, where it is GPT-1's, the merges are not `in_order`, or there are added tokens.
 
@@ -34,8 +34,8 @@ import torch
 from tokenizers import decoders, models, trainers
 
 from gptcore.files import PathLike, atomic_file, write_json
-from gptcore.hub import find_folder
-from gptcore.pretokenize import (
+from gptcore.hf.hub import find_folder
+from gptcore.text.pretokenize import (
     BROKEN,
     BYTE_OF,
     CHARACTERS,
@@ -52,7 +52,7 @@ from gptcore.pretokenize import (
     read_blocks,
     split_documents,
 )
-from gptcore.tokenizer_files import UNKNOWN, kind_of, read_settings, read_vocab
+from gptcore.text.tokenizer_files import UNKNOWN, kind_of, read_settings, read_vocab
 
 Made = TypeVar("Made", bound="Tokenizer")
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
@@ -205,7 +205,7 @@ class Tokenizer:
 
         Args:
             path: a folder with tokenizer.json, or with vocab.json and merges.txt, as transformers writes them; or a
-                tokenizer.json; or, as a str, a name on the Hugging Face Hub (see `gptcore.hub`).
+                tokenizer.json; or, as a str, a name on the Hugging Face Hub (see `gptcore.hf.hub`).
 
         Raises FileNotFoundError, or ValueError for a file that is damaged or not a tokenizer of these kinds.
         """

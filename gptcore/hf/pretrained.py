@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gptcore.config import GPTConfig
 from gptcore.files import PathLike, atomic_file, read_json, save_tensors, write_json
-from gptcore.hub import find_folder
+from gptcore.hf.hub import find_folder
 
 if TYPE_CHECKING:
     from gptcore.model import GPT

@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gptcore import _C, checkpoint, ops
-from gptcore.callbacks import LogFile, ProgressLine, TrainerCallback
-from gptcore.checkpoint import CheckpointError
-from gptcore.data import DataCollatorForLanguageModeling, epoch_order
+from gptcore import _C, ops
+from gptcore.data.datasets import DataCollatorForLanguageModeling, epoch_order
 from gptcore.model import GPT, IGNORED, targets_of
-from gptcore.optim import AdamW
+from gptcore.training import checkpoint
+from gptcore.training.callbacks import LogFile, ProgressLine, TrainerCallback
+from gptcore.training.checkpoint import CheckpointError
+from gptcore.training.optim import AdamW
 
 Batch = dict[str, Tensor]
 _epoch_order = functools.lru_cache(maxsize=1)(epoch_order)  # asked for at each step, new with each epoch

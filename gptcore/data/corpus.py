@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gptcore.files import PathLike, atomic_file
-from gptcore.tokenizer import END_OF_TEXT
+from gptcore.text.tokenizer import END_OF_TEXT
 
 _NO_DOCUMENTATION = {"test", "tests", "idlelib", "idle_test", "turtledemo", "lib2to3", "site-packages", "dist-packages"}
 

@@ -5,7 +5,7 @@ after it is part of the separator. The tokenizer's end-of-text id, if it has one
 documents in the order given make one row of tokens, which is cut into windows of `block_size`; the tail that fills no
 window is dropped.
 
-The cache is one file of `gptcore.shards`, named by the SHA-256 of the text, the tokenizer and the format, so that it
+The cache is one file of `gptcore.data.shards`, named by the SHA-256 of the text, the tokenizer and the format. So it
 can never be stale, and checked by a SHA-256 of its own when it is opened. TokenDataset reads such files, and others',
 directly.
 """
@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
+from gptcore.data.shards import Shard, read_shard, write_shard
 from gptcore.files import PathLike, cache_folder
-from gptcore.pretokenize import check_text_file, read_blocks, split_documents
-from gptcore.shards import Shard, read_shard, write_shard
-from gptcore.tokenizer import Tokenizer
+from gptcore.text.pretokenize import check_text_file, read_blocks, split_documents
+from gptcore.text.tokenizer import Tokenizer
 
 Feature = torch.Tensor | Sequence[int] | Mapping[str, Any]
 
@@ -38,7 +38,7 @@ _IGNORED = -100  # the label that the loss leaves out
 
 
 class TokenDataset(Dataset[Any]):
-    """Windows of `block_size` tokens over files of tokens (see `gptcore.shards`), mapped into memory.
+    """Windows of `block_size` tokens over files of tokens (see `gptcore.data.shards`), mapped into memory.
 
     An item is an int64 tensor (block_size,). With `mask_documents` it is a dict of that tensor as "input_ids" and of
     "document_starts", int64: the positions in the window at which a document starts. From these the collator keeps

@@ -1,4 +1,4 @@
-"""The files that hold tokenizers, ours and others': what they say, and whether `gptcore.tokenizer` can keep its word.
+"""The files that hold tokenizers, ours and others': what they say, and whether `Tokenizer` can read them exactly.
 
 A tokenizer.json can describe tokenizers of very many kinds; all but the few that are known to the last setting are
 refused.
@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from gptcore.files import read_json
-from gptcore.pretokenize import (
+from gptcore.text.pretokenize import (
     BYTE_OF,
     CHARACTERS,
     END_OF_TEXT,

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from gptcore.files import PathLike, atomic_file
 
 if TYPE_CHECKING:
-    from gptcore.trainer import Trainer
+    from gptcore.training.trainer import Trainer
 
 
 class TrainerCallback:

@@ -1,0 +1,1 @@
+"""Token datasets, their files (shards), and the collator that makes batches."""

@@ -1,0 +1,1 @@
+"""Files of other projects: pretrained folders, the Hugging Face Hub and GGUF."""

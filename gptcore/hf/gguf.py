@@ -1,0 +1,176 @@
+"""Models in other programs' formats: GGUF for llama.cpp, and a folder that transformers opens."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptcore.config import GELU_FORMS, GPTConfig
+from gptcore.files import PathLike, atomic_file
+
+if TYPE_CHECKING:
+    from gptcore.model import GPT
+    from gptcore.text.tokenizer import Tokenizer
+
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+Q8_0_BLOCK = 32  # numbers that share a scale
+
+# Our names and llama.cpp's. Its matrices are (out, in) as ours are; GGUF itself lists the lengths the other way round.
+GGUF_NAMES = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output"}
+GGUF_BLOCK_NAMES = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+
+
+def export_gguf(
+    model: GPT, tokenizer: Tokenizer, path: PathLike, dtype: str | None = None, name: str = "gptcore"
+) -> None:
+    """Write one GGUF file, whole or not at all, which llama.cpp and what is built on it run as a gpt2.
+
+    dtype: f32, f16, bf16, or q8_0: blocks of 32 numbers, each 8 bits times the block's 16-bit scale; None is the
+        model's own, float64 as f32. Vectors and position embeddings are float32 always, as llama.cpp has them. A tied
+        output projection is not written twice: llama.cpp takes the token embedding where there is no output.weight
+        (since March 2025).
+    name: of the model, for people.
+
+    Raises ValueError for a model or tokenizer that llama.cpp would compute something else with, and for a weight that
+    does not fit into the dtype; ImportError without the package gguf.
+    """
+    if dtype is None:
+        dtype = next((short for short, kind in DTYPES.items() if kind == model.wte.weight.dtype), "f32")
+    _check_model(model.config, dtype)
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError('writing GGUF needs the package gguf: pip install "gptcore[export]"') from error
+    kinds = {
+        "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+        "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+        "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+        "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    }
+    kind, file_type = kinds[dtype]
+    config = model.config
+    words = _vocabulary(config, tokenizer)
+    with atomic_file(path) as aside:
+        writer = gguf.GGUFWriter(aside, "gpt2")
+        writer.add_name(name)
+        writer.add_file_type(file_type)
+        if dtype == "q8_0":
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_context_length(config.n_positions)
+        writer.add_embedding_length(config.n_embd)
+        writer.add_block_count(config.n_layer)
+        writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
+        writer.add_head_count(config.n_head)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")  # how a text is cut into words: GPT-2's regular expression
+        writer.add_token_list(words["tokens"])
+        writer.add_token_types(words["types"])
+        writer.add_token_merges(words["merges"])
+        writer.add_bos_token_id(words["end"] if config.bos_token_id is None else config.bos_token_id)
+        writer.add_eos_token_id(words["end"])
+        writer.add_add_bos_token(False)
+        for ours, tensor in model.state_dict().items():
+            values = _values(ours, tensor)
+            if tensor.ndim == 1 or ours == "wpe.weight" or dtype == "f32":
+                writer.add_tensor(_gguf_name(ours), values)
+            else:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    packed = gguf.quants.quantize(values, kind)
+                    if dtype in ("f16", "q8_0") and not np.isfinite(gguf.quants.dequantize(packed, kind)).all():
+                        largest = np.abs(values).max()
+                        raise ValueError(f"{ours} holds {largest:.6g}, which {dtype} cannot; export bf16 or f32")
+                writer.add_tensor(_gguf_name(ours), packed, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def export_hf(model: GPT, tokenizer: Tokenizer, directory: PathLike, dtype: str | None = None) -> None:
+    """Write a folder that transformers opens as GPT2LMHeadModel or OpenAIGPTLMHeadModel, with its tokenizer.
+
+    dtype: f32, f16 or bf16; None keeps the model's. Raises ValueError for a model that transformers does not have, or
+    that the dtype cannot hold. The model itself is converted.
+    """
+    if not (model.config.is_gpt1 or model.config.is_gpt2):
+        raise ValueError(f"transformers would compute something else from this model: {_difference(model.config)}")
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise ValueError(f"a folder for transformers is f32, f16 or bf16, not {dtype}")
+        model.to(DTYPES[dtype])
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _check_model(config: GPTConfig, dtype: str) -> None:
+    if dtype not in (*DTYPES, "q8_0"):
+        raise ValueError(f"dtype {dtype!r} is not supported; it should be f32, f16, bf16 or q8_0")
+    if difference := _difference(config):
+        raise ValueError(f"llama.cpp's gpt2 would compute something else from this model: {difference}")
+    for name, width in (("n_embd", config.n_embd), ("n_inner", config.n_inner or 4 * config.n_embd)):
+        if dtype == "q8_0" and width % Q8_0_BLOCK != 0:
+            raise ValueError(
+                f"q8_0 packs {Q8_0_BLOCK} numbers of a row together, but {name} is {width}; use f16 or bf16"
+            )
+
+
+def _difference(config: GPTConfig) -> str:
+    """The settings that make a model something else than a GPT-2 as OpenAI published it; empty for one."""
+    published = GPTConfig()
+    names = """
+        norm_position position_embedding attention_window scale_attn_weights scale_attn_by_inverse_layer_idx
+    """
+    odd = [name for name in names.split() if getattr(config, name) != getattr(published, name)]
+    if GELU_FORMS[config.activation_function] != "tanh":
+        odd.append("activation_function")
+    return ", ".join(f"{name} is {getattr(config, name)!r}" for name in odd)
+
+
+def _gguf_name(ours: str) -> str:
+    module, _, kind = ours.rpartition(".")
+    if module in GGUF_NAMES:
+        return f"{GGUF_NAMES[module]}.{kind}"
+    _, layer, part = module.split(".", 2)  # h.3.attn.c_attn
+    return f"blk.{layer}.{GGUF_BLOCK_NAMES[part]}.{kind}"
+
+
+def _values(name: str, tensor: Tensor) -> np.ndarray:
+    values: np.ndarray = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} is not finite")
+    return values
+
+
+def _vocabulary(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer as llama.cpp has it: words in byte-level letters, kinds, merges; rows of padding made unusable."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model only {config.vocab_size}")
+    state = json.loads(tokenizer._tokenizer.to_str())
+    if tokenizer.kind != "bpe":
+        raise ValueError(
+            f"llama.cpp cuts text into words before it encodes them; a tokenizer of kind {tokenizer.kind!r} does not; "
+            "train one of kind 'bpe' to run the model there"
+        )
+    end = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("llama.cpp needs to know which token ends a text, but neither config nor tokenizer has one")
+    normal, control, user_defined, unused = 1, 3, 4, 5  # gguf.TokenType
+    words: list[tuple[str, int]] = [(f"[PAD{i}]", unused) for i in range(config.vocab_size)]
+    for word, i in state["model"]["vocab"].items():
+        words[i] = word, normal
+    for token in state["added_tokens"]:
+        words[token["id"]] = token["content"], control if token["special"] else user_defined
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]]
+    return {"tokens": [word for word, _ in words], "types": [kind for _, kind in words], "merges": merges, "end": end}

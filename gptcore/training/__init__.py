@@ -1,0 +1,1 @@
+"""The trainer, its arguments, checkpoints, callbacks and optimizer."""
