@@ -38,7 +38,7 @@ def transformers_gpt2(model: GPT) -> Any:
 def compute_gradients(model: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """The part of a step before the optimizer's, and the loss. bfloat16 with float32 weights: autocast."""
     with torch.autocast("cpu", dtype, enabled=dtype is not next(model.parameters()).dtype):
-        only_loss = {"logits_to_keep": 0} if isinstance(model, GPT) else {}  # as our Trainer asks for it
+        only_loss = {"return_logits": False} if isinstance(model, GPT) else {}  # as our Trainer asks for it
         loss: Tensor = model(input_ids=ids, labels=ids, **only_loss).loss
     loss.backward()
     return loss

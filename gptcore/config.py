@@ -16,6 +16,7 @@ GELU_FORMS = {
     **dict.fromkeys(("gelu", "gelu_python"), "none"),
 }
 MAX_HEAD_DIM = 256  # of the attention kernels
+IGNORED = -100  # label that the loss leaves out, as in F.cross_entropy
 
 # What else config.json may hold where transformers wrote it. The first have no bearing on the model; the second change
 # what it computes, so that only the value that means GPT-1 or GPT-2 is accepted.

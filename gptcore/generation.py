@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptcore.modes import module_mode
+
 if TYPE_CHECKING:
     from gptcore.model import GPT
 
@@ -111,31 +113,25 @@ def generate(
     ids[:, :T] = prompts
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     cache = KVCache(T + max_new_tokens) if use_cache else None
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():  # inference_mode would make ids that no later training step can use
-            for t in range(T, T + max_new_tokens):
-                if cache is None or cache.length == 0:
-                    logits = prefill(model, ids[:, :t], pads, cache)
-                else:
-                    logits = decode(model, ids[:, t - 1 : t], pads, cache)
-                logits = logits[:, :vocab_size]
-                if not logits.isfinite().all():
-                    raise FloatingPointError(f"logits for token {t} are not finite: the model's weights are damaged")
-                logits = limited(logits, ids[:, :t], pads, repetition_penalty, no_repeat_ngram_size)
-                if t - T < min_new_tokens and 0 <= eos_token_id < logits.shape[-1]:
-                    logits[:, eos_token_id] = -torch.inf
-                if (logits.amax(-1) == -torch.inf).any():
-                    raise ValueError(f"no token is left that could be token {t}: loosen the limits on repetition")
-                token = sample(logits, generator, temperature, top_k, top_p) if do_sample else logits.argmax(-1)
-                ids[:, t] = token.masked_fill(ended, fill)
-                ended |= token == eos_token_id
-                if ended.all():
-                    break
-    finally:
-        for module in training:
-            module.training = True
+    with module_mode(model, training=False), torch.no_grad():  # inference_mode would make ids unusable in training
+        for t in range(T, T + max_new_tokens):
+            if cache is None or cache.length == 0:
+                logits = prefill(model, ids[:, :t], pads, cache)
+            else:
+                logits = decode(model, ids[:, t - 1 : t], pads, cache)
+            logits = logits[:, :vocab_size]
+            if not logits.isfinite().all():
+                raise FloatingPointError(f"logits for token {t} are not finite: the model's weights are damaged")
+            logits = limited(logits, ids[:, :t], pads, repetition_penalty, no_repeat_ngram_size)
+            if t - T < min_new_tokens and 0 <= eos_token_id < logits.shape[-1]:
+                logits[:, eos_token_id] = -torch.inf
+            if (logits.amax(-1) == -torch.inf).any():
+                raise ValueError(f"no token is left that could be token {t}: loosen the limits on repetition")
+            token = sample(logits, generator, temperature, top_k, top_p) if do_sample else logits.argmax(-1)
+            ids[:, t] = token.masked_fill(ended, fill)
+            ended |= token == eos_token_id
+            if ended.all():
+                break
     return ids
 
 

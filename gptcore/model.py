@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptcore import generation, ops
-from gptcore.config import GELU_FORMS, GPTConfig
+from gptcore.config import GELU_FORMS, IGNORED, GPTConfig
 from gptcore.generation import KVCache
 from gptcore.hf import pretrained
 
-IGNORED = -100  # a label that does not count, as in F.cross_entropy
 Segments = Tensor | tuple[Tensor, Tensor]  # cu_seqlens of ops.attention
 
 
@@ -225,7 +224,8 @@ class GPT(nn.Module):
         cu_seqlens: Segments | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
-        logits_to_keep: int | None = None,
+        return_logits: bool = True,
+        logits_to_keep: int | Tensor = 0,
     ) -> GPTOutput:
         """Logits for the token after each token, and the loss against labels.
 
@@ -238,15 +238,18 @@ class GPT(nn.Module):
             document, and positions begin again at 0. A pair of boundaries goes with a cache and position_ids.
         position_ids: (T,) or (B, T), where the positions are not to be counted here.
         cache: keys and values of the tokens before these, to which these are added.
-        logits_to_keep: compute the logits of only so many last tokens. 0 with labels: the loss alone, which then needs
-            neither the memory of the logits nor most of the time that the softmax takes.
+        return_logits: False with labels computes the loss by ops.linear_cross_entropy, which never materialises the
+            (B, T, V) logits; the logits returned are then (B, 0, V).
+        logits_to_keep: compute logits for the last so many tokens only, 0 for all; or for the tokens at these indices,
+            a 1-D tensor. As in transformers.
 
         Raises ValueError or TypeError, with the numbers in question, for inputs that do not fit the model or
         each other. Values are checked on the CPU outside of torch.compile; elsewhere PyTorch's own assertions stop a
         wild read.
         """
         config = self.config
-        _check_arguments(config, input_ids, attention_mask, labels, cu_seqlens, position_ids, cache, logits_to_keep)
+        _check_arguments(config, input_ids, attention_mask, labels, cu_seqlens, position_ids, cache)
+        _check_outputs(input_ids, labels, cache, return_logits, logits_to_keep)
         B, T = input_ids.shape
         if attention_mask is not None:
             cu_seqlens = segments_of(attention_mask)
@@ -274,10 +277,11 @@ class GPT(nn.Module):
         if self.ln_f is not None:
             x, _ = self.ln_f(x, update)
         targets = None if labels is None else targets_of(labels, attention_mask, cu_seqlens).long()
-        if targets is not None and logits_to_keep == 0:
+        if targets is not None and not return_logits:
             loss = ops.linear_cross_entropy(x, output_weight, targets, ignore_index=IGNORED)
             return GPTOutput(x.new_empty(B, 0, config.vocab_size), loss)
-        logits = F.linear(x if logits_to_keep is None else x[:, -logits_to_keep:], output_weight)  # (B, T, V)
+        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+        logits = F.linear(x[:, kept], output_weight)  # (B, T, V)
         if targets is None:
             return GPTOutput(logits, None)
         total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -326,7 +330,6 @@ def _check_arguments(
     cu_seqlens: Segments | None,
     position_ids: Tensor | None,
     cache: KVCache | None,
-    logits_to_keep: int | None,
 ) -> None:
     """What shapes and dtypes tell: costs nothing, and nothing inside a compiled graph."""
     if not isinstance(input_ids, Tensor):
@@ -353,12 +356,27 @@ def _check_arguments(
     past = 0 if cache is None else cache.length
     if past > 0 and (attention_mask is not None or isinstance(cu_seqlens, Tensor)):
         raise ValueError(f"the cache holds {past} tokens: say which belong together by a pair of cu_seqlens")
-    if labels is not None and (cache is not None or logits_to_keep not in (None, 0)):
-        raise ValueError("labels need the logits of the whole sequence: no cache, and logits_to_keep None (or 0)")
-    if labels is None and logits_to_keep is not None and not 1 <= logits_to_keep <= T:
-        raise ValueError(f"logits_to_keep {logits_to_keep} should be between 1 and the {T} tokens of input_ids")
     if position_ids is None and attention_mask is None and cu_seqlens is None and past + T > config.n_positions:
         raise ValueError(f"sequence of {past + T} tokens, but this model has {config.n_positions} positions")
+
+
+def _check_outputs(
+    input_ids: Tensor, labels: Tensor | None, cache: KVCache | None, return_logits: bool, logits_to_keep: int | Tensor
+) -> None:
+    T = input_ids.shape[1]
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.ndim != 1 or logits_to_keep.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"logits_to_keep is {logits_to_keep.dtype} of shape {tuple(logits_to_keep.shape)}, "
+                "expected a number or 1-D int64 or int32 indices"
+            )
+    elif not 0 <= logits_to_keep <= T:
+        raise ValueError(f"logits_to_keep {logits_to_keep} should be between 0 (all) and the {T} tokens of input_ids")
+    everything = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
+    if labels is not None and (cache is not None or not everything):
+        raise ValueError("labels need the logits of the whole sequence: pass no cache, and logits_to_keep=0")
+    if labels is None and not return_logits:
+        raise ValueError("return_logits=False returns the loss alone, which needs labels")
 
 
 def _check_values(

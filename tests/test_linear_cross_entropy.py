@@ -420,15 +420,15 @@ def test_the_model_computes_the_same_loss_without_logits(name: str, tied: bool) 
     mask[1, 6:] = False
     results = []
     with running(name), ops.use(BACKENDS[name][0]):
-        for keep in (None, 0):
+        for return_logits in (True, False):
             model.zero_grad()
-            out = model(ids, mask, labels=ids, logits_to_keep=keep)
+            out = model(ids, mask, labels=ids, return_logits=return_logits)
             out.loss.backward()
             results.append([out.loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     assert out.logits.shape == (2, 0, 33)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match="logits_to_keep 0 should be between 1 and the 9 tokens"):
-        model(ids, logits_to_keep=0)
+    with pytest.raises(ValueError, match="return_logits=False returns the loss alone, which needs labels"):
+        model(ids, return_logits=False)
 
 
 @pytest.mark.parametrize("large", [0, 1 << 20])
@@ -439,7 +439,7 @@ def test_the_gradient_of_a_tied_weight_is_copied_only_to_be_kept(large: int, mon
     ids = torch.randint(33, (2, 9))
 
     def copies(retain_graph: bool) -> int:
-        loss = model(ids, labels=ids, logits_to_keep=0).loss
+        loss = model(ids, labels=ids, return_logits=False).loss
         with torch.profiler.profile(record_shapes=True) as profile:
             loss.backward(retain_graph=retain_graph)
         if retain_graph:

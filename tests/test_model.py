@@ -448,7 +448,10 @@ def test_functional_call_uses_the_weights_it_is_given() -> None:
 
 def test_logits_to_keep() -> None:
     model, x = small(), ids(2, 9)
-    torch.testing.assert_close(model(x, logits_to_keep=2).logits, model(x).logits[:, -2:])
+    every = model(x).logits
+    torch.testing.assert_close(model(x, logits_to_keep=2).logits, every[:, -2:])
+    torch.testing.assert_close(model(x, logits_to_keep=torch.tensor([0, 5])).logits, every[:, [0, 5]])
+    assert torch.equal(model(x, logits_to_keep=0).logits, every)  # all of them, as in transformers
 
 
 # ---- what it refuses
@@ -494,7 +497,9 @@ def arguments(**changes: object) -> dict:
         (arguments(position_ids=torch.arange(6) + 27), ValueError, "sequence of 33 tokens, but .* 32 positions"),
         (arguments(labels=ids(2, 6), logits_to_keep=1), ValueError, "labels need the logits of the whole sequence"),
         ({"input_ids": [[1, 2]]}, TypeError, r"input_ids is a list, expected a tensor \(batch, length\)"),
-        (arguments(logits_to_keep=7), ValueError, "logits_to_keep 7 should be between 1 and the 6 tokens"),
+        (arguments(logits_to_keep=7), ValueError, r"logits_to_keep 7 should be between 0 \(all\) and the 6 tokens"),
+        (arguments(logits_to_keep=torch.tensor([0.0])), ValueError, "logits_to_keep is torch.float32 of shape"),
+        (arguments(return_logits=False), ValueError, "return_logits=False returns the loss alone, which needs labels"),
         (arguments(cache=KVCache(5)), ValueError, r"0 \+ 6 tokens do not fit into a KV cache of 5"),
     ],
 )  # fmt: skip

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
+from gptcore.config import IGNORED
 from gptcore.data.shards import Shard, read_shard, write_shard
 from gptcore.files import PathLike, cache_folder
 from gptcore.text.pretokenize import check_text_file, read_blocks, split_documents
@@ -34,7 +35,6 @@ from gptcore.text.tokenizer import Tokenizer
 Feature = torch.Tensor | Sequence[int] | Mapping[str, Any]
 
 _FORMAT = 2  # of the ids in the cache: how a text is cut into documents and ended
-_IGNORED = -100  # the label that the loss leaves out
 
 
 class TokenDataset(Dataset[Any]):
@@ -202,7 +202,7 @@ class DataCollatorForLanguageModeling:
         rows = [_ids(w["input_ids"]) for w in windows]
         length = max(map(len, rows))
         input_ids = torch.full((len(rows), length), self.pad_token_id)
-        labels = torch.full_like(input_ids, _IGNORED)
+        labels = torch.full_like(input_ids, IGNORED)
         attention_mask = torch.zeros_like(input_ids)
         boundaries = {0}
         for r, row in enumerate(rows):
@@ -214,7 +214,7 @@ class DataCollatorForLanguageModeling:
                 starts = torch.as_tensor(windows[r]["document_starts"], dtype=torch.int64)
                 if ((starts < 0) | (starts >= len(row))).any():
                     raise ValueError(f"document_starts must be from 0 to {len(row) - 1}, but are {starts.tolist()}")
-                labels[r, starts] = _IGNORED
+                labels[r, starts] = IGNORED
                 boundaries |= set((r * length + starts).tolist())
         batch = {"input_ids": input_ids, "labels": labels}
         if min(map(len, rows)) < length:

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from gptcore import _C, ops
+from gptcore.config import IGNORED
 from gptcore.data.datasets import DataCollatorForLanguageModeling, epoch_order
-from gptcore.model import GPT, IGNORED, targets_of
+from gptcore.model import GPT, targets_of
+from gptcore.modes import module_mode
 from gptcore.training import checkpoint
 from gptcore.training.callbacks import LogFile, ProgressLine, TrainerCallback
 from gptcore.training.checkpoint import CheckpointError
@@ -462,7 +464,7 @@ class Trainer:
         """The model's mean loss over the labels of a batch, a float32 scalar."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
             inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            loss: Tensor = self.model(**inputs, logits_to_keep=0).loss
+            loss: Tensor = self.model(**inputs, return_logits=False).loss
         return loss
 
     def _check_finite(self, step: int, loss: Tensor, grad_norm: float) -> None:
@@ -534,18 +536,6 @@ def count_labels(batch: Mapping[str, Tensor]) -> int:
 def flops_per_token(model: GPT, length: int) -> int:
     """FLOPs of forward and backward for one token in a sequence of `length`, as GPT.estimate_flops counts them."""
     return model.estimate_flops(length, backward=True) // length
-
-
-@contextlib.contextmanager
-def module_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """model.train(training) inside; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextlib.contextmanager
