@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptcore import GPT, GPTConfig, Tokenizer, cli
+from gptcore import GPT, GPTConfig, Tokenizer, TrainingArguments, cli
+from gptcore.cli.options import pick, printable
 from gptcore.data.corpus import write_standard_library_corpus
 from gptcore.training.callbacks import read_log
 from gptcore.training.checkpoint import list_checkpoints
@@ -77,7 +78,7 @@ def test_train_learns_and_the_rest_uses_what_it_leaves(text, tmp_path, capsys):
     ids = tokenizer.encode("Return the")
     alone = model.generate(torch.tensor([ids]), 10)[0, len(ids) :].tolist()
     assert status == 0
-    assert printed.startswith("Return the" + cli._text(tokenizer, alone))
+    assert printed.startswith("Return the" + printable(tokenizer, alone))
 
     # Run again with --resume there is nothing left to do, and the same result
     status, printed, _ = run(capsys, *train, "--resume", "--samples", 0)
@@ -105,7 +106,7 @@ def test_interrupted_it_prints_the_command_that_goes_on(text, tmp_path):
     assert "Traceback" not in errors
     (checkpoint,) = list_checkpoints(out)
     step = int(checkpoint.name.split("-")[1])
-    goes_on = re.search(r"To go on:\s+gptcore (.*)\n", printed)[1].split()
+    goes_on = re.search(r"To resume:\s+gptcore (.*)\n", printed)[1].split()
     assert goes_on == [*command, "--resume"]
 
     goes_on[goes_on.index("1000000")] = str(step + 2)
@@ -153,7 +154,7 @@ def test_errors_are_one_line(text, tmp_path, capsys):
     assert "--device is gpu, expected cpu, cuda" in error(
         "train", text, "--output-dir", tmp_path / "out", "--device", "gpu"
     )
-    assert "--device cuda:77 is not there: PyTorch sees" in error("generate", "out", "--device", "cuda:77")
+    assert "--device cuda:77 does not exist: PyTorch finds" in error("generate", "out", "--device", "cuda:77")
     assert "--threads is 0" in error("train", text, "--output-dir", tmp_path / "out", "--threads", 0)
     assert not (tmp_path / "out").exists()
 
@@ -162,7 +163,7 @@ def test_errors_are_one_line(text, tmp_path, capsys):
     ("argv", "words"),
     [
         (["train", "x.txt", "--init-from", "m", "--n-layer", "3", "--no-tie-word-embeddings"],
-         "--n-layer, --no-tie-word-embeddings would have no effect, because --init-from m brings its own"),
+         "--n-layer, --no-tie-word-embeddings would have no effect, because --init-from m sets it"),
         (["train", "x.txt", "--init-from", "m", "--vocab_size=3"], "--vocab-size would have no effect"),
         (["train", "x.txt", "--tokenizer", "t", "--tokenizer-kind", "bpe"], "--tokenizer-kind would have no effect"),
         (["train", "x.txt", "--tokenizer-kind", "char", "--vocab-size", "9"], "--vocab-size would have no effect"),
@@ -193,12 +194,12 @@ def test_info(capsys):
 
 def test_every_option_has_help_and_a_default_that_works(capsys):
     parser = cli.make_parser()
-    for name, command in parser._commands.items():
+    for name, command in parser.commands.items():
         for action in command._actions:
             assert action.help, f"{name} {action.dest}"
     args = parser.parse(["train", "file"])
-    cli.TrainingArguments(**cli._pick(args, cli.TrainingArguments))
-    cli.GPTConfig(**cli._pick(args, cli.GPTConfig))
+    TrainingArguments(**pick(args, TrainingArguments))
+    GPTConfig(**pick(args, GPTConfig))
 
 
 def test_the_demo_is_a_command_of_ours(monkeypatch, tmp_path):

@@ -58,7 +58,7 @@ def test_the_page_needs_a_place(tmp_path: Path) -> None:
 
 def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["bench"]) == 1
-    assert "say --simt" in capsys.readouterr().err
+    assert "add --simt" in capsys.readouterr().err
     monkeypatch.setattr(counters, "count", lambda: iter(()))
     assert cli.main(["bench", "--simt"]) == 0
     assert re.search(r"^Bounds .* no GPU was asked", capsys.readouterr().out, re.M)

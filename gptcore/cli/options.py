@@ -1,0 +1,148 @@
+"""The parser of the command line, and the options that several commands share.
+
+Options are made from the fields of GPTConfig and TrainingArguments, so each is described in one place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import torch
+
+from gptcore import ops
+from gptcore.model import GPT
+from gptcore.ops.registry import BACKENDS
+from gptcore.text.tokenizer import Tokenizer
+
+
+class Parser(argparse.ArgumentParser):
+    """Suggests the nearest known option for an unknown one. Takes --n_layer for --n-layer, too."""
+
+    commands: Mapping[str, argparse.ArgumentParser] = {}
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        argv = [_dashes(word) for word in argv]
+        command = self.commands.get(argv[0], self) if argv else self
+        known = [option for action in command._actions for option in action.option_strings]
+        # Checked before argparse, which would report missing arguments first. A word with a space is text, as there.
+        words = itertools.takewhile(lambda word: word != "--", argv)
+        options = [word.partition("=")[0] for word in words if word.startswith("--") and " " not in word]
+        unknown = [option for option in options if option not in known]
+        if not unknown:
+            args, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else f"; see {command.prog} --help"
+            self.error(f"unknown option or argument {unknown[0]}{hint}")
+        args.given = set(options)
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _dashes(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") and " " not in word else word
+
+
+# ---- adding options ----------------------------------------------------------------------------------------------
+
+
+def add_fields(
+    parser: argparse._ArgumentGroup, cls: type, defaults: Mapping[str, Any], skip: Sequence[str] = ()
+) -> None:
+    """Add an option for each field of a dataclass, with its name, type and help."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in skip:
+            continue
+        default = defaults.get(field.name, None if field.default is dataclasses.MISSING else field.default)
+        kind, options = hints[field.name], {"default": default, "help": field.metadata["help"]}
+        types = [part for part in get_args(kind) if part is not type(None)]
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        elif types:  # int | None
+            options["type"] = optional(types[0])
+        else:
+            options["type"] = kind
+        if not isinstance(default, bool):
+            options["help"] += f" (default: {'none' if default is None else default})"
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def add_machine(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Add --threads, --backend and --device."""
+    parser.add_argument("--threads", type=int, help="threads to compute with (default: as many as cores)")
+    backends = ", ".join(ops.backends())
+    parser.add_argument("--backend", help=f"kernels to compute with: {backends} (default: the fastest)")
+    parser.add_argument(
+        "--device", help="cpu, cuda or cuda:N (default: a GPU if the backend runs on one, else the CPU)"
+    )
+
+
+def add_data(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Add the text files and how they are cut into examples."""
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="text files; <|endoftext|> in a file separates documents"
+    )
+    parser.add_argument("--block-size", type=int, help="tokens in an example (default: the model's n_positions)")
+    parser.add_argument("--cache-dir", help="folder for the token cache (default: $XDG_CACHE_HOME/gptcore)")
+
+
+def optional(kind: Any) -> Any:
+    """Return a parser of `kind` that reads the word none as None."""
+
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = f"{kind.__name__} or none"
+    return read
+
+
+# ---- using options -----------------------------------------------------------------------------------------------
+
+
+def pick(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """Return the values of those options that are fields of the dataclass."""
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(cls) if hasattr(args, field.name)}
+
+
+def refuse_without_effect(args: argparse.Namespace, reason: str, *names: str) -> None:
+    """Raise ValueError if one of these options was given although it would change nothing."""
+    options = {f"--{no}{name.replace('_', '-')}" for name in names for no in ("", "no-")}
+    if useless := sorted(options & args.given):
+        raise ValueError(f"{', '.join(useless)} would have no effect, because {reason}; leave it out")
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """Return --device, by default a GPU if there is one that the backend runs on, else the CPU."""
+    if args.device is None:
+        devices = BACKENDS[args.backend].devices if args.backend else ()
+        return torch.device("cuda" if torch.cuda.is_available() and (not devices or "cuda" in devices) else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise ValueError(f"--device is {args.device}, expected cpu, cuda or cuda:N")
+    device = torch.device(args.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device} does not exist: PyTorch finds {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def load_model(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
+    """Return the model in the folder MODEL, on --device, and its tokenizer."""
+    return GPT.from_pretrained(args.model).to(args.device), Tokenizer.from_pretrained(args.model)
+
+
+def printable(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Return the text up to the end-of-text token, without it; unpaired surrogates are replaced."""
+    end = tokenizer.eos_token_id
+    text = tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
+    return text.encode("utf-8", errors="replace").decode()
