@@ -1,6 +1,9 @@
-"""One thread unless a test says otherwise: two fight on a busy machine, and small tensors gain nothing from them.
+"""Bounds the threads of the tests, and holds the fixtures that run a test on every backend.
 
-Without a GPU the Triton kernels run in Triton's interpreter, which must be said before anybody imports triton.
+A test computes with one thread unless it asks for more. Threads wait passively: OpenMP's spinning makes a parallel
+region a hundred times slower where another process uses the cores, as a second pytest worker does.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when triton is imported.
 
 A shell that starts the tests in the background has them ignore SIGINT, which some of them send.
 """
@@ -10,7 +13,13 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+# Read when the libraries load, here and in the processes that tests start
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+import torch  # noqa: E402  (after the environment that it reads)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
