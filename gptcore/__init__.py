@@ -4,7 +4,8 @@ import torch  # noqa: F401  (first, so that one OpenMP runtime, PyTorch's, serve
 
 from gptcore import _C, ops
 from gptcore.config import GPTConfig
-from gptcore.data.datasets import DataCollatorForLanguageModeling, TextDataset
+from gptcore.data.collator import DataCollatorForLanguageModeling
+from gptcore.data.datasets import TextDataset
 from gptcore.model import GPT
 from gptcore.text.tokenizer import Tokenizer
 from gptcore.training.trainer import Trainer, TrainingArguments

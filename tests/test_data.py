@@ -16,9 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptcore import GPT, GPTConfig
 from gptcore.data import datasets as data
+from gptcore.data.collator import DataCollatorForLanguageModeling
 from gptcore.data.corpus import write_standard_library_corpus
-from gptcore.data.datasets import DataCollatorForLanguageModeling, TextDataset, epoch_order, split
+from gptcore.data.datasets import TextDataset, epoch_order, split
 from gptcore.files import cache_folder
 from gptcore.text.tokenizer import Tokenizer
 
@@ -293,6 +295,35 @@ def test_masked_documents_are_segments_and_their_first_tokens_no_labels(tmp_path
     assert padded["labels"].tolist() == [[1, 2, -100, 4], [5, 6, -100, -100]]
 
 
+def test_the_collator_takes_what_the_tokenizer_returns(tokenizer: Tokenizer) -> None:
+    texts, eos = ["of", "to be<|endoftext|>"], tokenizer.eos_token_id
+    a, b = (tokenizer.encode(text, True) for text in texts)
+    collate = DataCollatorForLanguageModeling(tokenizer)
+    expected = collate([a, b])
+    assert expected["labels"].tolist() == [a + [-100] * (len(b) - len(a)), b]
+    padded = tokenizer(texts, padding=True, allowed_special=True)
+    rows = [{key: value[i] for key, value in padded.items()} for i in range(2)]
+    for features in ([tokenizer(text, allowed_special=True) for text in texts], [tokenizer(texts[0]), b], rows):
+        batch = collate(features)
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[key], expected[key]) for key in expected)
+    left = tokenizer(texts, padding=True, padding_side="left", allowed_special=True)
+    batch = collate([{key: value[i] for key, value in left.items()} for i in range(2)])
+    fill = len(b) - len(a)
+    assert batch["input_ids"].tolist() == [[eos] * fill + a, b]
+    assert batch["attention_mask"].tolist() == [[0] * fill + [1] * len(a), [1] * len(b)]
+    assert batch["labels"].tolist() == [[-100] * fill + a, b]
+
+
+def test_padded_documents_are_a_batch_for_the_model() -> None:
+    model = GPT(GPTConfig(vocab_size=9, n_positions=4, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0))
+    batch = DataCollatorForLanguageModeling()(
+        [{"input_ids": [1, 2, 3, 4], "document_starts": [2]}, {"input_ids": [5, 6], "document_starts": []}]
+    )
+    assert batch["cu_seqlens"].tolist() == [0, 2, 4, 6, 8]
+    assert model(**batch).loss is not None
+
+
 def test_bad_batches(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="mlm=False"):
         DataCollatorForLanguageModeling(tokenizer, mlm=True)
@@ -306,10 +337,16 @@ def test_bad_batches(tokenizer: Tokenizer) -> None:
         ([{"input_ids": [1], "document_starts": []}, [1]], "all or none"),
         ([{"input_ids": [1, 2], "document_starts": [2]}], r"from 0 to 1, but are \[2\]"),
         ([{"input_ids": [1, 2], "document_starts": [-1]}], "from 0 to 1"),
+        ([{"input_ids": [1, 2], "document_starts": [0], "attention_mask": [1, 0]}], "holds no padding"),
+        ([{"input_ids": [1, 2], "attention_mask": [1]}], "2 input_ids and 1 attention_mask"),
+        ([{"input_ids": [1, 2], "attention_mask": [[1, 1]]}], "attention_mask must be a row"),
+        ([{"input_ids": [1, 2], "offset_mapping": [(0, 1), (1, 2)]}], "offset_mapping"),
     ]
     for features, message in bad:
         with pytest.raises(ValueError, match=message):
             collate(features)
+    with pytest.raises(TypeError, match="a list of windows, one for each text, not a dict"):
+        collate(tokenizer(["of", "to"]))  # type: ignore[arg-type]
 
 
 # Order

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import pickle
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import ConcatDataset, Subset
 
 from gptcore import GPT, GPTConfig, Trainer, TrainingArguments
-from gptcore.data.datasets import DataCollatorForLanguageModeling, TextDataset, TokenDataset
+from gptcore.data import datasets
+from gptcore.data.collator import DataCollatorForLanguageModeling
+from gptcore.data.datasets import TextDataset, TokenDataset, fingerprint_of, split
 from gptcore.data.shards import read_shard, write_shard
 from gptcore.text.tokenizer import Tokenizer
 
@@ -106,7 +112,7 @@ def test_an_id_outside_the_vocabulary_is_an_error_when_read_and_when_written(tmp
         (lambda b: b[:50] + b"\0" + b[51:], "SHA-256"),
         (lambda b: b[:80] + bytes([b[80] ^ 1]) + b[81:], "SHA-256"),
         (lambda b: b[:104] + b"\5" + b[105:], "SHA-256"),
-        (lambda b: b"X" + b[1:], "begins with 58 50 54 .* no header .* format='nanogpt'"),
+        (lambda b: b"X" + b[1:], "begins with 58 50 54 .* not a header .* format='nanogpt'"),
         (lambda b: b"", "begins with nothing"),
     ],
 )
@@ -198,3 +204,88 @@ def test_the_header_is_what_the_documentation_says(tmp_path: Path) -> None:
     fields += b"".join(n.to_bytes(8, "little") for n in (10, 4, 2)) + bytes.fromhex(PRINT)
     body = b"\1\0\2\0\3\0\4\0" + b"".join(n.to_bytes(8, "little") for n in (0, 3))
     assert data == fields + hashlib.sha256(fields + body).digest() + body
+
+
+def test_more_shards_than_descriptors(tmp_path: Path) -> None:
+    paths = [nanogpt(tmp_path / f"{i}.bin", range(i, i + 4)) for i in range(120)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        dataset = TokenDataset(paths, 4, vocab_size=200, format="nanogpt")
+        assert [dataset[i].tolist() for i in range(120)] == [list(range(i, i + 4)) for i in range(120)]  # type: ignore[union-attr]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("kept_open", [64, 0])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: os.truncate(path, 3000),
+        lambda path: os.truncate(path, 0),
+        lambda path: path.write_bytes(b"\xff" * path.stat().st_size),
+        lambda path: path.write_bytes(path.read_bytes()[:-2] + b"\0\0"),  # an id that is in the vocabulary
+    ],
+)
+def test_a_file_that_changes_in_place_is_an_error(
+    tmp_path: Path, change: Callable[[Path], object], kept_open: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "_KEPT_OPEN", kept_open)
+    path = nanogpt(tmp_path / "train.bin", range(5000))
+    before = path.stat()
+    dataset = TokenDataset(path, 1000, vocab_size=50257, format="nanogpt")
+    assert dataset[-1].tolist() == [*range(4000, 5000)]  # type: ignore[union-attr]
+    change(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"train\.bin was changed since it was opened: open the dataset again"):
+        dataset[-1]
+
+
+def test_a_deleted_file_is_read_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = nanogpt(tmp_path / "train.bin", range(8))
+    dataset = TokenDataset(path, 8, vocab_size=8, format="nanogpt")
+    monkeypatch.setattr(datasets, "_KEPT_OPEN", 0)
+    reopened = TokenDataset(path, 8, vocab_size=8, format="nanogpt")
+    path.unlink()
+    assert dataset[0].tolist() == [*range(8)]  # type: ignore[union-attr]
+    with pytest.raises(FileNotFoundError, match=r"train\.bin"):
+        reopened[0]
+
+
+def test_a_pickled_dataset_is_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "shard", [[1] * 100_000, None] * 20, vocab_size=10, fingerprint=PRINT)
+    monkeypatch.chdir(tmp_path)
+    dataset = TokenDataset("shard", 64, vocab_size=10, mask_documents=True)
+    assert dataset.shards[0].tokens[5] == 1  # a map that was asked for is not sent either
+    data = pickle.dumps(dataset)
+    assert len(data) < (tmp_path / "shard").stat().st_size / 500
+    monkeypatch.chdir("/")
+    again = pickle.loads(data)
+    assert torch.equal(again[1562]["input_ids"], dataset[1562]["input_ids"])
+    assert again[1562]["document_starts"].tolist() == dataset[1562]["document_starts"].tolist() == [32]
+    assert again.fingerprint == dataset.fingerprint
+
+
+def test_a_fingerprint_is_that_of_all_items(tmp_path: Path) -> None:
+    ids = np.arange(64)
+    paths = [
+        nanogpt(tmp_path / "a.bin", ids),
+        nanogpt(tmp_path / "same.bin", ids),
+        nanogpt(tmp_path / "b.bin", ids + 1),
+    ]
+    write_shard(tmp_path / "ours", [ids], vocab_size=100, fingerprint=PRINT)
+    a, same, b = (TokenDataset(path, 8, vocab_size=100, format="nanogpt") for path in paths)
+    assert a.fingerprint == same.fingerprint == fingerprint_of(a)
+    train, validation = split(a, 0.25)
+    different = [
+        a, b, TokenDataset(paths[0], 4, vocab_size=100, format="nanogpt"),
+        TokenDataset(tmp_path / "ours", 8, vocab_size=100),
+        TokenDataset(tmp_path / "ours", 8, vocab_size=100, mask_documents=True), train, validation,
+        Subset(a, [0, 2]), Subset(b, [0, 2]), ConcatDataset([a, b]), ConcatDataset([b, a]),
+    ]  # fmt: skip
+    prints = [fingerprint_of(dataset) for dataset in different]
+    assert len(set(prints)) == len(prints)
+    assert all(isinstance(one, str) and len(one) == 64 for one in prints)
+    assert fingerprint_of(Subset(a, [0, 2])) == fingerprint_of(Subset(same, np.array([0, 2])))  # type: ignore[arg-type]
+    for silent in ([1, 2], Subset([1, 2], [0]), ConcatDataset([a, [1]])):  # type: ignore[arg-type, list-item]
+        assert fingerprint_of(silent) is None

@@ -25,7 +25,7 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptcore.data.datasets import DataCollatorForLanguageModeling
+from gptcore.data.collator import DataCollatorForLanguageModeling
 from gptcore.text import pretokenize as module
 from gptcore.text.pretokenize import PIECE
 from gptcore.text.tokenizer import END_OF_TEXT, Tokenizer

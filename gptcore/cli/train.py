@@ -14,7 +14,8 @@ import torch
 
 from gptcore.cli.options import add_data, add_fields, add_machine, pick, printable, refuse_without_effect
 from gptcore.config import GPTConfig
-from gptcore.data.datasets import DataCollatorForLanguageModeling, TextDataset, split
+from gptcore.data.collator import DataCollatorForLanguageModeling
+from gptcore.data.datasets import TextDataset, split
 from gptcore.model import GPT
 from gptcore.text.tokenizer import Tokenizer
 from gptcore.training.callbacks import read_log

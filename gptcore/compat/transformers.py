@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from gptcore.config import GPTConfig
-from gptcore.data.datasets import DataCollatorForLanguageModeling, TextDataset
+from gptcore.data.collator import DataCollatorForLanguageModeling
+from gptcore.data.datasets import TextDataset
 from gptcore.files import PathLike
 from gptcore.hf import pretrained
 from gptcore.model import GPT

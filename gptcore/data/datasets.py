@@ -1,4 +1,4 @@
-"""Token windows for training: text files to a checked, memory-mapped cache of ids, and windows to batches.
+"""Token windows for training: text files to a checked cache of ids on the disk, and windows of these.
 
 A file is a document; a literal "<|endoftext|>" inside it ends one document and begins the next, and a newline right
 after it is part of the separator. The tokenizer's end-of-text id, if it has one, stands after each document. All
@@ -6,8 +6,10 @@ documents in the order given make one row of tokens, which is cut into windows o
 window is dropped.
 
 The cache is one file of `gptcore.data.shards`, named by the SHA-256 of the text, the tokenizer and the format. So it
-can never be stale, and checked by a SHA-256 of its own when it is opened. TokenDataset reads such files, and others',
-directly.
+can never be stale. TokenDataset reads such files, and others', directly.
+
+Every file is checked as a whole when it is opened. A file that changes later raises ValueError at the next window read
+from it; see `gptcore.data.shards`.
 """
 
 from __future__ import annotations
@@ -15,36 +17,38 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import json
 import operator
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from gptcore.config import IGNORED
 from gptcore.data.shards import Shard, read_shard, write_shard
 from gptcore.files import PathLike, cache_folder
 from gptcore.text.pretokenize import check_text_file, read_blocks, split_documents
 from gptcore.text.tokenizer import Tokenizer
 
-Feature = torch.Tensor | Sequence[int] | Mapping[str, Any]
-
 _FORMAT = 2  # of the ids in the cache: how a text is cut into documents and ended
+_KEPT_OPEN = 64  # files of a dataset whose descriptors are kept: far below any limit on them
 
 
 class TokenDataset(Dataset[Any]):
-    """Windows of `block_size` tokens over files of tokens (see `gptcore.data.shards`), mapped into memory.
+    """Windows of `block_size` tokens over files of tokens (see `gptcore.data.shards`), each read when it is asked for.
 
     An item is an int64 tensor (block_size,). With `mask_documents` it is a dict of that tensor as "input_ids" and of
     "document_starts", int64: the positions in the window at which a document starts. From these the collator keeps
     attention and loss inside each document.
 
-    Windows follow each other without overlap; the tail of a file that fills no window is dropped.
+    Windows follow each other without overlap; the tail of a file that fills no window is dropped. A pickled dataset is
+    the paths of its files and their checksums.
+
+    Attributes: fingerprint (SHA-256 of all items), shards, block_size, mask_documents.
     """
 
     def __init__(
@@ -78,15 +82,19 @@ class TokenDataset(Dataset[Any]):
     def _open(self, names: Sequence[Path], shards: list[Shard], block_size: int, mask_documents: bool) -> None:
         _check_block_size(block_size)
         for name, shard in zip(names, shards, strict=True):
-            if len(shard.tokens) < block_size:
+            if len(shard) < block_size:
                 raise ValueError(
-                    f"{name}: {len(shard.tokens)} tokens are fewer than one window of block_size={block_size}; "
-                    f"give more text, or a block_size of at most {len(shard.tokens)}"
+                    f"{name}: {len(shard)} tokens are fewer than one window of block_size={block_size}; "
+                    f"give more text, or a block_size of at most {len(shard)}"
                 )
-            if mask_documents and shard.document_starts is None:
+            if mask_documents and shard.documents is None:
                 raise ValueError(f"{name} does not say where documents start: mask_documents=True needs a file of ours")
         self.shards, self.block_size, self.mask_documents = shards, block_size, mask_documents
-        self._ends = list(itertools.accumulate(len(shard.tokens) // block_size for shard in shards))  # in windows
+        self._ends = list(itertools.accumulate(len(shard) // block_size for shard in shards))  # in windows
+        for shard in shards if len(shards) <= _KEPT_OPEN else ():
+            shard.keep_open()
+        contents = f"{block_size} {mask_documents} {' '.join(shard.sha256 for shard in shards)}"
+        self.fingerprint = hashlib.sha256(contents.encode()).hexdigest()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -100,7 +108,7 @@ class TokenDataset(Dataset[Any]):
         shard = self.shards[s]
         start = (i - (self._ends[s - 1] if s else 0)) * self.block_size
         end = start + self.block_size
-        window = torch.from_numpy(shard.tokens[start:end].astype(np.int64))
+        window = torch.from_numpy(shard.read(start, end).astype(np.int64))
         if not self.mask_documents:
             return window
         assert shard.document_starts is not None
@@ -114,7 +122,8 @@ class TextDataset(TokenDataset):
     The ids are those of the tokenizer's `encode` of each document. They are made once, in bounded memory, and kept in
     `cache_file`, which TokenDataset reads too; nothing ever deletes it but you.
 
-    Attributes: tokens (the memory-mapped ids), document_starts (int64, positions in tokens), cache_file, block_size.
+    Attributes: as TokenDataset, and tokens (all ids, as a memory map), document_starts (int64, positions in tokens),
+    cache_file.
     """
 
     def __init__(
@@ -163,82 +172,18 @@ class TextDataset(TokenDataset):
                 help = "give cache_dir, or set GPTCORE_CACHE, to a folder with room that you may write to"
                 raise OSError(f"cannot write the token cache {self.cache_file}: {error}; {help}") from error
             shard = read_shard(self.cache_file, vocab_size=vocab_size, format="gptcore", fingerprint=fingerprint)
-        self.tokens, self.document_starts = shard.tokens, shard.document_starts
         names_of = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
         self._open([Path(names_of)], [shard], block_size, mask_documents)
 
+    @property
+    def tokens(self) -> np.ndarray[Any, Any]:
+        return self.shards[0].tokens
 
-class DataCollatorForLanguageModeling:
-    """Stack windows into a batch for a model that predicts each next token, and shifts the labels itself.
-
-    Takes a list of id tensors, id lists, or dicts with "input_ids" and maybe "labels" (other than the ids: of the same
-    length, -100 where none counts) and "document_starts"; gives int64 tensors:
-
-        input_ids       (batch, length), shorter rows padded on the right
-        labels          (batch, length), the same ids or the labels given; -100 on padding and on the first token of
-                        each document, which no earlier token foretells
-        attention_mask  (batch, length), 1 on tokens and 0 on padding; only if a row is padded
-        cu_seqlens      (segments + 1,), boundaries in the flattened batch x length: 0, the end of each row, the start
-                        of each document and of padding; only if the windows carry document_starts
-
-    What is padding follows from the lengths, never from the ids: an end-of-text token in the text counts.
-    """
-
-    def __init__(self, tokenizer: Tokenizer | None = None, mlm: bool = False) -> None:
-        """`tokenizer` gives the padding id (without one, 0: padding never counts). Raises ValueError for mlm=True."""
-        if mlm:
-            raise ValueError("mlm=True is for models like BERT; a GPT predicts the next token: give mlm=False")
-        self.tokenizer = tokenizer
-        self.pad_token_id = 0 if tokenizer is None else tokenizer.pad_token_id or 0
-
-    def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
-        if len(features) == 0:
-            raise ValueError("a batch needs at least one window, but the list is empty")
-        windows = [dict(f) if isinstance(f, Mapping) else {"input_ids": f} for f in features]
-        keys = windows[0].keys()
-        if any(w.keys() != keys for w in windows) or not {"input_ids"} <= keys <= _WINDOW:
-            found = sorted({tuple(sorted(w)) for w in windows})
-            raise ValueError(f"each window has input_ids, and all or none labels or document_starts, but not {found}")
-        rows = [_ids(w["input_ids"]) for w in windows]
-        length = max(map(len, rows))
-        input_ids = torch.full((len(rows), length), self.pad_token_id)
-        labels = torch.full_like(input_ids, IGNORED)
-        attention_mask = torch.zeros_like(input_ids)
-        boundaries = {0}
-        for r, row in enumerate(rows):
-            input_ids[r, : len(row)] = row
-            labels[r, : len(row)] = _labels(windows[r], row)
-            attention_mask[r, : len(row)] = 1
-            boundaries |= {r * length + len(row), (r + 1) * length}
-            if "document_starts" in keys:
-                starts = torch.as_tensor(windows[r]["document_starts"], dtype=torch.int64)
-                if ((starts < 0) | (starts >= len(row))).any():
-                    raise ValueError(f"document_starts must be from 0 to {len(row) - 1}, but are {starts.tolist()}")
-                labels[r, starts] = IGNORED
-                boundaries |= set((r * length + starts).tolist())
-        batch = {"input_ids": input_ids, "labels": labels}
-        if min(map(len, rows)) < length:
-            batch["attention_mask"] = attention_mask
-        if "document_starts" in keys:
-            batch["cu_seqlens"] = torch.tensor(sorted(boundaries))
-        return batch
-
-
-_WINDOW = {"input_ids", "labels", "document_starts"}
-
-
-def _labels(window: Mapping[str, Any], ids: torch.Tensor) -> torch.Tensor:
-    labels = _ids(window.get("labels", ids))
-    if len(labels) != len(ids):
-        raise ValueError(f"a window has {len(ids)} input_ids and {len(labels)} labels, expected as many")
-    return labels
-
-
-def _ids(row: Any) -> torch.Tensor:
-    ids = torch.as_tensor(row)
-    if ids.dim() != 1 or len(ids) == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"input_ids must be a row of token ids, but are {ids.dtype} of shape {tuple(ids.shape)}")
-    return ids.to(torch.int64)
+    @property
+    def document_starts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        starts = self.shards[0].document_starts
+        assert starts is not None
+        return starts
 
 
 def split(dataset: Dataset[Any], validation_fraction: float) -> tuple[Subset[Any], Subset[Any]]:
@@ -256,6 +201,25 @@ def split(dataset: Dataset[Any], validation_fraction: float) -> tuple[Subset[Any
     if validation >= count:
         raise ValueError(f"of {count} windows, {validation} for validation leaves none for training; give more text")
     return Subset(dataset, range(count - validation)), Subset(dataset, range(count - validation, count))
+
+
+def fingerprint_of(dataset: Any) -> str | None:
+    """SHA-256 of all items of a dataset: its `fingerprint`, or what follows for a torch Subset or ConcatDataset.
+
+    Returns None for a dataset that does not say. Equal fingerprints mean equal items in the same order.
+    """
+    if isinstance(dataset, Subset):
+        inner, indices = fingerprint_of(dataset.dataset), dataset.indices
+        listed = repr(indices) if isinstance(indices, range) else np.asarray(indices, np.int64).tobytes().hex()
+        parts = [inner, listed]
+    elif isinstance(dataset, ConcatDataset):
+        parts = [fingerprint_of(part) for part in dataset.datasets]
+    else:
+        found = getattr(dataset, "fingerprint", None)
+        return found if isinstance(found, str) else None
+    if None in parts:
+        return None
+    return hashlib.sha256(json.dumps([type(dataset).__name__, *parts]).encode()).hexdigest()
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -1,6 +1,6 @@
-"""Files of token ids: our own, which are checked to the last bit, nanoGPT's and llm.c's.
+"""Read and write files of token ids: our own format, which carries a SHA-256, and those of nanoGPT and llm.c.
 
-    gptcore  header and body as below; what TextDataset caches is such a file too
+    gptcore  header and body as below; the cache of TextDataset is such a file
     llm.c    256 int32: magic 20240520, version 1, number of tokens; then uint16 ids, GPT-2's. With magic 20240801 and
              version 7 the ids are uint32
     nanogpt  uint16 ids and nothing else (train.bin). Any file could be one, so this format is never guessed
@@ -11,17 +11,26 @@ Our own, in little endian:
         32 bytes the tokenizer's fingerprint, 32 bytes SHA-256 of all that is before and after it
     tokens: u16 or u32 each, zeros up to a multiple of 8 bytes
     document starts: u64 each, as positions among the tokens
+
+A shard is read with pread and not through a memory map: a map needs a descriptor of its own, and a file that shrinks
+under a map kills the process (SIGBUS). Each read compares CRC-32 checksums of 4 KiB blocks taken when the file was
+opened, so that a later change of the file raises an error.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import struct
+import weakref
+import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -35,14 +44,74 @@ _LLMC: dict[int, tuple[int, np.dtype[Any]]] = {
     20240801: (7, np.dtype("<u4")),
 }  # magic: version and type of a token
 _LLMC_HEADER = 256 * 4
+_BLOCK = 1 << 12  # bytes under one checksum
+_CHUNK = 1 << 20  # bytes read at once
 
 
-class Shard(NamedTuple):
-    """One file of tokens, memory-mapped."""
+@dataclass(eq=False)
+class Shard:
+    """One file of tokens, checked when it was opened, read a part at a time.
 
-    tokens: np.ndarray[Any, Any]  # (tokens,) uint16 or uint32
-    document_starts: np.ndarray[Any, np.dtype[np.int64]] | None  # positions in tokens; None if the file has none
+    A pickled shard is its path and checksums: the receiving process reads the file itself.
+    """
+
+    path: Path  # absolute
+    offset: int  # of the first token in the file
+    dtype: np.dtype[Any]  # of a token in the file: uint16 or uint32
+    length: int  # in tokens
+    documents: int | None  # number of documents; None if the file does not say where they start
     fingerprint: str | None  # of the tokenizer; None if the file has none
+    size: int  # of the file, in bytes
+    sha256: str = ""  # of the file; for our own format the one in its header
+    checksums: np.ndarray[Any, np.dtype[np.uint32]] | None = None  # CRC-32 of each 4 KiB behind the header
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Return the ids of tokens start to stop. Raises ValueError if the file was changed since it was opened."""
+        return np.frombuffer(self._bytes(start * self.dtype.itemsize, stop * self.dtype.itemsize), self.dtype)
+
+    @functools.cached_property
+    def document_starts(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        """Positions in the tokens (documents,), or None."""
+        if self.documents is None:
+            return None
+        first, last = self.size - self.offset - 8 * self.documents, self.size - self.offset
+        parts = [self._bytes(at, min(at + _CHUNK, last)) for at in range(first, last, _CHUNK)]
+        return np.frombuffer(b"".join(parts), "<u8").astype(np.int64)
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray[Any, Any]:
+        """All ids (length,) as a memory map. Unlike `read` it notices no change, and dies if the file shrinks."""
+        if not self.length:
+            return np.empty(0, self.dtype)
+        with self._opened() as file:
+            return np.memmap(file, self.dtype, "r", self.offset, (self.length,))
+
+    def keep_open(self) -> None:
+        """Hold a descriptor, which saves opening the file for each read and outlives its deletion."""
+        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def _opened(self) -> FileIO:
+        descriptor = self.__dict__.get("_descriptor")
+        return FileIO(self.path) if descriptor is None else FileIO(descriptor, closefd=False)
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        """Bytes start to stop behind the header, after a look at the checksums of the blocks around them."""
+        assert self.checksums is not None
+        block = start // _BLOCK
+        first, last = block * _BLOCK, min(-(-stop // _BLOCK) * _BLOCK, self.size - self.offset)
+        with self._opened() as file:
+            data = os.pread(file.fileno(), last - first, self.offset + first)
+        found = list(_checksums(data))
+        if len(data) < last - first or found != self.checksums[block : block + len(found)].tolist():
+            raise ValueError(f"{self.path} was changed since it was opened: open the dataset again")
+        return data[start - first : stop - first]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: self.__dict__[key] for key in self.__dataclass_fields__}
 
 
 def write_shard(
@@ -66,7 +135,9 @@ def write_shard(
                 start = count
                 continue
             ids = np.asarray(chunk, np.int64)
-            _check_ids(ids, vocab_size, f"the tokens for {path}, from number {count} on")
+            if (bad := _outside(ids, vocab_size)) is not None:
+                where = f"the tokens for {path}, from number {count} on"
+                raise ValueError(f"{where}: token {bad} is {ids[bad]}, outside the vocabulary of {vocab_size}")
             out.write(ids.astype(dtype).tobytes())
             count += len(ids)
         if start < count:
@@ -77,13 +148,15 @@ def write_shard(
             _MAGIC, _VERSION, dtype.itemsize, vocab_size, count, len(starts), bytes.fromhex(fingerprint)
         )
         out.flush()
-        digest = _digest(out, fields)
+        digest = hashlib.sha256(fields)
+        for block in _chunks(out, _HEADER):
+            digest.update(block)
         out.seek(0)
-        out.write(fields + digest)
+        out.write(fields + digest.digest())
 
 
 def read_shard(path: PathLike, *, vocab_size: int, format: str | None = None, fingerprint: str | None = None) -> Shard:
-    """Map a file of tokens, after a look at every one of them.
+    """Open a file of tokens and check all of it.
 
     Args:
         vocab_size: ids are below it.
@@ -102,25 +175,42 @@ def read_shard(path: PathLike, *, vocab_size: int, format: str | None = None, fi
             format = "gptcore" if beginning == _MAGIC else "llm.c" if _int32(beginning) in _LLMC else None
         if format is None:
             raise ValueError(
-                f"{path} begins with {beginning.hex(' ') or 'nothing'}, which is no header of gptcore or llm.c; "
+                f"{path} begins with {beginning.hex(' ') or 'nothing'}, which is not a header of gptcore or llm.c; "
                 "format='nanogpt' reads a file of uint16 ids alone"
             )
         if format not in _READERS:
             raise ValueError(f"there is no format {format!r}, only {', '.join(_READERS)}")
-        shard = _READERS[format](path, file)
+        file.seek(0)
+        size = os.fstat(file.fileno()).st_size
+        shard, hashed, expected = _READERS[format](path, file, size)
+        digest, checksums, at, outside = hashlib.sha256(hashed), array("I"), 0, None
+        for block in _chunks(file, shard.offset):
+            digest.update(block)
+            checksums.extend(_checksums(block))
+            inside = min(len(block) // shard.dtype.itemsize, len(shard) - at)
+            ids = np.frombuffer(block, shard.dtype, max(0, inside))
+            if outside is None and (bad := _outside(ids, vocab_size)) is not None:
+                outside = f"token {at + bad} is {ids[bad]}, outside the vocabulary of {vocab_size}"
+            at += len(ids)
+    if expected not in (None, digest.digest()):
+        raise ValueError(f"{path} is damaged: its SHA-256 is not the one that it was written with")
     if fingerprint is not None and shard.fingerprint not in (None, fingerprint):
         raise ValueError(
             f"{path} was made with a tokenizer of fingerprint {shard.fingerprint}, but this one has {fingerprint}"
         )
-    _check_ids(shard.tokens, vocab_size, str(path))
+    if outside is not None:
+        raise ValueError(f"{path}: {outside}")
+    shard.sha256, shard.checksums = digest.hexdigest(), np.asarray(checksums, np.uint32)
     return shard
 
 
-def _read_gptcore(path: Path, file: BinaryIO) -> Shard:
-    file.seek(0)
-    header = file.read(_HEADER)
-    if len(header) < _HEADER:
-        raise ValueError(f"{path} is damaged: {len(header)} bytes, but a header has {_HEADER}")
+# A reader takes the path, the file and its size. It returns the shard, what of the header the SHA-256 is to cover, and
+# the SHA-256 expected, None where the file has none.
+_Read = tuple[Shard, bytes, bytes | None]
+
+
+def _read_gptcore(path: Path, file: BinaryIO, size: int) -> _Read:
+    header = _header(path, file, _HEADER)
     fields, expected = header[: _FIELDS.size], header[_FIELDS.size :]
     magic, version, itemsize, vocab_size, count, documents, fingerprint = _FIELDS.unpack(fields)
     if (magic, version) != (_MAGIC, _VERSION):
@@ -128,36 +218,36 @@ def _read_gptcore(path: Path, file: BinaryIO) -> Shard:
     if itemsize not in (2, 4) or itemsize != _token_type(vocab_size).itemsize:
         raise ValueError(f"{path} is damaged: {itemsize} bytes a token for a vocabulary of {vocab_size}")
     padded = -(-count * itemsize // 8) * 8
-    _check_size(path, file, _HEADER + padded + 8 * documents, count)
-    if _digest(file, fields) != expected:
-        raise ValueError(f"{path} is damaged: its SHA-256 is not the one that it was written with")
-    tokens = _map(file, np.dtype(f"<u{itemsize}"), _HEADER, count)
-    file.seek(_HEADER + padded)
-    return Shard(tokens, np.frombuffer(file.read(), "<u8").astype(np.int64), fingerprint.hex())
+    _check_size(path, size, _HEADER + padded + 8 * documents, count)
+    dtype = np.dtype(f"<u{itemsize}")
+    return Shard(path.absolute(), _HEADER, dtype, count, documents, fingerprint.hex(), size), fields, expected
 
 
-def _read_llmc(path: Path, file: BinaryIO) -> Shard:
-    file.seek(0)
-    header = np.frombuffer(file.read(_LLMC_HEADER), np.uint8)
-    if len(header) < _LLMC_HEADER:
-        raise ValueError(f"{path} is damaged: {len(header)} bytes, but a header has {_LLMC_HEADER}")
-    magic, version, count = (int(number) for number in header.view("<i4")[:3])
+def _read_llmc(path: Path, file: BinaryIO, size: int) -> _Read:
+    header = _header(path, file, _LLMC_HEADER)
+    magic, version, count = struct.unpack_from("<3i", header)
     if magic not in _LLMC or version != _LLMC[magic][0] or count < 0:
         known = " or ".join(f"magic {m} version {v}" for m, (v, _) in _LLMC.items())
         raise ValueError(f"{path} has magic {magic}, version {version} and {count} tokens, expected {known}")
     dtype = _LLMC[magic][1]
-    _check_size(path, file, _LLMC_HEADER + count * dtype.itemsize, count)
-    return Shard(_map(file, dtype, _LLMC_HEADER, count), None, None)
+    _check_size(path, size, _LLMC_HEADER + count * dtype.itemsize, count)
+    return Shard(path.absolute(), _LLMC_HEADER, dtype, count, None, None, size), header, None
 
 
-def _read_nanogpt(path: Path, file: BinaryIO) -> Shard:
-    size = os.fstat(file.fileno()).st_size
+def _read_nanogpt(path: Path, file: BinaryIO, size: int) -> _Read:
     if size % 2:
         raise ValueError(f"{path} is damaged: {size} bytes are no whole number of uint16 ids")
-    return Shard(_map(file, np.dtype("<u2"), 0, size // 2), None, None)
+    return Shard(path.absolute(), 0, np.dtype("<u2"), size // 2, None, None, size), b"", None
 
 
 _READERS = {"gptcore": _read_gptcore, "llm.c": _read_llmc, "nanogpt": _read_nanogpt}
+
+
+def _header(path: Path, file: BinaryIO, size: int) -> bytes:
+    header = file.read(size)
+    if len(header) < size:
+        raise ValueError(f"{path} is damaged: {len(header)} bytes, but a header has {size}")
+    return header
 
 
 def _token_type(vocab_size: int) -> np.dtype[Any]:
@@ -168,27 +258,23 @@ def _int32(data: bytes) -> int:
     return int.from_bytes(data[:4], "little", signed=True)
 
 
-def _map(file: BinaryIO, dtype: np.dtype[Any], offset: int, count: int) -> np.ndarray[Any, Any]:
-    return np.memmap(file, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)
+def _chunks(file: BinaryIO, start: int) -> Iterator[bytes]:
+    file.seek(start)
+    while block := file.read(_CHUNK):
+        yield block
 
 
-def _digest(file: BinaryIO, fields: bytes) -> bytes:
-    digest = hashlib.sha256(fields)
-    file.seek(_HEADER)
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.digest()
+def _checksums(data: bytes) -> Iterator[int]:
+    return (zlib.crc32(data[at : at + _BLOCK]) for at in range(0, len(data), _BLOCK))
 
 
-def _check_size(path: Path, file: BinaryIO, expected: int, count: int) -> None:
-    size = os.fstat(file.fileno()).st_size
+def _check_size(path: Path, size: int, expected: int, count: int) -> None:
     if size != expected:
         raise ValueError(f"{path} is damaged: {size} bytes instead of {expected}, as its header says {count} tokens")
 
 
-def _check_ids(ids: np.ndarray[Any, Any], vocab_size: int, where: str) -> None:
-    for start in range(0, len(ids), 1 << 24):  # so that a check of a mapped file takes no more memory than this
-        part = ids[start : start + (1 << 24)]
-        if part.max() >= vocab_size or part.min() < 0:
-            at = start + int(((part >= vocab_size) | (part < 0)).argmax())
-            raise ValueError(f"{where}: token {at} is {ids[at]}, outside the vocabulary of {vocab_size}")
+def _outside(ids: np.ndarray[Any, Any], vocab_size: int) -> int | None:
+    """The place of the first id that is not in the vocabulary, or None."""
+    if len(ids) == 0 or (ids.max() < vocab_size and ids.min() >= 0):
+        return None
+    return int(((ids >= vocab_size) | (ids < 0)).argmax())

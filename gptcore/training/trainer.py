@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from gptcore import _C, ops
 from gptcore.config import IGNORED
-from gptcore.data.datasets import DataCollatorForLanguageModeling, epoch_order
+from gptcore.data.collator import DataCollatorForLanguageModeling
+from gptcore.data.datasets import epoch_order
 from gptcore.model import GPT, targets_of
 from gptcore.modes import module_mode
 from gptcore.training import checkpoint
