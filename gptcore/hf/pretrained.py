@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors
 import torch
 from torch import Tensor
 
 from gptcore.config import GPTConfig
-from gptcore.files import PathLike, atomic_file, read_json, save_tensors, write_json
+from gptcore.files import PathLike, atomic_file, read_json, write_json
 from gptcore.hf.hub import find_folder
+from gptcore.tensor_file import TensorFile, save_tensors
 
 if TYPE_CHECKING:
     from gptcore.model import GPT
@@ -242,6 +242,7 @@ class _WeightFile:
         if path.suffix == ".bin":
             self.mapped = zipfile.is_zipfile(path)  # torch.save has written such files since PyTorch 1.6
         self.version = self._version()
+        self.reader: TensorFile | None = None
         self.entries = self._open()
         self.shapes = {
             name: tuple(entry.shape if isinstance(entry, Tensor) else entry.get_shape())
@@ -256,7 +257,7 @@ class _WeightFile:
         return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        if self.mapped and self.seen > CHUNK:
+        if self.reader is None and self.mapped and self.seen > CHUNK:
             self.close()
         part: Tensor = self._opened()[name][start:stop]
         self.seen += part.nbytes
@@ -277,6 +278,8 @@ class _WeightFile:
     def close(self) -> None:
         """Let go of the file; it is opened again when more rows are asked for."""
         self.entries, self.seen = {}, 0
+        if self.reader is not None:
+            self.reader.close()
 
     def _version(self) -> tuple[int, int, int]:
         stat = self.path.stat()
@@ -288,11 +291,8 @@ class _WeightFile:
             return _open_tensorflow(self.path.with_suffix(""))
         if self.path.suffix == ".bin":
             return self._open_pickle()
-        try:
-            file = safetensors.safe_open(self.path, "pt")
-            return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{self.path} is not a whole safetensors file: {error}") from error
+        self.reader = TensorFile(self.path)
+        return {name: _Rows(self.reader, name) for name in self.reader.entries}
 
     def _open_pickle(self) -> dict[str, Any]:
         try:
@@ -307,6 +307,19 @@ class _WeightFile:
         if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
             raise ValueError(f"{self.path} should hold a dict of tensors by name")
         return state
+
+
+class _Rows:
+    """A tensor of a safetensors file; [start:stop] reads these rows."""
+
+    def __init__(self, file: TensorFile, name: str) -> None:
+        self.file, self.name = file, name
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self.file.entries[self.name].shape
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.file.rows(self.name, rows.start, rows.stop)
 
 
 class _TensorFlowVariable:

@@ -32,7 +32,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from gptcore.files import PathLike, atomic_directory, load_tensors, read_json, save_tensors, write_json
+from gptcore.files import PathLike, atomic_directory, read_json, write_json
+from gptcore.tensor_file import load_tensors, save_tensors
 
 FORMAT = 1  # of the folder as a whole; one that this code does not know is refused
 _NAME = re.compile(r"checkpoint-(\d+)")
