@@ -340,7 +340,7 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, two: Path) -> 
     try:
         with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written.*bytes are free"):
             tiny_trainer(tmp_path, max_steps=4, lr_scheduler_type="constant").train(resume_from_checkpoint=True)
-        with pytest.raises(OSError, match=r"model\.safetensors could not be written"):
+        with pytest.raises(OSError, match=r"File too large: .*model\.safetensors"):
             tiny_trainer(tmp_path).save_model()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
