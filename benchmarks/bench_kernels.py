@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.measure import PYTORCH, name_of, pick, reference
 from gptcore import _C, ops
+from gptcore.ops.attention import Settings
 
 Compare = Callable[..., None]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -133,11 +134,11 @@ def bench_decode_native(dtype: torch.dtype, compare: Compare) -> None:
         torch.empty(1, HEADS, 1),
     )
     kv = [[torch.randn(1, HEADS, keys, 64).to(dtype) for _ in "kv"] for _ in range(layers)]
-    threads = torch.get_num_threads()
+    settings, threads = Settings(scale=0.125), torch.get_num_threads()
 
     def ours() -> None:
         for k, v in kv:
-            _C.attention_forward(q, k, v, out, lse, None, None, 0.125, True, -1, -1, 0.0, 0, threads)
+            _C.attention_forward(q, k, v, out, lse, settings, threads)
 
     compare(
         f"attention decode, native function alone {name_of(dtype)}", f"batch 1, {keys} keys, {layers} layers",

@@ -1,9 +1,7 @@
 #include <cmath>
 
-#include "csrc/checks.h"
 #include "csrc/cpu_isa.h"
-#include "csrc/execution.h"
-#include "csrc/ops.h"
+#include "csrc/operations.h"
 
 namespace gptcore {
 namespace {
@@ -33,7 +31,8 @@ int threads_for(const std::vector<ParameterPiece>& pieces, int64_t num_threads) 
   return size < 32768 ? 1 : threads;
 }
 
-}  // namespace
+// Lists of tensors of one update, of the same length; see gptcore/training/optim.py.
+using Views = std::vector<TensorView>;
 
 double grad_norm(const Views& grads, int64_t num_threads) {
   std::vector<ParameterPiece> pieces;
@@ -52,7 +51,7 @@ double grad_norm(const Views& grads, int64_t num_threads) {
   args.pieces = pieces.data(), args.num_pieces = static_cast<int64_t>(pieces.size());
   args.sums = sums;
   args.num_threads = threads_for(pieces, num_threads);
-  pybind11::gil_scoped_release release;
+  py::gil_scoped_release release;
   cpu_kernels().grad_norm(args);
   double sum = 0;
   for (size_t i = 0; i < pieces.size(); ++i) sum += sums[i];
@@ -112,8 +111,17 @@ void adamw(const Views& params, const Views& copies, const Views& grads, const V
   args.grad_scale = static_cast<float>(grad_scale);
   args.num_threads = threads_for(pieces, num_threads);
   for (const TensorView& step : steps) *step.as<float>() += 1;  // nothing can be refused from here on
-  pybind11::gil_scoped_release release;
+  py::gil_scoped_release release;
   cpu_kernels().adamw(args);
+}
+
+}  // namespace
+
+void bind_adamw(py::module_& m) {
+  m.def("grad_norm", &grad_norm, py::arg("grads"), py::arg("num_threads"));
+  m.def("adamw", &adamw, py::arg("params"), py::arg("copies"), py::arg("grads"), py::arg("exp_avgs"),
+        py::arg("exp_avg_sqs"), py::arg("steps"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+        py::arg("weight_decay"), py::arg("grad_scale"), py::arg("num_threads"));
 }
 
 }  // namespace gptcore

@@ -1,9 +1,49 @@
 #include <cmath>
 
-#include "csrc/checks.h"
-#include "csrc/device_tensors.h"
-#include "csrc/ops.h"
-#include "csrc/pages.h"
+#include "csrc/operations.h"
+
+namespace gptcore {
+
+// What a call of attention has besides its tensors; see Settings in gptcore/ops/attention.py.
+struct AttentionSettings {
+  OptionalView cu_seqlens_q, cu_seqlens_k, seed;
+  double scale;
+  bool causal;
+  int64_t window_left, window_right;
+  double dropout_p;
+};
+
+}  // namespace gptcore
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<gptcore::AttentionSettings> {
+  PYBIND11_TYPE_CASTER(gptcore::AttentionSettings, const_name("AttentionSettings"));
+
+  bool load(handle source, bool) {
+    constexpr const char* kFields[] = {"cu_seqlens_q", "cu_seqlens_k", "seed",         "scale",
+                                       "causal",       "window_left",  "window_right", "dropout_p"};
+    constexpr size_t kCount = std::size(kFields);
+    if (!isinstance<tuple>(source) || PyTuple_GET_SIZE(source.ptr()) != kCount)
+      throw type_error("settings is not a tuple of " + std::to_string(kCount) + " fields");
+    size_t i = 0;
+    const auto read = [&](auto& field) {
+      make_caster<std::decay_t<decltype(field)>> caster;
+      handle given = PyTuple_GET_ITEM(source.ptr(), i);
+      if (!caster.load(given, true))
+        throw type_error(std::string(kFields[i]) + " is " + std::string(repr(given)) + ", which has the wrong type");
+      field = cast_op<std::decay_t<decltype(field)>>(caster);
+      ++i;
+    };
+    read(value.cu_seqlens_q), read(value.cu_seqlens_k), read(value.seed), read(value.scale), read(value.causal);
+    read(value.window_left), read(value.window_right), read(value.dropout_p);
+    return true;
+  }
+  static handle cast(const gptcore::AttentionSettings&, return_value_policy, handle) = delete;
+};
+
+}  // namespace pybind11::detail
 
 namespace gptcore {
 namespace {
@@ -63,9 +103,18 @@ void check_inputs(const TensorView& query, const TensorView& key, const TensorVi
     refuse("query has ", query_heads, " heads, which is not a multiple of the ", kv_heads, " heads of key and value");
 }
 
+uint64_t seed_of(const AttentionSettings& settings) {
+  if (settings.seed.has_value() != (settings.dropout_p > 0)) refuse("dropout_p and seed must be given together");
+  if (!settings.seed) return 0;
+  check_cpu(*settings.seed, "seed");
+  check_dtype(*settings.seed, "seed", DType::int64, "torch.int64");
+  check_shape(*settings.seed, "seed", {1});
+  return *settings.seed->as<uint64_t>();
+}
+
 // All that forward and backward share: the checks of query, key and value, and the arguments made from them.
 AttentionArgs common_args(const TensorView& query, const TensorView& key, const TensorView& value,
-                          const TensorView& out, const TensorView& lse, const AttentionOptions& options,
+                          const TensorView& out, const TensorView& lse, const AttentionSettings& settings,
                           const Execution& execution) {
   check_inputs(query, key, value);
   check_heads(out, "out", query);
@@ -81,10 +130,10 @@ AttentionArgs common_args(const TensorView& query, const TensorView& key, const 
   if (execution.allocate && batch * query_heads > INT32_MAX / tiles)
     refuse("query has shape ", shape_text(query.shape, 4), " and key ", shape_text(key.shape, 4), ", expected at most ",
            INT32_MAX / tiles, " heads in the batch at that length: a GPU starts at most 2^31 - 1 blocks");
-  if (!(std::abs(options.scale) <= 1e38))  // log2(e) times it is finite in float32
-    refuse("scale is ", options.scale, ", expected a finite number of at most 1e38");
-  if (!(options.dropout_p >= 0 && options.dropout_p < 1))
-    refuse("dropout_p is ", options.dropout_p, ", expected 0 <= dropout_p < 1");
+  if (!(std::abs(settings.scale) <= 1e38))  // log2(e) times it is finite in float32
+    refuse("scale is ", settings.scale, ", expected a finite number of at most 1e38");
+  if (!(settings.dropout_p >= 0 && settings.dropout_p < 1))
+    refuse("dropout_p is ", settings.dropout_p, ", expected 0 <= dropout_p < 1");
 
   AttentionArgs args{};
   args.dtype = query.dtype;
@@ -92,31 +141,31 @@ AttentionArgs common_args(const TensorView& query, const TensorView& key, const 
   args.lse = float_array(lse, "lse", query, {batch, query_heads, query_len});
   args.batch = batch, args.query_heads = query_heads, args.kv_heads = kv_heads;
   args.query_len = query_len, args.kv_len = kv_len, args.head_dim = head_dim;
-  args.scale = static_cast<float>(options.scale);
-  args.causal = options.causal;
+  args.scale = static_cast<float>(settings.scale);
+  args.causal = settings.causal;
   // More keys than there can be are no limit; the kernels add them to positions.
-  args.window_left = std::min<int64_t>(options.window_left, INT32_MAX);
-  args.window_right = std::min<int64_t>(options.window_right, INT32_MAX);
-  args.dropout_p = options.dropout_p;
-  args.seed = options.seed;
+  args.window_left = std::min<int64_t>(settings.window_left, INT32_MAX);
+  args.window_right = std::min<int64_t>(settings.window_right, INT32_MAX);
+  args.dropout_p = settings.dropout_p;
+  args.seed = seed_of(settings);
   args.num_threads = execution.num_threads, args.stream = execution.stream, args.allow_tf32 = execution.allow_tf32;
   return args;
 }
 
-}  // namespace
-
-bool attention_takes(pybind11::handle query, pybind11::handle key, pybind11::handle value) {
+// Returns whether these are tensors that attention's kernels can read, with shapes that fit. Never throws.
+bool attention_takes(py::handle query, py::handle key, py::handle value) {
   try {
-    for (pybind11::handle tensor : {query, key, value})
-      if (!pybind11::detail::type_caster<TensorView>::is_plain(tensor)) return false;
+    for (py::handle tensor : {query, key, value})
+      if (!py::detail::type_caster<TensorView>::is_plain(tensor)) return false;
     check_inputs(query.cast<TensorView>(), key.cast<TensorView>(), value.cast<TensorView>());
     return true;
-  } catch (const pybind11::builtin_exception&) {
-  } catch (const pybind11::error_already_set&) {
+  } catch (const py::builtin_exception&) {
+  } catch (const py::error_already_set&) {
   }
   return false;
 }
 
+// Checks cu_seqlens (int32 or int64, on the CPU) and returns the segments; without cu_seqlens, one for each batch row.
 std::vector<Segment> make_segments(const OptionalView& cu_seqlens_q, const OptionalView& cu_seqlens_k, int64_t batch,
                                    int64_t query_len, int64_t kv_len) {
   for (int64_t size : {batch, query_len, kv_len})
@@ -148,13 +197,11 @@ std::vector<Segment> make_segments(const OptionalView& cu_seqlens_q, const Optio
   return segments;
 }
 
-namespace {
-
 // The documents of a call. Boundaries on a GPU are left there: Python has checked a copy of them.
 class Documents {
  public:
-  Documents(AttentionArgs& args, const TensorView& query, const AttentionOptions& options, const Execution& execution) {
-    const OptionalView &q = options.cu_seqlens_q, &k = options.cu_seqlens_k;
+  Documents(AttentionArgs& args, const TensorView& query, const AttentionSettings& settings, const Execution& execution) {
+    const OptionalView &q = settings.cu_seqlens_q, &k = settings.cu_seqlens_k;
     if (query.device_type == Device::cpu) {
       segments_ = make_segments(q, k, args.batch, args.query_len, args.kv_len);
       args.segments = segments_.data(), args.num_segments = static_cast<int64_t>(segments_.size());
@@ -178,26 +225,24 @@ class Documents {
   std::vector<Segment> segments_;
 };
 
-}  // namespace
-
 void attention_forward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
-                       const TensorView& lse, const AttentionOptions& options, const Execution& execution) {
+                       const TensorView& lse, const AttentionSettings& settings, const Execution& execution) {
   const Kernels& kernels = kernels_for(query, execution);
-  AttentionArgs args = common_args(query, key, value, out, lse, options, execution);
+  AttentionArgs args = common_args(query, key, value, out, lse, settings, execution);
   check_distinct(out, "out");
   for (const auto* in : {&query, &key, &value}) check_apart(out, "out", *in, "an input");
-  const Documents documents(args, query, options, execution);
+  const Documents documents(args, query, settings, execution);
   const Workspace workspace(execution, query, kernels.attention_forward_workspace(args));
   args.workspace = workspace.as();
   const DeviceTensors tensors{{"query", query, Access::read},
                               {"key", key, Access::read},
                               {"value", value, Access::read},
-                              {"cu_seqlens_q", options.cu_seqlens_q, Access::read},
-                              {"cu_seqlens_k", options.cu_seqlens_k, Access::read},
+                              {"cu_seqlens_q", settings.cu_seqlens_q, Access::read},
+                              {"cu_seqlens_k", settings.cu_seqlens_k, Access::read},
                               {"out", out, Access::write},
                               {"lse", lse, Access::write},
                               {"workspace", workspace.view(), Access::write}};
-  pybind11::gil_scoped_release release;
+  py::gil_scoped_release release;
   prefer_huge_pages(out);
   kernels.attention_forward(args);
 }
@@ -205,9 +250,9 @@ void attention_forward(const TensorView& query, const TensorView& key, const Ten
 void attention_backward(const TensorView& grad_out, const OptionalView& grad_lse, const TensorView& query,
                         const TensorView& key, const TensorView& value, const TensorView& out, const TensorView& lse,
                         const TensorView& grad_query, const TensorView& grad_key, const TensorView& grad_value,
-                        const AttentionOptions& options, const Execution& execution) {
+                        const AttentionSettings& settings, const Execution& execution) {
   const Kernels& kernels = kernels_for(query, execution);
-  AttentionArgs args = common_args(query, key, value, out, lse, options, execution);
+  AttentionArgs args = common_args(query, key, value, out, lse, settings, execution);
   check_heads(grad_out, "grad_out", query);
   check_shape(grad_out, "grad_out", {query.shape[0], query.shape[1], query.shape[2], query.shape[3]});
   args.grad_lse = float_array(grad_lse, "grad_lse", query, {query.shape[0], query.shape[1], query.shape[2]});
@@ -223,7 +268,7 @@ void attention_backward(const TensorView& grad_out, const OptionalView& grad_lse
   }
   args.grad_out = heads(grad_out);
   args.grad_query = heads(grad_query), args.grad_key = heads(grad_key), args.grad_value = heads(grad_value);
-  const Documents documents(args, query, options, execution);
+  const Documents documents(args, query, settings, execution);
   const Workspace workspace(execution, query, kernels.attention_backward_workspace(args));
   args.workspace = workspace.as();
   const DeviceTensors tensors{{"grad_out", grad_out, Access::read},
@@ -233,15 +278,36 @@ void attention_backward(const TensorView& grad_out, const OptionalView& grad_lse
                               {"value", value, Access::read},
                               {"out", out, Access::read},
                               {"lse", lse, Access::read},
-                              {"cu_seqlens_q", options.cu_seqlens_q, Access::read},
-                              {"cu_seqlens_k", options.cu_seqlens_k, Access::read},
+                              {"cu_seqlens_q", settings.cu_seqlens_q, Access::read},
+                              {"cu_seqlens_k", settings.cu_seqlens_k, Access::read},
                               {"grad_query", grad_query, Access::write},
                               {"grad_key", grad_key, Access::write},
                               {"grad_value", grad_value, Access::write},
                               {"workspace", workspace.view(), Access::write}};
-  pybind11::gil_scoped_release release;
+  py::gil_scoped_release release;
   for (const auto* grad : {&grad_query, &grad_key, &grad_value}) prefer_huge_pages(*grad);
   kernels.attention_backward(args);
+}
+
+py::list segments(const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k, int64_t batch, int64_t query_len,
+                  int64_t kv_len) {
+  py::list segments;
+  for (const Segment& s : make_segments(cu_seqlens_q, cu_seqlens_k, batch, query_len, kv_len))
+    segments.append(py::make_tuple(s.batch, s.query_begin, s.query_len, s.key_begin, s.key_len));
+  return segments;
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  m.def("attention_forward", &attention_forward, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"),
+        py::arg("lse"), py::arg("settings"), py::arg("execution"));
+  m.def("attention_backward", &attention_backward, py::arg("grad_out"), py::arg("grad_lse"), py::arg("query"),
+        py::arg("key"), py::arg("value"), py::arg("out"), py::arg("lse"), py::arg("grad_query"), py::arg("grad_key"),
+        py::arg("grad_value"), py::arg("settings"), py::arg("execution"));
+  m.def("attention_takes", &attention_takes, py::arg("query"), py::arg("key"), py::arg("value"));
+  m.def("segments", &segments, py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("batch"), py::arg("query_len"),
+        py::arg("kv_len"));
 }
 
 }  // namespace gptcore

@@ -13,44 +13,32 @@
 namespace gptcore {
 
 // Each file of kernels/cpu is compiled once for every instruction set that it gains from, into a namespace of that name.
-#define GPTCORE_DECLARE_ATTENTION(isa)                         \
-  namespace isa {                                              \
-  size_t attention_forward_workspace(const AttentionArgs&);    \
-  void attention_forward(const AttentionArgs&);                \
-  size_t attention_backward_workspace(const AttentionArgs&);   \
-  void attention_backward(const AttentionArgs&);               \
-  }
-#define GPTCORE_DECLARE_ISA(isa)                               \
-  GPTCORE_DECLARE_ATTENTION(isa)                               \
-  namespace isa {                                              \
-  void layer_norm_forward(const LayerNormArgs&);               \
-  size_t layer_norm_backward_workspace(const LayerNormArgs&);  \
-  void layer_norm_backward(const LayerNormArgs&);              \
-  void gelu_forward(const GeluArgs&);                          \
-  size_t gelu_backward_workspace(const GeluArgs&);             \
-  void gelu_backward(const GeluArgs&);                         \
-  size_t linear_workspace(const LinearArgs&);                  \
-  void linear(const LinearArgs&);                              \
-  void cross_entropy(const CrossEntropyArgs&);                 \
-  void adamw(const AdamWArgs&);                                \
-  void grad_norm(const GradNormArgs&);                         \
-  }
-#define GPTCORE_KERNELS(name, attention, isa)                                                              \
-  Kernels {                                                                                                \
-    name, attention::attention_forward_workspace, attention::attention_forward,                            \
-        attention::attention_backward_workspace, attention::attention_backward, isa::layer_norm_forward,   \
-        isa::layer_norm_backward_workspace, isa::layer_norm_backward, isa::gelu_forward,                   \
-        isa::gelu_backward_workspace, isa::gelu_backward, isa::linear_workspace, isa::linear,              \
-        isa::cross_entropy, isa::adamw, isa::grad_norm                                                     \
+// The table is made in that namespace, where the names of the kernels are those of the instruction set.
+#define GPTCORE_ISA_KERNELS(isa)                                             \
+  namespace isa {                                                            \
+  GPTCORE_OPERATIONS(GPTCORE_DECLARE_KERNELS, GPTCORE_DECLARE_KERNELS)       \
+  static Kernels all_kernels() {                                             \
+    Kernels kernels{#isa};                                                   \
+    GPTCORE_OPERATIONS(GPTCORE_SET_KERNELS, GPTCORE_SET_KERNELS)             \
+    return kernels;                                                          \
+  }                                                                          \
   }
 
-GPTCORE_DECLARE_ISA(baseline)
+GPTCORE_ISA_KERNELS(baseline)
 #if defined(__x86_64__)
-GPTCORE_DECLARE_ISA(avx2)
-GPTCORE_DECLARE_ISA(avx512)
-GPTCORE_DECLARE_ISA(avx512_bf16)
+GPTCORE_ISA_KERNELS(avx2)
+GPTCORE_ISA_KERNELS(avx512)
+GPTCORE_ISA_KERNELS(avx512_bf16)
 #if defined(GPTCORE_AMX)
-GPTCORE_DECLARE_ATTENTION(amx_bf16)
+namespace amx_bf16 {
+GPTCORE_ATTENTION(GPTCORE_DECLARE_KERNEL)
+static Kernels all_kernels() {  // those of avx512_bf16, but for attention
+  Kernels kernels = avx512_bf16::all_kernels();
+  kernels.name = "amx_bf16";
+  GPTCORE_ATTENTION(GPTCORE_SET_KERNEL)
+  return kernels;
+}
+}  // namespace amx_bf16
 #endif
 #endif
 
@@ -74,18 +62,18 @@ bool may_use_amx() {
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
-    std::vector<Isa> found = {{GPTCORE_KERNELS("baseline", baseline, baseline), true}};
+    std::vector<Isa> found = {{baseline::all_kernels(), true}};
 #if defined(__x86_64__)
     __builtin_cpu_init();  // its answers include whether the operating system saves the registers
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    found.push_back({GPTCORE_KERNELS("avx2", avx2, avx2), avx2});
-    found.push_back({GPTCORE_KERNELS("avx512", avx512, avx512), avx512});
+    found.push_back({avx2::all_kernels(), avx2});
+    found.push_back({avx512::all_kernels(), avx512});
     bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-    found.push_back({GPTCORE_KERNELS("avx512_bf16", avx512_bf16, avx512_bf16), avx512_bf16});
+    found.push_back({avx512_bf16::all_kernels(), avx512_bf16});
 #if defined(GPTCORE_AMX)
-    found.push_back({GPTCORE_KERNELS("amx_bf16", amx_bf16, avx512_bf16), avx512_bf16 && may_use_amx()});
+    found.push_back({amx_bf16::all_kernels(), avx512_bf16 && may_use_amx()});
 #endif
 #endif
     return found;

@@ -1,10 +1,10 @@
-#include "csrc/checks.h"
 #include "csrc/cpu_isa.h"
-#include "csrc/execution.h"
-#include "csrc/ops.h"
+#include "csrc/operations.h"
 
 namespace gptcore {
+namespace {
 
+// Returns the sum over the rows. With `gradient`, overwrites the logits with softmax - onehot.
 double cross_entropy(const TensorView& logits, const TensorView& targets, bool gradient, int64_t num_threads) {
   check_cpu(logits, "logits");
   check_float(logits, "logits");
@@ -34,11 +34,18 @@ double cross_entropy(const TensorView& logits, const TensorView& targets, bool g
   args.losses = losses;
   args.gradient = gradient;
   args.num_threads = check_threads(num_threads);
-  pybind11::gil_scoped_release release;
+  py::gil_scoped_release release;
   cpu_kernels().cross_entropy(args);
   double sum = 0;
   for (int64_t i = 0; i < rows; ++i) sum += losses[i];
   return sum;
+}
+
+}  // namespace
+
+void bind_cross_entropy(py::module_& m) {
+  m.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("targets"), py::arg("gradient"),
+        py::arg("num_threads"));
 }
 
 }  // namespace gptcore

@@ -1,7 +1,4 @@
-#include "csrc/checks.h"
-#include "csrc/device_tensors.h"
-#include "csrc/ops.h"
-#include "csrc/pages.h"
+#include "csrc/operations.h"
 
 namespace gptcore {
 namespace {
@@ -18,8 +15,6 @@ GeluArgs common_args(const TensorView& x, const OptionalView& bias, bool tanh_fo
   return args;
 }
 
-}  // namespace
-
 void gelu_forward(const TensorView& x, const OptionalView& bias, const TensorView& out, bool tanh_form,
                   const Execution& execution) {
   GeluArgs args = common_args(x, bias, tanh_form, execution);
@@ -28,7 +23,7 @@ void gelu_forward(const TensorView& x, const OptionalView& bias, const TensorVie
   check_apart(out, "out", x, "x");
   const Kernels& kernels = kernels_for(x, execution);
   DeviceTensors tensors{{"x", x, Access::read}, {"bias", bias, Access::read}, {"out", out, Access::write}};
-  pybind11::gil_scoped_release release;
+  py::gil_scoped_release release;
   prefer_huge_pages(out);
   kernels.gelu_forward(args);
 }
@@ -48,9 +43,18 @@ void gelu_backward(const TensorView& grad_out, const TensorView& x, const Option
   DeviceTensors tensors{{"grad_out", grad_out, Access::read}, {"x", x, Access::read},
                         {"bias", bias, Access::read},         {"grad_x", grad_x, Access::write},
                         {"grad_bias", grad_bias, Access::write}, {"workspace", workspace.view(), Access::write}};
-  pybind11::gil_scoped_release release;
+  py::gil_scoped_release release;
   prefer_huge_pages(grad_x);
   kernels.gelu_backward(args);
+}
+
+}  // namespace
+
+void bind_gelu(py::module_& m) {
+  m.def("gelu_forward", &gelu_forward, py::arg("x"), py::arg("bias"), py::arg("out"), py::arg("tanh_form"),
+        py::arg("execution"));
+  m.def("gelu_backward", &gelu_backward, py::arg("grad_out"), py::arg("x"), py::arg("bias"), py::arg("grad_x"),
+        py::arg("grad_bias"), py::arg("tanh_form"), py::arg("execution"));
 }
 
 }  // namespace gptcore

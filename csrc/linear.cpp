@@ -1,8 +1,5 @@
-#include "csrc/checks.h"
 #include "csrc/cpu_isa.h"
-#include "csrc/execution.h"
-#include "csrc/ops.h"
-#include "csrc/pages.h"
+#include "csrc/operations.h"
 
 namespace gptcore {
 namespace {
@@ -53,13 +50,12 @@ void run(LinearArgs& args, std::initializer_list<const OptionalView*> outputs) {
   const Kernels& kernels = cpu_kernels();
   const Workspace workspace(kernels.linear_workspace(args));
   args.workspace = workspace.as<char>();
-  pybind11::gil_scoped_release release;
+  py::gil_scoped_release release;
   for (const OptionalView* output : outputs) prefer_huge_pages(*output);
   kernels.linear(args);
 }
 
-}  // namespace
-
+// out = x @ weight^T + bias, as F.linear has it.
 void linear_forward(const TensorView& x, const TensorView& weight, const OptionalView& bias, const TensorView& out,
                     int64_t num_threads) {
   check_weight(weight, "weight");
@@ -78,6 +74,7 @@ void linear_forward(const TensorView& x, const TensorView& weight, const Optiona
   run(args, {&output});
 }
 
+// Computes the gradients that are given; grad_weight needs x, and grad_x needs weight.
 void linear_backward(const TensorView& grad_out, const OptionalView& x, const OptionalView& weight,
                      const OptionalView& grad_x, const OptionalView& grad_weight, const OptionalView& grad_bias,
                      int64_t num_threads) {
@@ -113,6 +110,15 @@ void linear_backward(const TensorView& grad_out, const OptionalView& x, const Op
       if (other != output && *other) check_apart(**output, name, **other, other_name);
   }
   run(args, {&grad_x, &grad_weight, &grad_bias});
+}
+
+}  // namespace
+
+void bind_linear(py::module_& m) {
+  m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
+        py::arg("num_threads"));
+  m.def("linear_backward", &linear_backward, py::arg("grad_out"), py::arg("x"), py::arg("weight"), py::arg("grad_x"),
+        py::arg("grad_weight"), py::arg("grad_bias"), py::arg("num_threads"));
 }
 
 }  // namespace gptcore

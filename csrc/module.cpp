@@ -1,19 +1,16 @@
-// gptcore._C: the list of all that Python can call. The checks and the work are in the files that it names.
+// gptcore._C: the operations of csrc/operations.h, and what the module says of itself.
 #include <omp.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <cstdlib>
 #include <sstream>
 
 #include "csrc/cpu_isa.h"
-#include "csrc/ops.h"
-#include "csrc/pages.h"
+#include "csrc/operations.h"
 #ifdef GPTCORE_CUDA_ARCHS
 #include "csrc/gpu/kernels.h"
 #endif
 
-namespace py = pybind11;
 using namespace gptcore;
 
 const Kernels& gptcore::kernels_for(const TensorView& tensor, const Execution& execution) {
@@ -59,20 +56,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     }
   }
 
-  bind_ops(m);
-  m.def("attention_takes", &attention_takes, py::arg("query"), py::arg("key"), py::arg("value"),
-        "Whether these are tensors that attention's kernels can read, with shapes that fit. Never raises.");
-  m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
-        py::arg("num_threads"));
-  m.def("linear_backward", &linear_backward, py::arg("grad_out"), py::arg("x"), py::arg("weight"), py::arg("grad_x"),
-        py::arg("grad_weight"), py::arg("grad_bias"), py::arg("num_threads"));
-  m.def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("targets"), py::arg("gradient"),
-        py::arg("num_threads"));
-  m.def("grad_norm", &grad_norm, py::arg("grads"), py::arg("num_threads"));
-  m.def("adamw", &adamw, py::arg("params"), py::arg("copies"), py::arg("grads"), py::arg("exp_avgs"),
-        py::arg("exp_avg_sqs"), py::arg("steps"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-        py::arg("weight_decay"), py::arg("grad_scale"), py::arg("num_threads"));
-
+  bind_operations(m);
   m.def("compiled_isas", &compiled_isas, "CPU instruction sets that the kernels are compiled for, lowest first.");
   m.def("supported_isas", &supported_isas, "Those of them that this CPU has, lowest first.");
   m.def("cpu_isa", [] { return std::string(cpu_kernels().name); }, "The instruction set in use.");

@@ -12,20 +12,16 @@ from torch import Tensor
 # workspace, and whether float32 products may be rounded to TF32.
 Execution = int | tuple[int, collections.abc.Callable[[int], Tensor], bool]
 
+# The fields of gptcore.ops.attention.Settings.
+AttentionSettings = tuple[Tensor | None, Tensor | None, Tensor | None, float, bool, int, int, float]
+
 def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    dropout_p: float,
-    seed: int,
+    settings: AttentionSettings,
     execution: Execution,
 ) -> None:
     """Fills out, like query, and lse, float32 (batch, query_heads, query_len)."""
@@ -41,14 +37,7 @@ def attention_backward(
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    dropout_p: float,
-    seed: int,
+    settings: AttentionSettings,
     execution: Execution,
 ) -> None:
     """Fills grad_query, grad_key and grad_value, except for keys of a document that has no queries."""
@@ -67,17 +56,17 @@ def layer_norm_forward(
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    sum: Tensor | None,
+    residual_out: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     eps: float,
     execution: Execution,
 ) -> None:
-    """Fills out, sum = x + residual, and float32 mean and rstd of each row; x is (rows, width)."""
+    """Fills out, residual_out = x + residual, and float32 mean and rstd of each row; x is (rows, width)."""
 
 def layer_norm_backward(
     grad_out: Tensor,
-    grad_sum: Tensor | None,
+    grad_residual_out: Tensor | None,
     x: Tensor,
     weight: Tensor,
     mean: Tensor,

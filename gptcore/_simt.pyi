@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gptcore._C import attention_backward as attention_backward
 from gptcore._C import attention_forward as attention_forward
+from gptcore._C import attention_takes as attention_takes
 from gptcore._C import gelu_backward as gelu_backward
 from gptcore._C import gelu_forward as gelu_forward
 from gptcore._C import layer_norm_backward as layer_norm_backward

@@ -1,4 +1,4 @@
-// What the kernels are called with, and the table of them that every instruction set and every kind of GPU fills in.
+// The arguments of the kernels, and the one list of operations.
 //
 // Plain structs of pointers and sizes: a kernel knows nothing of Python or PyTorch. Strides count elements. The caller
 // (csrc/) has checked every shape, stride and range; the kernels trust their arguments.
@@ -146,24 +146,53 @@ struct GradNormArgs {
   int num_threads;
 };
 
+// ---- the one list of operations --------------------------------------------------------------------------------------
+
+// Each kernel function of an operation: KERNEL(result, name, arguments). *_workspace returns bytes.
+#define GPTCORE_ATTENTION(KERNEL)                             \
+  KERNEL(size_t, attention_forward_workspace, AttentionArgs)  \
+  KERNEL(void, attention_forward, AttentionArgs)              \
+  KERNEL(size_t, attention_backward_workspace, AttentionArgs) \
+  KERNEL(void, attention_backward, AttentionArgs)
+#define GPTCORE_LAYER_NORM(KERNEL)                             \
+  KERNEL(void, layer_norm_forward, LayerNormArgs)              \
+  KERNEL(size_t, layer_norm_backward_workspace, LayerNormArgs) \
+  KERNEL(void, layer_norm_backward, LayerNormArgs)
+#define GPTCORE_GELU(KERNEL)                        \
+  KERNEL(void, gelu_forward, GeluArgs)              \
+  KERNEL(size_t, gelu_backward_workspace, GeluArgs) \
+  KERNEL(void, gelu_backward, GeluArgs)
+#define GPTCORE_LINEAR(KERNEL)                 \
+  KERNEL(size_t, linear_workspace, LinearArgs) \
+  KERNEL(void, linear, LinearArgs)
+#define GPTCORE_CROSS_ENTROPY(KERNEL) KERNEL(void, cross_entropy, CrossEntropyArgs)
+#define GPTCORE_ADAMW(KERNEL)     \
+  KERNEL(void, adamw, AdamWArgs)  \
+  KERNEL(void, grad_norm, GradNormArgs)
+
+// Every operation: GPU(name, its kernels) if it has CUDA kernels, CPU(name, its kernels) if it has none.
+// csrc/<name>.cpp checks and binds it. Declarations, dispatch tables, bindings and CMakeLists.txt follow from this list.
+#define GPTCORE_OPERATIONS(GPU, CPU)        \
+  GPU(attention, GPTCORE_ATTENTION)         \
+  GPU(layer_norm, GPTCORE_LAYER_NORM)       \
+  GPU(gelu, GPTCORE_GELU)                   \
+  CPU(linear, GPTCORE_LINEAR)               \
+  CPU(cross_entropy, GPTCORE_CROSS_ENTROPY) \
+  CPU(adamw, GPTCORE_ADAMW)
+
+// What can be made of the list.
+#define GPTCORE_SKIP(name, KERNELS)
+#define GPTCORE_DECLARE_KERNEL(result, name, arguments) result name(const arguments&);
+#define GPTCORE_DECLARE_KERNELS(name, KERNELS) KERNELS(GPTCORE_DECLARE_KERNEL)
+#define GPTCORE_KERNEL_POINTER(result, name, arguments) result (*name)(const arguments&) = nullptr;
+#define GPTCORE_KERNEL_POINTERS(name, KERNELS) KERNELS(GPTCORE_KERNEL_POINTER)
+#define GPTCORE_SET_KERNEL(result, name, arguments) kernels.name = name;  // in a variable `kernels`
+#define GPTCORE_SET_KERNELS(name, KERNELS) KERNELS(GPTCORE_SET_KERNEL)
+
+// The kernels of one instruction set, or of a GPU, where those of the CPU alone are null.
 struct Kernels {
   const char* name;  // of the CPU's instruction set, or "cuda" or "simt"
-  size_t (*attention_forward_workspace)(const AttentionArgs&);  // bytes
-  void (*attention_forward)(const AttentionArgs&);
-  size_t (*attention_backward_workspace)(const AttentionArgs&);
-  void (*attention_backward)(const AttentionArgs&);
-  void (*layer_norm_forward)(const LayerNormArgs&);
-  size_t (*layer_norm_backward_workspace)(const LayerNormArgs&);
-  void (*layer_norm_backward)(const LayerNormArgs&);
-  void (*gelu_forward)(const GeluArgs&);
-  size_t (*gelu_backward_workspace)(const GeluArgs&);
-  void (*gelu_backward)(const GeluArgs&);
-  // The CPU's alone.
-  size_t (*linear_workspace)(const LinearArgs&);
-  void (*linear)(const LinearArgs&);
-  void (*cross_entropy)(const CrossEntropyArgs&);
-  void (*adamw)(const AdamWArgs&);
-  void (*grad_norm)(const GradNormArgs&);
+  GPTCORE_OPERATIONS(GPTCORE_KERNEL_POINTERS, GPTCORE_KERNEL_POINTERS)
 };
 
 }  // namespace gptcore

@@ -11,6 +11,7 @@ import torch
 
 from gptcore import _C, ops
 from gptcore.ops import native
+from gptcore.ops.attention import Settings
 
 built = pytest.mark.skipif(
     not _C.cuda_archs() and os.environ.get("GPTCORE_CUDA", "AUTO").upper() != "ON", reason="built without CUDA kernels"
@@ -78,4 +79,4 @@ def test_more_blocks_than_a_grid_has(shape: tuple[int, ...], kv_shape: tuple[int
     execution = (0, lambda size: torch.empty(size, dtype=torch.uint8), False)
     with pytest.raises(ValueError, match=r"expected (at most 32767 heads in the batch at that length: a GPU starts at "
                        r"most 2\^31 - 1 blocks|batch x heads, .* at most 2\^31 - 257)"):  # fmt: skip
-        _simt.attention_forward(q, k, k, q, lse, None, None, 1.0, True, -1, -1, 0.0, 0, execution)
+        _simt.attention_forward(q, k, k, q, lse, Settings(), execution)

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from gptcore import _C, ops
 from gptcore.ops import native
+from gptcore.ops.attention import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -166,7 +167,7 @@ print(*{os.path.realpath(path) for path in re.findall(r"\\S*/lib[a-z]*omp\\d?[-.
 def test_sizes_beyond_32_bits_are_refused(shape: tuple[int, ...]) -> None:
     x, lse = torch.zeros(8).expand(shape), torch.zeros(1).expand(shape[:3])
     with pytest.raises(ValueError, match=r"expected batch x heads, .* at most 2\^31 - 257"):
-        _C.attention_forward(x, x, x, x, lse, None, None, 0.1, False, -1, -1, 0.0, 0, 1)
+        _C.attention_forward(x, x, x, x, lse, Settings(scale=0.1, causal=False), 1)
 
 
 def test_other_python_threads_run_during_a_kernel() -> None:
@@ -176,7 +177,7 @@ def test_other_python_threads_run_during_a_kernel() -> None:
     def work() -> None:
         out, lse = torch.empty_like(x), torch.empty(x.shape[:3])
         times.append(time.monotonic())
-        _C.attention_forward(x, x, x, out, lse, None, None, 0.1, False, -1, -1, 0.0, 0, 1)
+        _C.attention_forward(x, x, x, out, lse, Settings(scale=0.1, causal=False), 1)
         times.append(time.monotonic())
 
     worker = threading.Thread(target=work)
@@ -247,7 +248,7 @@ def valid_arguments() -> dict[str, dict[str, Any]]:
     x, row, rows = torch.randn(6, 10), torch.ones(10), torch.ones(6)
     kind = {
         "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "scale": 0.5, "causal": True, "window_left": 3, "window_right": -1,
-        "dropout_p": 0.1, "seed": 7, "execution": 2,
+        "dropout_p": 0.1, "seed": torch.tensor([7]), "execution": 2,
     }  # fmt: skip
     return {
         "attention_forward": {"query": q, "key": k, "value": k.clone(), "out": q.clone(), "lse": lse, **kind},
@@ -257,12 +258,13 @@ def valid_arguments() -> dict[str, dict[str, Any]]:
         },
         "segments": {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "batch": 2, "query_len": 5, "kv_len": 6},
         "layer_norm_forward": {
-            "x": x, "residual": x.clone(), "weight": row, "bias": row.clone(), "out": x.clone(), "sum": x.clone(),
-            "mean": rows, "rstd": rows.clone(), "eps": 1e-5, "execution": 2,
+            "x": x, "residual": x.clone(), "weight": row, "bias": row.clone(), "out": x.clone(),
+            "residual_out": x.clone(), "mean": rows, "rstd": rows.clone(), "eps": 1e-5, "execution": 2,
         },
         "layer_norm_backward": {
-            "grad_out": x.clone(), "grad_sum": x.clone(), "x": x, "weight": row, "mean": rows, "rstd": rows.clone(),
-            "grad_x": x.clone(), "grad_weight": row.clone(), "grad_bias": row.clone(), "execution": 2,
+            "grad_out": x.clone(), "grad_residual_out": x.clone(), "x": x, "weight": row, "mean": rows,
+            "rstd": rows.clone(), "grad_x": x.clone(), "grad_weight": row.clone(), "grad_bias": row.clone(),
+            "execution": 2,
         },
         "gelu_forward": {"x": x, "bias": row, "out": x.clone(), "tanh_form": True, "execution": 2},
         "gelu_backward": {
@@ -319,6 +321,9 @@ def call(name: str, arguments: dict[str, Any]) -> None:
     module = _C
     if name.startswith("_simt."):
         module, name = importlib.import_module("gptcore._simt"), name.removeprefix("_simt.")
+    if name.startswith("attention_") and name != "attention_takes":
+        settings = {field: arguments.pop(field) for field in Settings._fields}
+        arguments |= {"settings": Settings(**settings)}
     getattr(module, name)(**arguments)
 
 
@@ -351,8 +356,8 @@ def test_attributes_and_dlpack_say_the_same(dtype: torch.dtype) -> None:
     q, k, v = torch.randn(2, 4, 6, 16).to(dtype), kv[:, :, :2, 0].transpose(1, 2), kv[:, :, 2:, 1].transpose(1, 2)
     boundaries, results = torch.tensor([0, 2, 6], dtype=torch.int32), []
     for kind in (torch.Tensor, Named):
-        tensors = [tensor.as_subclass(kind) for tensor in (q, k, v, out.fill_(7), lse.fill_(7), boundaries, boundaries)]
-        _C.attention_forward(*tensors, 0.3, True, -1, -1, 0.0, 0, 1)
+        *tensors, cu = (tensor.as_subclass(kind) for tensor in (q, k, v, out.fill_(7), lse.fill_(7), boundaries))
+        _C.attention_forward(*tensors, Settings(cu, cu, scale=0.3), 1)
         results.append((out.clone(), lse.clone()))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -363,6 +368,24 @@ def test_attributes_and_dlpack_say_the_same(dtype: torch.dtype) -> None:
                 _C.gelu_forward(torch.zeros(2, 3), None, tensor.as_subclass(kind), True, 1)
             words.append(str(error.value))
         assert words[0] == words[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings()[:-1], "settings is not a tuple of 8 fields"),
+        (None, "settings is not a tuple of 8 fields"),
+        (Settings(scale="1"), "scale is '1', which has the wrong type"),  # type: ignore[arg-type]
+        (Settings(dropout_p=0.1), "dropout_p and seed must be given together"),
+        (Settings(seed=torch.tensor([7])), "dropout_p and seed must be given together"),
+        (Settings(seed=torch.tensor([7, 8]), dropout_p=0.1), r"seed has shape \(2\), expected \(1\)"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_named(settings: Any, message: str) -> None:
+    q, lse = torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3)
+    with pytest.raises((TypeError, ValueError), match=message):
+        _C.attention_forward(q, q, q, q.clone(), lse, settings, 1)
 
 
 def test_what_attention_takes() -> None:

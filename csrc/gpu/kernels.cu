@@ -13,20 +13,11 @@ constexpr const char* kName = "simt";
 constexpr const char* kName = "cuda";
 #endif
 
-const Kernels kernels{kName,
-                      attention_forward_workspace,
-                      attention_forward,
-                      attention_backward_workspace,
-                      attention_backward,
-                      layer_norm_forward,
-                      layer_norm_backward_workspace,
-                      layer_norm_backward,
-                      gelu_forward,
-                      gelu_backward_workspace,
-                      gelu_backward,
-                      nullptr,
-                      nullptr,
-                      nullptr};
+const Kernels kernels = [] {
+  Kernels kernels{kName};
+  GPTCORE_OPERATIONS(GPTCORE_SET_KERNELS, GPTCORE_SKIP)
+  return kernels;
+}();
 
 }  // namespace GPTCORE_GPU
 

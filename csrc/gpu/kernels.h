@@ -11,16 +11,7 @@ namespace GPTCORE_GPU {
 
 extern const Kernels kernels;
 
-size_t attention_forward_workspace(const AttentionArgs& args);
-void attention_forward(const AttentionArgs& args);
-size_t attention_backward_workspace(const AttentionArgs& args);
-void attention_backward(const AttentionArgs& args);
-void layer_norm_forward(const LayerNormArgs& args);
-size_t layer_norm_backward_workspace(const LayerNormArgs& args);
-void layer_norm_backward(const LayerNormArgs& args);
-void gelu_forward(const GeluArgs& args);
-size_t gelu_backward_workspace(const GeluArgs& args);
-void gelu_backward(const GeluArgs& args);
+GPTCORE_OPERATIONS(GPTCORE_DECLARE_KERNELS, GPTCORE_SKIP)
 
 }  // namespace GPTCORE_GPU
 

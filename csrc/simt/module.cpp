@@ -1,13 +1,9 @@
 // gptcore._simt: the CUDA kernels on the CPU, in the model of a GPU that checks and counts what they do.
-#include <pybind11/stl.h>
-
-#include "csrc/device_tensors.h"
 #include "csrc/gpu/kernels.h"
-#include "csrc/ops.h"
+#include "csrc/operations.h"
 #include "csrc/simt/model.h"
 #include "kernels/cuda/policy.h"
 
-namespace py = pybind11;
 using namespace gptcore;
 
 // In examples.cu.
@@ -57,7 +53,7 @@ void configure(const std::string& order, uint64_t seed, int threads, bool count)
 PYBIND11_MODULE(_simt, m) {
   m.doc() = "The CUDA kernels in a model of a GPU. Use gptcore.ops with backend='simt'; see docs/simt.md.";
   py::register_exception<simt::SimtError>(m, "SimtError", PyExc_RuntimeError);
-  bind_ops(m);
+  bind_operations(m);
   m.def("configure", &configure, py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 0,
         py::arg("threads") = 0, py::arg("count") = false);
   m.def("counters", [] {

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,20 @@ from gptcore import _C
 from gptcore.ops import native, registry
 
 Boundaries = Tensor | tuple[Tensor, Tensor]
+
+
+class Settings(NamedTuple):
+    """The arguments of attention that are not q, k and v, as the kernels take them."""
+
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seed: Tensor | None = None  # int64, one element on the CPU: torch.compile must not keep one draw for all calls
+    scale: float = 1.0
+    causal: bool = True
+    window_left: int = -1  # -1: no limit
+    window_right: int = -1
+    dropout_p: float = 0.0
+
 
 NO_LIMIT = 2**31 - 1  # keys on one side of a query: more than there can be, and far from overflowing int64
 
@@ -398,10 +412,8 @@ def _forward_body(
         )
         return result
     out, lse = _outputs(q)
-    kernels.attention_forward(
-        q, k, v, out, lse, cu_q, cu_k, scale, causal, left, right, dropout_p, 0 if seed is None else int(seed),
-        native.execution(backend, q),
-    )  # fmt: skip
+    settings = Settings(cu_q, cu_k, seed, scale, causal, left, right, dropout_p)
+    kernels.attention_forward(q, k, v, out, lse, settings, native.execution(backend, q))
     return out, lse
 
 
@@ -438,10 +450,10 @@ def _backward_body(
         if cu_k is not None:  # keys of a segment without queries are nobody's to write
             gradients[1].zero_()
             gradients[2].zero_()
+        settings = Settings(cu_q, cu_k, seed, scale, causal, left, right, dropout_p)
         kernels.attention_backward(
-            grad_out, grad_lse, q, k, v, out, lse, *gradients, cu_q, cu_k, scale, causal, left, right, dropout_p,
-            0 if seed is None else int(seed), native.execution(backend, q),
-        )  # fmt: skip
+            grad_out, grad_lse, q, k, v, out, lse, *gradients, settings, native.execution(backend, q)
+        )
     return (whole, whole.new_empty(0), whole.new_empty(0)) if packed else gradients
 
 
