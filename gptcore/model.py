@@ -146,6 +146,7 @@ class GPT(nn.Module):
 
     generate = generation.generate
     save_pretrained = pretrained.save_pretrained
+    stored_as = pretrained.stored_as
     from_pretrained = classmethod(pretrained.from_pretrained)
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ from gptcore.model import GPT
 from gptcore.training import checkpoint
 from gptcore.training.callbacks import TrainerCallback, read_log
 from gptcore.training.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, verify_checkpoint
+from gptcore.training.random_state import own_randomness, random_state, seed_everything, set_random_state
 from gptcore.training.trainer import Trainer, TrainingArguments, TrainingInterrupted
 
 STEPS = 60
@@ -398,19 +399,19 @@ def draws() -> list[Any]:
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), odd=st.booleans())
 def test_random_state_round_trips_through_json(seed: int, odd: bool) -> None:
-    checkpoint.seed_everything(seed)
+    seed_everything(seed)
     if odd:  # half of a pair of normal numbers is kept for the next call
         draws()
         random.gauss(0, 1)
-    state = json.loads(json.dumps(checkpoint.random_state()))
+    state = json.loads(json.dumps(random_state()))
     first = draws()
-    checkpoint.set_random_state(state)
+    set_random_state(state)
     assert draws() == first
-    with checkpoint.own_randomness(seed):
+    with own_randomness(seed):
         draws()
-    checkpoint.set_random_state(state)
-    with checkpoint.own_randomness(0):
+    set_random_state(state)
+    with own_randomness(0):
         inner = draws()
-    with checkpoint.own_randomness(0):
+    with own_randomness(0):
         assert draws() == inner
     assert draws() == first

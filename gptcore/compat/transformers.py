@@ -22,7 +22,7 @@ from gptcore.hf import pretrained
 from gptcore.model import GPT
 from gptcore.text.tokenizer import Tokenizer
 from gptcore.training import trainer
-from gptcore.training.checkpoint import seed_everything
+from gptcore.training.random_state import seed_everything
 from gptcore.training.trainer import TrainingArguments
 
 __all__ = [

@@ -56,16 +56,23 @@ def save_pretrained(model: GPT, directory: PathLike) -> None:
             "these weights (banded attention, sinusoidal positions and some settings of a GPT-1 are not in it)",
             stacklevel=2,
         )
-    names = GPT1_NAMES if config.is_gpt1 else {}
-    on_disk = {
-        name if name.startswith("lm_head.") else PREFIX + names.get(name, name): (
-            tensor.t() if TRANSPOSED.fullmatch(name) else tensor
-        )
-        for name, tensor in state.items()
-    }
+    on_disk = {}
+    for name, (stored, transposed) in stored_as(model).items():
+        on_disk[stored] = state[name].t() if transposed else state[name]
     with atomic_file(directory / "config.json") as aside:  # the weights are replaced inside, so just before it
         write_json(aside, config.to_dict())
         save_tensors(directory / "model.safetensors", on_disk)
+
+
+def stored_as(model: GPT) -> dict[str, tuple[str, bool]]:
+    """Return for each name in model.state_dict() the name in model.safetensors, and whether it is transposed there."""
+    names = GPT1_NAMES if model.config.is_gpt1 else {}
+    stored = {}
+    for full_name in model.state_dict():
+        name = full_name.replace("_orig_mod.", "")  # of a part that torch.compile wrapped
+        prefix = "" if name.startswith("lm_head.") else PREFIX
+        stored[full_name] = prefix + names.get(name, name), TRANSPOSED.fullmatch(name) is not None
+    return stored
 
 
 def from_pretrained(

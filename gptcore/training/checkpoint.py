@@ -19,7 +19,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import random
 import re
 import shutil
 import tempfile
@@ -28,17 +27,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gptcore.files import PathLike, atomic_directory, read_json, write_json
-from gptcore.tensor_file import load_tensors, save_tensors
+from gptcore.files import PathLike, atomic_directory, naming, read_json, write_json
+from gptcore.tensor_file import TensorFile, save_tensors
+from gptcore.training.optim import AdamW
+from gptcore.training.random_state import random_state, set_random_state
 
 FORMAT = 1  # of the folder as a whole; one that this code does not know is refused
 _NAME = re.compile(r"checkpoint-(\d+)")
-_NEEDED = {"config.json", "model.safetensors", "optimizer.safetensors", "random_state.json", "trainer_state.json"}
-_ADAM_STATE = ("exp_avg", "exp_avg_sq", "step", "master")  # the last of 16-bit parameters only
+_NEEDED = {"model.safetensors", "optimizer.safetensors", "random_state.json", "trainer_state.json"}
 
 
 class CheckpointError(RuntimeError):
@@ -140,26 +138,24 @@ def exclusive(output_dir: PathLike) -> Iterator[None]:
 
 
 def save_checkpoint(
-    path: PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], tokenizer: Any = None
+    path: PathLike, model: nn.Module, optimizer: AdamW, state: dict[str, Any], tokenizer: Any = None
 ) -> None:
     """Write a checkpoint folder, whole or not at all; one that has the name already is replaced.
 
-    `model` has save_pretrained(dir); the optimizer is an Adam, its state is stored by parameter name; `state` is JSON.
+    Tensors have the model's own names, or those that its `stored_as` states; `state` is JSON.
     Raises CheckpointError if the disk does not take it (full, say); every other checkpoint is then as it was.
     """
     path = Path(path)
     moments = {
-        f"{key}.{name}": optimizer.state[parameter][key]
+        f"{key}.{own_name(name)}": tensor
         for name, parameter in model.named_parameters()  # a tied parameter has one name here
-        if parameter in optimizer.state
-        for key in _ADAM_STATE
-        if key in optimizer.state[parameter]
+        for key, tensor in optimizer.state.get(parameter, {}).items()
     }
     try:
         if path.exists():
             remove_checkpoint(path)
         with atomic_directory(path) as aside:
-            model.save_pretrained(aside)  # type: ignore[operator]
+            _save_model(model, aside)
             if tokenizer is not None:
                 tokenizer.save_pretrained(aside)
             save_tensors(aside / "optimizer.safetensors", moments)
@@ -173,6 +169,17 @@ def save_checkpoint(
             f"{path} could not be written: {error} ({free:,} bytes are free there). "
             "The checkpoints before it are untouched: make room and resume from the newest of them"
         ) from error
+
+
+def _save_model(model: nn.Module, folder: Path) -> None:
+    """Write model.safetensors and, where the model has a config, config.json."""
+    if hasattr(model, "stored_as"):
+        model.save_pretrained(folder)  # type: ignore[operator]
+        return
+    save_tensors(folder / "model.safetensors", named_tensors(model))
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_dict"):
+        write_json(folder / "config.json", config.to_dict())
 
 
 def verify_checkpoint(path: PathLike) -> None:
@@ -202,31 +209,99 @@ def read_state(path: PathLike) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: PathLike, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the weights, the optimizer's state and the random state of a verified checkpoint in place.
+def load_into(path: PathLike, model: nn.Module, optimizer: AdamW) -> None:
+    """Restore the weights, the optimizer's state and the random state of a verified checkpoint into these objects.
 
-    Raises CheckpointError if the model or the optimizer has other tensors than the checkpoint.
+    Tensors are read one by one into the memory that the model and the optimizer have. Raises CheckpointError if names,
+    shapes or dtypes differ or a file is damaged, before the first of them is written; and if a file changes while it is
+    read, when some are. Warns of trained parameters for which the checkpoint has no optimizer state.
     """
     path = Path(path)
-    saved = type(model).from_pretrained(path)  # type: ignore[attr-defined]  # it knows names and layout on the disk
     try:
-        model.load_state_dict(saved.state_dict())
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} holds another model than the one to train: {error}") from error
-    tensors = load_tensors(path / "optimizer.safetensors")
+        generators = read_json(path / "random_state.json")
+        with (
+            TensorFile(path / "model.safetensors") as weights,
+            TensorFile(path / "optimizer.safetensors") as moments,
+        ):
+            layout = layout_of(model)
+            targets = {
+                layout[name][0]: tensor.t() if layout[name][1] else tensor
+                for name, tensor in named_tensors(model).items()
+            }
+            _check_fit(f"{path} holds another model than the one to train", weights, targets)
+            states = _optimizer_state(moments, model, optimizer)
+            _check_fit(f"{path} holds optimizer state for another model than the one to train", moments, states)
+            with naming(path / "random_state.json"):
+                set_random_state(generators)
+            for file, tensors in ((weights, targets), (moments, states)):
+                for name, tensor in tensors.items():
+                    file.copy_to(name, tensor)
+    except (OSError, ValueError) as error:
+        optimizer.state.clear()
+        raise CheckpointError(f"{path} cannot be resumed: {error}") from error
+
+
+def own_name(name: str) -> str:
+    """Return the name of a parameter without what torch.compile put into it."""
+    return name.replace("_orig_mod.", "")
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint has of a model, under its own names: parameters and persistent buffers, each once."""
+    tensors, seen = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}; checkpoints hold tensors only")
+        if id(tensor) not in seen:
+            tensors[own_name(name)] = tensor.detach()
+        seen.add(id(tensor))
+    return tensors
+
+
+def layout_of(model: nn.Module) -> dict[str, tuple[str, bool]]:
+    """Return for each of the model's own names the name in model.safetensors, and whether it is transposed there.
+
+    A model whose save_pretrained writes other names than its own says so by a method `stored_as`, as GPT has.
+    """
+    if hasattr(model, "stored_as"):
+        return {own_name(name): stored for name, stored in model.stored_as().items()}  # type: ignore[operator]
+    return {name: (name, False) for name in named_tensors(model)}
+
+
+def _optimizer_state(file: TensorFile, model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """Return the tensors, made anew, of the parameters that have optimizer state in the file, by their names there."""
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    stored = {name.partition(".")[2] for name in file.entries}
     optimizer.state.clear()
-    for name, parameter in model.named_parameters():
-        if f"step.{name}" in tensors and id(parameter) in trained:
-            # Cloned: a loaded tensor may be a view of the file.
-            keys = [key for key in _ADAM_STATE if f"{key}.{name}" in tensors]
-            state = {key: tensors.pop(f"{key}.{name}").to(parameter.device, copy=True) for key in keys}
-            optimizer.state[parameter] = state
-    if tensors:
-        raise CheckpointError(
-            f"{path} holds optimizer state for what this run does not train: {sorted(tensors)[:3]} ..."
+    states: dict[str, Tensor] = {}
+    without = []
+    for full_name, parameter in model.named_parameters():  # a tied parameter has one name here
+        name = own_name(full_name)
+        if id(parameter) in trained:
+            if name in stored:
+                states |= {f"{key}.{name}": tensor for key, tensor in optimizer.init_state(parameter).items()}
+            else:
+                without.append(name)
+    if without and stored:
+        warnings.warn(
+            f"{file.path} has no state for {len(without)} trained parameters ({', '.join(without[:3])}): they had no "
+            "gradient before, so their moments begin at zero",
+            stacklevel=4,
         )
-    set_random_state(read_json(path / "random_state.json"))  # last: building a model draws random numbers
+    return states
+
+
+def _check_fit(what: str, file: TensorFile, targets: dict[str, Tensor]) -> None:
+    """Raise CheckpointError unless the file has these tensors and no other, in the same shapes and dtypes."""
+    wrong = [f"{name} is missing in {file.path.name}" for name in sorted(targets.keys() - file.entries.keys())]
+    wrong += [f"{name} is not in this run" for name in sorted(file.entries.keys() - targets.keys())]
+    for name in sorted(targets.keys() & file.entries.keys()):
+        entry, tensor = file.entries[name], targets[name]
+        if (entry.shape, entry.dtype) != (tuple(tensor.shape), tensor.dtype):
+            wrong.append(f"{name} is {entry.dtype} {entry.shape} instead of {tensor.dtype} {tuple(tensor.shape)}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{what}: {'; '.join(wrong[:3])}{more}")
 
 
 def _fingerprint(file: Path) -> dict[str, int | str]:
@@ -236,58 +311,3 @@ def _fingerprint(file: Path) -> dict[str, int | str]:
             digest.update(chunk)
             size += len(chunk)
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-# ---- random state ----------------------------------------------------------------------------------------------------
-
-
-def random_state() -> dict[str, Any]:
-    """The state of every global generator that training may draw from, as JSON: words as hexadecimal text."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 (a dataset may use it)
-    return {
-        "python": [version, np.asarray(words, "<u4").tobytes().hex(), gauss],
-        "numpy": [str(kind), np.asarray(keys, "<u4").tobytes().hex(), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": [state.numpy().tobytes().hex() for state in _cuda_states()],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Undo everything that was drawn since `state = random_state()`."""
-
-    def words(text: str) -> Any:
-        return np.frombuffer(bytes.fromhex(text), "<u4")
-
-    def tensor(text: str) -> torch.Tensor:
-        return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-
-    version, python_words, gauss = state["python"]
-    random.setstate((version, tuple(words(python_words).tolist()), gauss))
-    kind, numpy_words, *rest = state["numpy"]
-    np.random.set_state((kind, words(numpy_words), *rest))  # noqa: NPY002
-    torch.set_rng_state(tensor(state["torch"]))
-    for device, text in enumerate(state["cuda"][: len(_cuda_states())]):
-        torch.cuda.set_rng_state(tensor(text), device)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and PyTorch (of every device)."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    torch.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Inside, the global generators start from `seed`; afterwards they are as if nothing had been drawn."""
-    state = random_state()
-    seed_everything(seed)
-    try:
-        yield
-    finally:
-        set_random_state(state)
-
-
-def _cuda_states() -> list[torch.Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -108,7 +108,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"grad_scale is {grad_scale}, expected a finite number")
         updates = [(group, alike) for group in self.param_groups for alike in self._alike("adamw", group["params"])]
         for group, (run, parameters, gradients) in updates:
-            states = [self._state_of(parameter) for parameter in parameters]
+            states = [self.init_state(parameter) for parameter in parameters]
             moments = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")]
             masters = [state["master"] for state in states] if _has_master(parameters[0]) else []
             run(parameters, masters, gradients, *moments, group, grad_scale)
@@ -127,7 +127,8 @@ class AdamW(torch.optim.Optimizer):
                 gradients.append(gradient)
         return [(registry.select(op, self.backend, some[1][0]), *some) for some in alike.values()]
 
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+    def init_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the state of a parameter, made if it has none yet: a checkpoint is read into it."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)

@@ -36,6 +36,7 @@ from gptcore.training import checkpoint
 from gptcore.training.callbacks import LogFile, ProgressLine, TrainerCallback
 from gptcore.training.checkpoint import CheckpointError
 from gptcore.training.optim import AdamW
+from gptcore.training.random_state import own_randomness, seed_everything
 
 Batch = dict[str, Tensor]
 _epoch_order = functools.lru_cache(maxsize=1)(epoch_order)  # asked for at each step, new with each epoch
@@ -323,7 +324,7 @@ class Trainer:
         if self.eval_dataset is None:
             raise ValueError("evaluate() needs an eval_dataset")
         size, total, labels = self.args.per_device_eval_batch_size, 0.0, 0
-        with checkpoint.own_randomness(self.args.seed), module_mode(self.model, training=False), torch.no_grad():
+        with own_randomness(self.args.seed), module_mode(self.model, training=False), torch.no_grad():
             for start in range(0, len(self.eval_dataset), size):
                 batch = self._collate(self.eval_dataset, range(start, min(start + size, len(self.eval_dataset))))
                 if count := count_labels(batch):
@@ -346,7 +347,7 @@ class Trainer:
     def plan(self) -> str:
         """What train() is about to do, in numbers."""
         args, config = self.args, self.model.config
-        with checkpoint.own_randomness(args.seed):
+        with own_randomness(args.seed):
             length = self._collate(self.train_dataset, [0])["input_ids"].shape[1]
         decayed, undecayed = (sum(p.numel() for p in group["params"]) for group in self.optimizer.param_groups)
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * length
@@ -393,7 +394,7 @@ class Trainer:
                 )
             saved = checkpoint.read_state(path)
             self._compare(path, saved)
-            checkpoint.load_checkpoint(path, self.model, self.optimizer)
+            checkpoint.load_into(path, self.model, self.optimizer)
             self.state = TrainerState.from_dict(saved["state"])
             return
         earlier = [*checkpoint.list_checkpoints(folder), *folder.glob("log.jsonl")]
@@ -409,7 +410,7 @@ class Trainer:
         for path in earlier:
             if path.is_dir():
                 checkpoint.remove_checkpoint(path)
-        checkpoint.seed_everything(self.args.seed)
+        seed_everything(self.args.seed)
 
     def _compare(self, path: Path, saved: dict[str, Any]) -> None:
         """CheckpointError for what makes going on meaningless; one warning for what else changes the run's course."""
@@ -431,7 +432,7 @@ class Trainer:
 
     def _description(self, step: int) -> dict[str, dict[str, Any]]:
         """What decides the course of a run after `step` updates, beside the state: stored, and compared on resuming."""
-        with checkpoint.own_randomness(self.args.seed):  # the last batches stand for all of the data and the collator
+        with own_randomness(self.args.seed):  # the last batches stand for all of the data and the collator
             batches = [batch[key].numpy().tobytes() for batch in self._micro_batches(step - 1) for key in sorted(batch)]
             digest = hashlib.sha256(b"".join(batches)).hexdigest()
         return {
