@@ -183,6 +183,33 @@ def test_merging_the_heads_of_an_output_is_free(backend: str) -> None:
     assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
 
 
+def as_heads(x: Tensor) -> list[Tensor]:
+    """q, k and v (1, 2, 3, 8), made of (6, 8)."""
+    return [x.view(1, 2, 3, 8), 0.5 * x.view(1, 2, 3, 8), x.view(1, 2, 3, 8) + 1]
+
+
+TARGETS = torch.tensor([1, 2, -100, 0, 3, 4])
+# Every operation as a function of one tensor (6, 8)
+OF_ONE_TENSOR: dict[str, Callable[..., Any]] = {
+    "attention": lambda x, **b: ops.attention(*as_heads(x), **b),
+    "documents": lambda x, **b: ops.attention(*as_heads(x), cu_seqlens=torch.tensor([0, 1, 3]), return_lse=True, **b),
+    "qkvpacked": lambda x, **b: ops.attention_qkvpacked(x.view(1, 2, 3, 1, 8), window=(1, -1), **b),
+    "layer_norm": lambda x, **b: ops.layer_norm(x, torch.linspace(1, 2, 8), torch.ones(8), **b),
+    "residual": lambda x, **b: ops.layer_norm(x, torch.linspace(1, 2, 8), residual=2 * x, **b),
+    "gelu": lambda x, **b: ops.gelu(x, bias=torch.ones(8), approximate="none", **b),
+    "linear": lambda x, **b: ops.linear(x, torch.linspace(-1, 1, 72).view(9, 8), torch.ones(9), **b),
+    "linear_cross_entropy": lambda x, **b: ops.linear_cross_entropy(
+        x, torch.linspace(-1, 1, 72).view(9, 8), TARGETS, **b
+    ),
+}
+every_operation = pytest.mark.parametrize("name", OF_ONE_TENSOR)
+
+
+def flat(result: Any) -> Tensor:
+    """All numbers of a result in one dimension."""
+    return torch.cat([t.flatten() for t in (result if isinstance(result, tuple) else (result,))])
+
+
 # ---- autograd and autocast -------------------------------------------------------------------------------------------
 
 
@@ -262,6 +289,100 @@ def test_functional_call(backend: str) -> None:
         changed(x).sum().backward()
         for name, parameter in changed.named_parameters():
             assert torch.equal(parameter.grad, others[name].grad)
+
+
+@every_operation
+def test_backward_twice_through_one_graph(backend: str, name: str) -> None:
+    """Gradients belong to the caller: what it writes into them changes nothing that a later backward pass returns."""
+    (x,) = leaves(randn(6, 8))
+    out = flat(OF_ONE_TENSOR[name](x, backend=backend))
+    (expected,) = torch.autograd.grad(out, x, torch.ones_like(out), retain_graph=True)
+    expected = expected.clone()
+    for scale in (1, 1, 3, 1):
+        x.grad = None
+        out.backward(torch.full_like(out, scale), retain_graph=True)
+        torch.testing.assert_close(x.grad, scale * expected)
+        x.grad.data.fill_(math.nan)
+    x.grad = None
+    out.backward(torch.ones_like(out), retain_graph=True)
+    out.backward(torch.ones_like(out))
+    torch.testing.assert_close(x.grad, 2 * expected)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.backward(torch.ones_like(out))
+
+
+# ---- PyTorch's transforms --------------------------------------------------------------------------------------------
+
+
+def tangents(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        out = run(torch.autograd.forward_ad.make_dual(x, x.cos()))
+        tangent: Tensor = torch.autograd.forward_ad.unpack_dual(out).tangent
+        return tangent
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "grad": lambda run, x: torch.func.grad(lambda x: run(x).square().sum())(x),
+    "vmap": lambda run, x: torch.func.vmap(run)(torch.stack((x, 2 * x, -x))),
+    "per-sample gradients": lambda run, x: torch.func.vmap(torch.func.grad(lambda x: run(x).square().sum()))(
+        torch.stack((x, 2 * x))
+    ),
+    "jvp": lambda run, x: torch.func.jvp(run, (x,), (x.cos(),))[1],
+    "hessian": lambda run, x: torch.func.hessian(lambda x: run(x).square().sum())(x),
+    "forward AD": tangents,
+}
+
+
+@every_operation
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_fall_back_to_the_formula(transform: str, name: str) -> None:
+    run, x = OF_ONE_TENSOR[name], randn(6, 8)
+    apply = TRANSFORMS[transform]
+    torch.testing.assert_close(
+        apply(lambda x: flat(run(x)), x), apply(lambda x: flat(run(x, backend="torch")), x), rtol=0, atol=0
+    )
+
+
+def test_a_compiled_transform_falls_back_to_the_formula() -> None:
+    x = randn(6, 8)
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        compiled = torch.compile(transform(lambda x: ops.gelu(x).square().sum()), fullgraph=True, backend="aot_eager")
+        expected = transform(lambda x: ops.gelu(x, backend="torch").square().sum())(x)
+        torch.testing.assert_close(compiled(x), expected)
+
+
+def test_a_kernel_says_that_it_cannot_be_transformed(kernel: str) -> None:
+    x, message = randn(6, 8), "cannot run .*: its kernels do not work inside torch.func .* backend 'torch' does"
+    for name in ("attention", "layer_norm", "gelu"):
+        run = functools.partial(OF_ONE_TENSOR[name], backend=kernel)
+        for apply in (*TRANSFORMS.values(), torch.jit.trace):
+            with pytest.raises(RuntimeError, match=message):
+                apply(lambda x, run=run: flat(run(x)), x)
+
+
+@every_operation
+def test_batched_gradients_of_a_kernel(backend: str, name: str) -> None:
+    run, (x,) = OF_ONE_TENSOR[name], leaves(randn(6, 8))
+    out = flat(run(x, backend=backend))
+    grads = torch.eye(len(out))[: min(9, len(out))]
+    (batched,) = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)
+    (mapped,) = torch.func.vmap(lambda grad: torch.autograd.grad(out, x, grad, retain_graph=True))(grads)
+    expected = torch.stack([torch.autograd.grad(out, x, grad, retain_graph=True)[0] for grad in grads])
+    for gradients in (batched, mapped):
+        torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@every_operation
+def test_a_trace_computes(name: str) -> None:
+    """Other numbers than those that it was traced with, also with gradients."""
+    run = OF_ONE_TENSOR[name]
+    traced = torch.jit.trace(lambda x: flat(run(x)), (randn(6, 8),))
+    ours, theirs = leaves(randn(6, 8, seed=1), randn(6, 8, seed=1))
+    for x, out in ((ours, traced(ours)), (theirs, expected := flat(run(theirs, backend="torch")))):
+        torch.testing.assert_close(out, expected.detach() if x is theirs else flat(run(theirs, backend="torch")))
+        out.square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 # ---- the choice of a backend -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -256,8 +257,14 @@ def _check_boundaries(cu_seqlens: Boundaries | None, q: Tensor, k: Tensor) -> tu
 
 
 def _check_values(cu_q: Tensor, cu_k: Tensor, q: Tensor, k: Tensor) -> None:
-    """Raises ValueError on boundaries that are none. Waits for a GPU that still computes them."""
-    if not torch.compiler.is_compiling() and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+    """Raises ValueError on invalid cu_seqlens; synchronises. Without memory there are no values to check."""
+    if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if cu_q.is_meta or native.is_watched(cu_q, cu_k):
+        return
+    if registry.is_transformed():  # torch.func's wrappers have no memory to read
+        cu_q, cu_k = (torch.from_numpy(np.array(cu.tolist(), np.int64)) for cu in (cu_q, cu_k))
+    with torch._C._DisableFuncTorch():
         _C.segments(cu_q.cpu(), cu_k.cpu(), q.shape[0], q.shape[2], k.shape[2])
 
 

@@ -80,9 +80,10 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     return (
         dtype is torch.bfloat16
         and x.is_cpu
-        and not native.is_transformed()
+        and not torch.compiler.is_compiling()
+        and not registry.is_transformed()
         and _C.cpu_isa() == FASTER_ON
-        and not any(native.is_watched(tensor) for tensor in (x, weight, bias) if tensor is not None)
+        and not native.is_watched(x, weight, bias)
         and x.layout is weight.layout is torch.strided
         and x.dim() <= 8  # as many as native code takes
         and math.prod(x.shape[:-1]) >= FASTER_FROM

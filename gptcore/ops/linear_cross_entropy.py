@@ -97,7 +97,7 @@ def _check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
 def _linear_cross_entropy_torch(
     x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, ignore_index: int
 ) -> Tensor:
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if targets.is_cpu and not torch.compiler.is_compiling() and not native.is_batched():
         _check_targets(targets, weight.shape[0], ignore_index)
     vocab = weight.shape[0]
     padding = -vocab % ROW if targets.device.type == "cuda" else 0
@@ -227,17 +227,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         loss, *gradients = _forward(rows, weight, targets.reshape(-1), dtype, ignore_index, need_x, need_weight)
-        ctx.save_for_backward(*gradients)
-        ctx.shape, ctx.needs = x.shape, (need_x, need_weight)
+        ctx.shape, ctx.settings = x.shape, (dtype, ignore_index, need_x, need_weight)
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*gradients)
+        else:
+            ctx.save_for_backward(x, weight, targets)
+            ctx.gradients = gradients
         return loss
 
     @staticmethod
     @native.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        need_x, need_weight = ctx.needs
-        if torch.compiler.is_compiling() or grad_loss != 1:  # 1 is usual, and GPT-2's grad_weight has 150 MB
-            grad_x, grad_weight = grad_x * grad_loss, grad_weight * grad_loss
+        if torch.compiler.is_compiling():
+            gradients = [gradient * grad_loss for gradient in ctx.saved_tensors]
+        else:
+            # The caller owns what is returned, and may write into it: a second backward pass computes it again.
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None:
+                x, weight, targets = ctx.saved_tensors
+                _, *gradients = _forward(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), *ctx.settings)
+            if native.is_batched(grad_loss):
+                ctx.gradients = gradients
+                gradients = [gradient * grad_loss for gradient in gradients]
+            elif grad_loss != 1:  # 1 is usual, and GPT-2's grad_weight has 150 MB
+                gradients = [gradient.mul_(grad_loss) for gradient in gradients]
+        (grad_x, grad_weight), (*_, need_x, need_weight) = gradients, ctx.settings
         return (grad_x.view(ctx.shape) if need_x else None, grad_weight if need_weight else None, *[None] * 5)
 
 

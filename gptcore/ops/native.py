@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd import forward_ad
 
 from gptcore.ops import registry
 
@@ -29,51 +28,59 @@ def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> C
         LIBRARY.impl(name, body, key)
     torch.library.register_fake(f"gptcore::{name}", fake, lib=LIBRARY)
     operator = getattr(torch.ops.gptcore, name).default
+    torch.library.register_vmap(f"gptcore::{name}", functools.partial(_vmap, operator), lib=LIBRARY)
 
     def run(*args: Any) -> Any:
-        # The dispatcher costs more than a small kernel, and only those who trace or fake tensors need it.
-        return operator(*args) if torch.compiler.is_compiling() or is_watched(args[0]) else body(*args)
+        # The dispatcher costs more than a small kernel; only tracers, subclasses and vmap need it.
+        if torch.compiler.is_compiling() or is_watched(*args) or (backward and is_batched(*args[:2])):
+            return operator(*args)
+        return body(*args)
 
+    backward = name.endswith("_backward")  # whose first one or two arguments are gradients
     return run
 
 
-def is_watched(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is none that a kernel could read, or something records the operators that are called."""
-    return type(tensor) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
+def is_batched(*tensors: torch.Tensor | None) -> bool:
+    """Whether one of these is a batch of vmap or is_grads_batched."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype, tuple, list}
+
+
+def is_watched(*args: Any) -> bool:
+    """Whether an argument is a subclass of torch.Tensor, or a dispatch mode records the operators that are called."""
+    return not _PLAIN.issuperset(map(type, args)) or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _vmap(operator: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """Call an operator once for each element of the batch, as backward passes with is_grads_batched need it."""
+    results = [
+        operator(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
 def implement(op: str, function: type[torch.autograd.Function], backends: Sequence[str] = KERNEL_BACKENDS) -> None:
     """Register function.apply(..., backend) as what runs `op` on these backends."""
 
-    # What function.apply comes to where functorch is not at work; finding that out takes it as long as a small kernel.
+    # Function.apply without its check for functorch, which takes as long as a small kernel; select() has made it.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def run(backend: str, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
             return function.apply(*args, backend)
-        if _is_differentiated(args):
+        if torch.is_grad_enabled() and any(arg.requires_grad for arg in args if isinstance(arg, torch.Tensor)):
             return apply(*args, backend)
         return function.forward(_NothingToKeep(), *args, backend)
 
     for backend in backends:
         registry.BACKENDS[backend].implementations[op] = functools.partial(run, backend)
-
-
-def _is_differentiated(args: tuple[Any, ...]) -> bool:
-    """Whether autograd, in either direction, has to see this call."""
-    if torch.is_grad_enabled() and any(arg.requires_grad for arg in args if isinstance(arg, torch.Tensor)):
-        return True
-    return forward_ad._current_level >= 0
-
-
-def is_transformed() -> bool:
-    """Whether a compiler, a tracer, functorch or dual numbers are at work, which PyTorch's own functions serve best."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from gptcore import _C
 from gptcore.ops import verify
@@ -37,10 +38,24 @@ class Backend:
             return f"it takes tensors on {' or '.join(self.devices)}, not on {tensor.device}"
         if tensor.dtype not in self.dtypes:
             return f"it takes {', '.join(map(str, self.dtypes))}, not {tensor.dtype}"
+        if is_transformed() and self.implementations[op] is not BACKENDS["torch"].implementations[op]:
+            return (
+                "its kernels do not work inside torch.func (grad, vmap, jvp, ...), forward-mode AD and "
+                "torch.jit.trace; backend 'torch' does"
+            )
         if self.name in VERIFIED and op in verify.OPS:
             formula = BACKENDS["torch"].implementations[op]
             return verify.failure(self.name, op, tensor, self.implementations[op], formula)
         return None
+
+
+def is_transformed() -> bool:
+    """Whether torch.func, forward-mode AD or torch.jit.trace is active, which kernels would bypass."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
+    )
 
 
 # Those that leave to PyTorch what gptcore has a kernel for on the CPU alone: the loss and the optimizer.
