@@ -106,6 +106,11 @@ def unlock(descriptor: int) -> None:
         os.close(descriptor)
 
 
+def holds(path: PathLike) -> bool:
+    """Whether this process holds the lock of a file or folder."""
+    return any(os.path.samestat(os.stat(path), os.fstat(descriptor)) for descriptor in list(_held))
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,27 +1,26 @@
-"""Checkpoints: folders from which training goes on bit for bit; whole or absent; checked before use; no pickle.
+"""Checkpoints: folders from which training resumes bit-exactly; complete or absent; checked before use; no pickle.
 
     checkpoint-<step>/
-      config.json  model.safetensors   the model, by model.save_pretrained
+      model.safetensors  config.json   the model's tensors, and its config if it has one
       tokenizer.json                   the tokenizer, by tokenizer.save_pretrained, if the trainer has one
-      optimizer.safetensors            exp_avg.<parameter>, exp_avg_sq.<parameter> and step.<parameter>
+      optimizer.safetensors            exp_avg.<parameter>, exp_avg_sq.<parameter>, step.<parameter>, master.<parameter>
       random_state.json                the generators of Python, NumPy and PyTorch
       trainer_state.json               step, epoch, the sums behind the logged means, arguments, data position, versions
       manifest.json                    bytes and SHA-256 of each of the files above; written last
 
-A folder is written aside under a name that starts with a dot, flushed to the disk and renamed; it is deleted the other
-way round. A kill at any moment therefore leaves every checkpoint whole or absent; what it left aside is swept on the
-next start.
+A folder is written under a temporary name, flushed to the disk and renamed; it is renamed before it is deleted. A kill
+at any moment therefore leaves every checkpoint complete or absent; temporary folders are swept on the next start.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import os
 import re
 import shutil
-import tempfile
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,37 +28,98 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gptcore.files import PathLike, atomic_directory, naming, read_json, write_json
+from gptcore.files import (
+    PathLike,
+    absolute,
+    atomic_directory,
+    entry,
+    holds,
+    kind_of,
+    lock,
+    make_folder,
+    naming,
+    open_file,
+    read_json,
+    remove,
+    sweep,
+    temporary_name,
+    unlock,
+    write_json,
+)
 from gptcore.tensor_file import TensorFile, save_tensors
 from gptcore.training.optim import AdamW
 from gptcore.training.random_state import random_state, set_random_state
 
 FORMAT = 1  # of the folder as a whole; one that this code does not know is refused
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _NEEDED = {"model.safetensors", "optimizer.safetensors", "random_state.json", "trainer_state.json"}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged, does not fit the run, or could not be written."""
 
 
-# ---- the folders of one run ------------------------------------------------------------------------------------------
+# ---- the folder of a run ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def exclusive(output_dir: PathLike, nested: bool = False) -> Iterator[None]:
+    """Hold `output_dir` (made if absent) for this process alone; everything of a run is written inside.
+
+    The kernel releases it when the process dies, whether or not forked children live on. nested: do nothing if this
+    process holds it already. Raises CheckpointError if another run holds it, and for a folder that cannot be written.
+    """
+    try:
+        folder = make_folder(absolute(output_dir)).resolve()
+        if nested and holds(folder):
+            yield
+            return
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "this user may not write there, or the disk is read-only", str(folder))
+        descriptor = lock(folder)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise CheckpointError(f"{output_dir} cannot hold a run: {error}; choose another output_dir") from error
+        warnings.warn(
+            f"the file system of {output_dir} has no locks ({error}): make sure that no other run writes there",
+            stacklevel=3,
+        )
+        yield
+        return
+    if descriptor is None:
+        raise CheckpointError(f"another process is training into {output_dir}; stop it or use another folder")
+    try:
+        sweep(folder)
+        yield
+    finally:
+        unlock(descriptor)
 
 
 def checkpoint_step(path: PathLike) -> int:
-    """The step in the folder's name: 500 for `checkpoint-500`, -1 for any other name."""
+    """Return the step in the folder's name: 500 for `checkpoint-500`, -1 for any other name."""
     match = _NAME.fullmatch(Path(path).name)
     return int(match[1]) if match else -1
 
 
 def list_checkpoints(output_dir: PathLike) -> list[Path]:
-    """The folders `checkpoint-<digits>` in `output_dir`, by step, the newest last. Damaged ones are among them."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and checkpoint_step(path) >= 0]
-    return sorted(folders, key=checkpoint_step)
+    """Return the folders `checkpoint-<step>` in `output_dir`, the newest last; damaged ones are among them."""
+    return [path for path in _named(output_dir) if path.is_dir()]
+
+
+def _named(output_dir: PathLike) -> list[Path]:
+    """Return what is named `checkpoint-<step>` in `output_dir`, by step, whatever it is."""
+    try:
+        names = os.listdir(output_dir)
+    except FileNotFoundError:
+        return []
+    return sorted((Path(output_dir, name) for name in names if checkpoint_step(name) >= 0), key=checkpoint_step)
 
 
 def newest_checkpoint(output_dir: PathLike) -> Path:
-    """The newest whole checkpoint in `output_dir`; a warning names each newer one that is damaged.
+    """Return the newest checkpoint in `output_dir` that is not damaged; a warning names each newer one that is.
 
     Raises CheckpointError if there is none.
     """
@@ -78,60 +138,57 @@ def newest_checkpoint(output_dir: PathLike) -> Path:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether we wrote this folder and may delete it: the manifest is in it from the moment it has its name."""
-    return checkpoint_step(path) >= 0 and (path / "manifest.json").is_file()
+    """Whether gptcore wrote this folder, so that it may be deleted."""
+    return _not_ours(path) is None
+
+
+def _not_ours(path: Path) -> str | None:
+    """Return why a `checkpoint-<step>` must not be deleted, or None. Ours has its manifest from its first moment."""
+    mode = os.lstat(path).st_mode
+    if not stat.S_ISDIR(mode):
+        return f"is a {kind_of(mode)}, not a folder"
+    for name in ("manifest.json", "trainer_state.json"):
+        if not os.path.isfile(path / name) or os.path.islink(path / name):
+            return f"has no {name}, so it is not a checkpoint of gptcore"
+    return None
+
+
+def check_unobstructed(output_dir: PathLike, step: int) -> None:
+    """Raise FileExistsError if a `checkpoint-<later than step>` is there that training must not replace."""
+    for path in _named(output_dir):
+        if checkpoint_step(path) > step and (reason := _not_ours(path)):
+            raise FileExistsError(f"{path} {reason}; it is never replaced: move it away or choose another output_dir")
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint; a kill at any moment leaves it whole or gone (and something aside for `sweep`)."""
-    aside = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.rename(path, aside)  # an empty folder may be renamed over
-    shutil.rmtree(aside)
+    """Delete a checkpoint; a kill at any moment leaves it complete or absent. Raises FileExistsError if not ours."""
+    if reason := _not_ours(path):
+        raise FileExistsError(f"{path} {reason}; it is not deleted: move it away or choose another output_dir")
+    aside, descriptor = temporary_name(path), None
+    with contextlib.suppress(OSError):  # a file system without locks
+        descriptor = lock(path)  # so that another process does not sweep it meanwhile
+    try:
+        os.rename(path, aside)
+        remove(aside)
+    finally:
+        if descriptor is not None:
+            unlock(descriptor)
 
 
 def rotate_checkpoints(output_dir: PathLike, limit: int, newest: int, best: int | None) -> None:
     """Delete the oldest checkpoints until `limit` are left; never those of the steps `newest` and `best`.
 
     So with limit=1 two stay if the best is not the newest. Checkpoints of later steps (left by a run that was resumed
-    from further back, because they were damaged) neither count nor go: training replaces them when it gets there.
+    from an earlier one, because they were damaged) neither count nor go: training replaces them when it gets there. Nor
+    do links and folders that gptcore did not write. One that cannot be deleted stays, with a warning.
     """
     ours = [path for path in list_checkpoints(output_dir) if is_ours(path) and checkpoint_step(path) <= newest]
     excess = max(0, len(ours) - limit)
     for path in [path for path in ours if checkpoint_step(path) not in (newest, best)][:excess]:
-        remove_checkpoint(path)
-
-
-def sweep(output_dir: PathLike) -> None:
-    """Delete what a killed run left aside in `output_dir`. Only for the holder of `exclusive(output_dir)`."""
-    for name in (
-        "checkpoint-*",
-        "log.jsonl",
-        "*.safetensors",
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ):
-        for path in Path(output_dir).glob(f".{name}.*.tmp"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@contextlib.contextmanager
-def exclusive(output_dir: PathLike) -> Iterator[None]:
-    """Hold `output_dir` (made if absent) for this process alone; the kernel lets go of it when the process dies.
-
-    Raises CheckpointError if another process holds it: two runs would sweep and rotate each other's checkpoints.
-    """
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(output_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise CheckpointError(f"another process is training into {output_dir}; stop it or use another folder") from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+        try:
+            remove_checkpoint(path)
+        except OSError as error:
+            warnings.warn(f"{path} is beyond save_total_limit, but cannot be deleted: {error}", stacklevel=2)
 
 
 # ---- one checkpoint --------------------------------------------------------------------------------------------------
@@ -152,7 +209,7 @@ def save_checkpoint(
         for key, tensor in optimizer.state.get(parameter, {}).items()
     }
     try:
-        if path.exists():
+        if os.path.lexists(path):
             remove_checkpoint(path)
         with atomic_directory(path) as aside:
             _save_model(model, aside)
@@ -163,12 +220,24 @@ def save_checkpoint(
             write_json(aside / "trainer_state.json", {"format": FORMAT, **state})
             files = sorted(file for file in aside.rglob("*") if file.is_file())
             write_json(aside / "manifest.json", {str(file.relative_to(aside)): _fingerprint(file) for file in files})
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        raise CheckpointError(
-            f"{path} could not be written: {error} ({free:,} bytes are free there). "
-            "The checkpoints before it are untouched: make room and resume from the newest of them"
-        ) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} could not be written: {error}. {_advice(error, path.parent)}") from error
+
+
+def _advice(error: Exception, folder: Path) -> str:
+    code = error.errno if isinstance(error, OSError) else None
+    if code in _NO_ROOM:
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(folder).free
+            return (
+                f"{free:,} bytes are free there. The checkpoints before it are untouched: make room and resume from "
+                "the newest of them"
+            )
+    if code in _NOT_ALLOWED:
+        return (
+            f"Make {folder} writable for this user, or choose another output_dir, and resume from the newest checkpoint"
+        )
+    return "The checkpoints before it are untouched"
 
 
 def _save_model(model: nn.Module, folder: Path) -> None:
@@ -186,26 +255,36 @@ def verify_checkpoint(path: PathLike) -> None:
     """Raise CheckpointError, naming the file and the numbers, unless every file is there, bit for bit as written."""
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint folder {path}")
+        reason = "is a link to what does not exist" if path.is_symlink() else "is not a folder"
+        raise CheckpointError(
+            f"{path} {reason}" if os.path.lexists(path) else f"there is no checkpoint folder {absolute(path)}"
+        )
     try:
         manifest = read_json(path / "manifest.json")
+        for name in sorted(_NEEDED | manifest.keys()):
+            where = f"{path / 'manifest.json'}, {name!r}"
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{where}: expected the name of a file in this folder")
+            expected = entry(manifest, name, dict, path / "manifest.json")
+            size, digest = entry(expected, "bytes", int, where), entry(expected, "sha256", str, where)
+            found = _fingerprint(path / name, size)
+            if found != {"bytes": size, "sha256": digest}:
+                raise ValueError(f"{name} should have {expected}, but has {found}")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    for name in sorted(_NEEDED | manifest.keys()):
-        expected = manifest.get(name)
-        try:
-            found = _fingerprint(path / name)
-        except OSError as error:
-            raise CheckpointError(f"{path} is damaged: {name} cannot be read: {error}") from error
-        if found != expected:
-            raise CheckpointError(f"{path} is damaged: {name} should have {expected}, but has {found}")
 
 
 def read_state(path: PathLike) -> dict[str, Any]:
-    """The `state` that a verified checkpoint was saved with. Raises CheckpointError for one of another format."""
-    state = read_json(Path(path) / "trainer_state.json")
-    if state.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{path} is of another format than {FORMAT}, the one that this version of gptcore reads")
+    """Return the `state` that a verified checkpoint was saved with. Raises CheckpointError for another format."""
+    file = Path(path) / "trainer_state.json"
+    try:
+        state = read_json(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if (found := state.pop("format", None)) != FORMAT:
+        raise CheckpointError(f"{file} is of format {found!r}, but this version of gptcore reads {FORMAT}")
+    if wrong := [key for key, value in state.items() if not isinstance(value, dict)]:
+        raise CheckpointError(f"{file} is damaged: {wrong[0]!r} should be a JSON object, not {state[wrong[0]]!r:.60}")
     return state
 
 
@@ -304,10 +383,13 @@ def _check_fit(what: str, file: TensorFile, targets: dict[str, Tensor]) -> None:
         raise CheckpointError(f"{what}: {'; '.join(wrong[:3])}{more}")
 
 
-def _fingerprint(file: Path) -> dict[str, int | str]:
-    digest, size = hashlib.sha256(), 0
-    with open(file, "rb") as stream:
-        while chunk := stream.read(1 << 20):
+def _fingerprint(path: Path, expected: int | None = None) -> dict[str, int | str]:
+    """Return bytes and SHA-256 of a file; only its bytes if they are not as expected."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if expected is not None and size != expected:
+            return {"bytes": size}
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
-            size += len(chunk)
     return {"bytes": size, "sha256": digest.hexdigest()}

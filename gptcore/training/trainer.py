@@ -30,6 +30,7 @@ from gptcore import _C, ops
 from gptcore.config import IGNORED
 from gptcore.data.collator import DataCollatorForLanguageModeling
 from gptcore.data.datasets import epoch_order
+from gptcore.files import absolute, from_json
 from gptcore.model import GPT, targets_of
 from gptcore.modes import module_mode
 from gptcore.training import checkpoint
@@ -174,8 +175,16 @@ class TrainerState:
     best_step: int | None = None
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainerState:
-        return cls(**{**values, "total": Sums(**values["total"]), "window": Sums(**values["window"])})
+    def from_checkpoint(cls, path: Path, saved: Mapping[str, Any]) -> TrainerState:
+        """Return the state in what `checkpoint.read_state(path)` returned. Raises CheckpointError if it is damaged."""
+        where = path / "trainer_state.json"
+        try:
+            state = from_json(cls, saved.get("state"), where)
+            if state.global_step < 1 or checkpoint.checkpoint_step(path) not in (-1, state.global_step):  # -1: renamed
+                raise ValueError(f"{where} is of step {state.global_step}, but the folder is {path.name}")
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        return state
 
 
 class TrainOutput(NamedTuple):
@@ -381,26 +390,27 @@ class Trainer:
     def _start(self, resume_from: bool | str | os.PathLike[str] | None) -> None:
         """Make state, optimizer and random generators as they are before the first step to do."""
         folder = Path(self.args.output_dir)
-        checkpoint.sweep(folder)
         self.state, self.optimizer = TrainerState(), make_optimizer(self.model, self.args)
         if resume_from:
             path = checkpoint.newest_checkpoint(folder) if resume_from is True else Path(resume_from)
             checkpoint.verify_checkpoint(path)
-            in_folder = path.resolve().parent == folder.resolve()
+            in_folder = absolute(path).parent.resolve() == folder.resolve()  # a link there is of this run, too
             if in_folder and path.name != (newest := checkpoint.newest_checkpoint(folder)).name:
                 raise CheckpointError(
                     f"{path} is not the newest checkpoint of its run, {newest} is whole: two courses of one run would "
                     "be mixed up; choose another output_dir, or delete the newer checkpoints"
                 )
             saved = checkpoint.read_state(path)
+            state = TrainerState.from_checkpoint(path, saved)
+            checkpoint.check_unobstructed(folder, state.global_step if in_folder else -1)
             self._compare(path, saved)
             checkpoint.load_into(path, self.model, self.optimizer)
-            self.state = TrainerState.from_dict(saved["state"])
+            self.state = state
+            if (limit := self.args.save_total_limit) is not None and in_folder:  # a kill may have prevented it
+                checkpoint.rotate_checkpoints(folder, limit, state.global_step, state.best_step)
             return
         earlier = [*checkpoint.list_checkpoints(folder), *folder.glob("log.jsonl")]
-        foreign = [path for path in earlier if path.is_dir() and not checkpoint.is_ours(path)]
-        if foreign:
-            raise FileExistsError(f"{foreign[0]} has no manifest.json, so it is no checkpoint of ours; move it away")
+        checkpoint.check_unobstructed(folder, -1)
         if earlier and not self.args.overwrite_output_dir:
             raise FileExistsError(
                 f"{folder} holds an earlier run ({', '.join(path.name for path in earlier[:4])}): go on from it with "
@@ -419,7 +429,7 @@ class Trainer:
         rules |= dict.fromkeys(now["data"], "same")
         if self.args.lr_scheduler_type == "constant":
             rules["total_steps"] = "free"
-        before, after = ({name: value for part in now for name, value in d[part].items()} for d in (saved, now))
+        before, after = ({name: value for part in now for name, value in d.get(part, {}).items()} for d in (saved, now))
         changes: dict[str, list[str]] = {"same": [], "warn": [], "free": []}
         for name in before | after:
             if before.get(name) != after.get(name):
