@@ -28,7 +28,7 @@ asan: .venv/installed
 sweep: .venv/installed
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -e ".[test,tf]" xllamacpp
 	$(BIN)/python -m pytest tests/sweep/*.py
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m tools.mutants
 
 .venv/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv

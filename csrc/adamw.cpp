@@ -99,13 +99,13 @@ void adamw(const Views& params, const Views& copies, const Views& grads, const V
     tensor.exp_avg = exp_avgs[i].as<float>(), tensor.exp_avg_sq = exp_avg_sqs[i].as<float>();
     const double step = 1 + *float_array(steps[i], at("steps", i).c_str(), params[i], {});
     tensor.step_size = static_cast<float>(lr / (1 - std::pow(beta1, step)));
-    tensor.root_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
+    tensor.inv_sqrt_bias_correction2 = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, step)));
     append_pieces(pieces, tensor, params[i].size());
   }
   AdamWArgs args{};
   args.pieces = pieces.data(), args.num_pieces = static_cast<int64_t>(pieces.size());
-  args.beta1_rest = static_cast<float>(1 - beta1);
-  args.beta2 = static_cast<float>(beta2), args.beta2_rest = static_cast<float>(1 - beta2);
+  args.one_minus_beta1 = static_cast<float>(1 - beta1);
+  args.beta2 = static_cast<float>(beta2), args.one_minus_beta2 = static_cast<float>(1 - beta2);
   args.eps = static_cast<float>(eps);
   args.decay = static_cast<float>(1 - lr * weight_decay);
   args.grad_scale = static_cast<float>(grad_scale);

@@ -208,7 +208,8 @@ class Documents {
     }
     if (q.has_value() != k.has_value()) refuse("cu_seqlens_q and cu_seqlens_k must be given together");
     if (!q || !execution.allocate) return;
-    args.cu_query = boundaries(*q, "cu_seqlens_q", query), args.cu_key = boundaries(*k, "cu_seqlens_k", query);
+    args.cu_seqlens_q = boundaries(*q, "cu_seqlens_q", query);
+    args.cu_seqlens_k = boundaries(*k, "cu_seqlens_k", query);
     if (q->shape[0] != k->shape[0])
       refuse("cu_seqlens_q has ", q->shape[0], " boundaries and cu_seqlens_k has ", k->shape[0], "; expected as many");
     args.num_boundaries = q->shape[0];

@@ -29,7 +29,7 @@ void layer_norm_forward(const TensorView& x, const OptionalView& residual, const
   args.x = x.data, args.residual = residual ? residual->data : nullptr;
   args.weight = float_array(weight, "weight", x, {width});
   args.bias = float_array(bias, "bias", x, {width});
-  args.out = out.data, args.sum = residual_out ? residual_out->data : nullptr;
+  args.out = out.data, args.residual_out = residual_out ? residual_out->data : nullptr;
   args.mean = float_array(mean, "mean", x, {rows});
   args.rstd = float_array(rstd, "rstd", x, {rows});
   args.eps = static_cast<float>(eps);
@@ -59,7 +59,8 @@ void layer_norm_backward(const TensorView& grad_out, const OptionalView& grad_re
   LayerNormArgs args{};
   args.dtype = args.residual_dtype = x.dtype;
   args.rows = rows, args.width = width;
-  args.x = x.data, args.grad_out = grad_out.data, args.grad_sum = grad_residual_out ? grad_residual_out->data : nullptr;
+  args.x = x.data, args.grad_out = grad_out.data;
+  args.grad_residual_out = grad_residual_out ? grad_residual_out->data : nullptr;
   args.weight = float_array(weight, "weight", x, {width});
   args.mean = float_array(mean, "mean", x, {rows});
   args.rstd = float_array(rstd, "rstd", x, {rows});

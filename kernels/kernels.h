@@ -1,13 +1,13 @@
 // The arguments of the kernels, and the one list of operations.
 //
-// Plain structs of pointers and sizes: a kernel knows nothing of Python or PyTorch. Strides count elements. The caller
-// (csrc/) has checked every shape, stride and range; the kernels trust their arguments.
+// Plain structs of pointers and sizes, without Python or PyTorch. Strides count elements. The caller (csrc/) has
+// checked every shape, stride and range.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
-// The namespace of what is compiled both for GPUs and for their model, csrc/simt.
+// The namespace of code that is compiled both for GPUs and for the GPU simulator, csrc/simt.
 #ifdef GPTCORE_SIMT
 #define GPTCORE_GPU simulated
 #else
@@ -18,7 +18,7 @@ namespace gptcore {
 
 enum class DType { float32, bfloat16, float16, int32, int64, uint8, other };
 
-// One document (or one batch row): its queries attend to its keys and to nothing else.
+// One packed document, or one batch row: its queries attend to its keys only.
 struct Segment {
   int64_t batch, query_begin, query_len, key_begin, key_len;
 };
@@ -33,12 +33,12 @@ struct AttentionArgs {
   DType dtype;
   HeadsView query, key, value, out;
   float* lse;  // (batch, query_heads, query_len), natural log
-  int64_t batch, query_heads, kv_heads, query_len, kv_len, head_dim;  // of the tensors: a segment may be shorter
+  int64_t batch, query_heads, kv_heads, query_len, kv_len, head_dim;  // of the tensors; a segment may be shorter
   const Segment* segments;  // CPU
   int64_t num_segments;
-  // GPU: the same as it was given, in the GPU's memory, since reading it on the host would wait for the GPU: boundaries
-  // over batch x length, or over one row for all rows if the last is that row's length. Null: every row is a segment.
-  const int64_t *cu_query, *cu_key;
+  // GPU: in device memory, over batch x length, or over one row (used for all rows) if the last boundary is its length.
+  // Null: every batch row is a segment.
+  const int64_t *cu_seqlens_q, *cu_seqlens_k;
   int64_t num_boundaries;
   float scale;
   bool causal;
@@ -51,21 +51,21 @@ struct AttentionArgs {
   char* workspace;        // attention_*_workspace bytes, aligned to 64
   int num_threads;        // CPU
   void* stream;           // GPU
-  bool allow_tf32;        // GPU: float32 products may be rounded to 10 bits, for tensor cores
+  bool allow_tf32;        // GPU: float32 products may use TF32 tensor cores
 };
 
 struct LayerNormArgs {
-  DType dtype;           // of x, and of out where there is no residual
-  DType residual_dtype;  // of residual, and of sum and out where there is one: dtype itself or float32
+  DType dtype;           // of x and, without a residual, of out
+  DType residual_dtype;  // of residual, residual_out and, with a residual, out: dtype or float32
   int64_t rows, width;
   const void *x, *residual;     // residual may be null
   const float *weight, *bias;   // bias may be null
-  void *out, *sum;              // sum = x + residual, null without a residual
+  void *out, *residual_out;     // residual_out = x + residual; null without a residual
   float *mean, *rstd;           // (rows,)
   float eps;
-  // Backward only. x is then what was normalised: the sum, of residual_dtype, where there was a residual. grad_out has
-  // its dtype, and so does grad_x: the gradient of the sum, which is that of x and of the residual.
-  const void *grad_out, *grad_sum;  // grad_sum may be null
+  // Backward only. x is the normalised tensor: residual_out, if there was a residual. grad_out and grad_x have its
+  // dtype; grad_x is the gradient both of x and of the residual.
+  const void *grad_out, *grad_residual_out;  // grad_residual_out may be null
   void *grad_x;
   float *grad_weight, *grad_bias;   // grad_bias may be null
   float* workspace;                 // layer_norm_backward_workspace bytes: partial sums over rows
@@ -76,7 +76,7 @@ struct LayerNormArgs {
 struct GeluArgs {
   DType dtype;
   bool tanh_form;
-  int64_t rows, width;  // bias is (width,); without one, rows x width is any factorisation of the size
+  int64_t rows, width;  // bias is (width,); without a bias, any factorisation of the number of elements
   const void* x;
   const float* bias;  // may be null
   void* out;
@@ -96,9 +96,9 @@ struct Matrix {
   int64_t stride = 0;  // from row to row
 };
 
-// x, weight and bias are each of `dtype` or float32, and their gradients like them. What has no data is not made.
+// x, weight and bias are each `dtype` or float32, their gradients likewise. A gradient with null data is not computed.
 struct LinearArgs {
-  DType dtype;  // of out and grad_out, and what products are made in
+  DType dtype;  // of out and grad_out, and of the operands of the matrix products
   int64_t rows, in_features, out_features;
   Matrix x, weight, out, grad_out, grad_x, grad_weight;
   const void* bias;  // (out_features,), may be null
@@ -118,22 +118,22 @@ struct CrossEntropyArgs {
   int num_threads;
 };
 
-// A stretch of one parameter tensor of an optimizer, and of what belongs to it.
+// A contiguous range of one parameter tensor, with its gradient and optimizer state.
 struct ParameterPiece {
   int64_t size;
   DType dtype;       // of grad and copy
   float* param;
-  void* copy;        // param rounded to 16 bits, which is what the model has; null if that has param itself
+  void* copy;        // the model's 16-bit copy of param, a float32 master weight; null if param is the model's own
   const void* grad;
   float *exp_avg, *exp_avg_sq;
   float step_size;   // learning rate / (1 - beta1^step)
-  float root_scale;  // 1 / sqrt(1 - beta2^step)
+  float inv_sqrt_bias_correction2;  // 1 / sqrt(1 - beta2^step)
 };
 
 struct AdamWArgs {
   const ParameterPiece* pieces;
   int64_t num_pieces;
-  float beta1_rest, beta2, beta2_rest, eps;  // the rests: 1 - beta, subtracted in double
+  float one_minus_beta1, beta2, one_minus_beta2, eps;  // 1 - beta is subtracted in double
   float decay;                               // 1 - learning rate x weight decay
   float grad_scale;
   int num_threads;
@@ -142,7 +142,7 @@ struct AdamWArgs {
 struct GradNormArgs {
   const ParameterPiece* pieces;  // size, dtype and grad only
   int64_t num_pieces;
-  double* sums;  // (num_pieces,): the sum of squares of each
+  double* sums;  // (num_pieces,): the sum of squares of each piece
   int num_threads;
 };
 

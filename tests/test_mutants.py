@@ -1,4 +1,4 @@
-"""tests/mutants.py finds what to take away from the kernels, and a few of its mutants are caught here and now."""
+"""tools/mutants.py finds what to take away from the kernels, and a few of its mutants are caught here and now."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import mutants
+from tools import mutants
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_the_table_is_of_these_kernels_and_nothing_survives_without_a_reason() -
     now = [mutant for file in mutants.SOURCES for mutant in mutants.mutants_of(file)]
     for row, mutant in zip(rows, now, strict=True):
         begin = mutants.row(mutant, "").removesuffix(" |")
-        assert row.startswith(begin), f"run python -m tests.mutants: not in its table: {mutant}"
+        assert row.startswith(begin), f"run python -m tools.mutants: not in its table: {mutant}"
         assert "SURVIVES" not in row
         assert ("survives: " in row) == (mutant.key in mutants.HARMLESS), f"{mutant} is noticed, so it is not harmless"
     assert {mutant.key for mutant in now} >= mutants.HARMLESS.keys()
@@ -45,7 +45,7 @@ def test_the_table_is_of_these_kernels_and_nothing_survives_without_a_reason() -
 
 @pytest.mark.parametrize("choice", [("--file", "gelu.cuh", "--kind", "barrier"), ("--kind", "wait", "--sample", "1")])
 def test_a_few_are_caught(choice: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "tests.mutants", *choice]
+    command = [sys.executable, "-m", "tools.mutants", *choice]
     result = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 survived" in result.stdout

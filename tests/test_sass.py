@@ -1,11 +1,11 @@
-"""The CUDA kernels as compiled: no spills, no stack, no float64, and nothing worse than tests/data/sass.json says."""
+"""The CUDA kernels as compiled: no spills, no stack, no float64, and nothing worse than tools/data/sass.json says."""
 
 import os
 
 import pytest
 
 from gptcore import _C
-from tests.gates import sass
+from tools import sass
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import torch
 from grid import DTYPES, F32
 
 from gptcore import _C, _simt, ops
-from tests import mutants
+from tools import mutants
 
 EXAMPLES = _simt.examples()
 ORDERS = [("forward", 0), ("reverse", 0), *(("random", seed) for seed in range(5))]
@@ -169,7 +169,7 @@ def gelu(case: gelu_grid.Gelu) -> Results:
 
 
 def largest() -> dict[str, Callable[[], Results]]:
-    """The largest shape of each kernel in the kernel grid, in each dtype, and tests/mutants.py's grid."""
+    """The largest shape of each kernel in the kernel grid, in each dtype, and tools/mutants.py's grid."""
 
     def work(case: attention_grid.Attention) -> int:
         return int(case.seen().sum()) * case.heads[0] * case.head_dim
@@ -211,7 +211,7 @@ def test_every_schedule_gives_the_same_bits(name: str) -> None:
 def test_the_grid_holds_where_the_compiler_fuses_multiply_and_add(tmp_path: Path) -> None:
     """nvcc does, where the model's own flags forbid it."""
     _, module = mutants.build([], tmp_path, ("layer_norm", "gelu"), ("-mfma", "-ffp-contract=fast"))
-    run = "import pytest, sys; from tests.mutants import load; load(sys.argv[1]); sys.exit(pytest.main(sys.argv[2:]))"
+    run = "import pytest, sys; from tools.mutants import load; load(sys.argv[1]); sys.exit(pytest.main(sys.argv[2:]))"
     tests = "tests/test_layer_norm.py", "tests/test_gelu.py", "-qk", "simt"
     done = subprocess.run([sys.executable, "-c", run, module, *tests], cwd=mutants.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

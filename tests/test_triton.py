@@ -1,6 +1,6 @@
 """The Triton kernels, in Triton's interpreter: the grid thinned out, since a case takes a second here.
 
-What they compile to for GPUs is checked by triton_table.py, in a process of its own without the interpreter.
+What they compile to for GPUs is checked by tools/triton_table.py, in a process of its own without the interpreter.
 """
 
 from __future__ import annotations
@@ -361,6 +361,8 @@ def test_few_lanes_idle() -> None:
 
 def test_the_table_of_compiled_kernels_holds() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("triton_table.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.triton_table"], cwd=root, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -15,7 +15,7 @@ template <class Params>
 void set_common(Params& p, const AttentionArgs& args, std::initializer_list<HeadsView> tensors) {
   constexpr int64_t kNoLimit = int64_t{1} << 40;  // more than any position
   p.query = args.query, p.key = args.key, p.value = args.value, p.out = args.out;
-  p.cu_query = args.cu_query, p.cu_key = args.cu_key, p.num_boundaries = args.num_boundaries;
+  p.cu_seqlens_q = args.cu_seqlens_q, p.cu_seqlens_k = args.cu_seqlens_k, p.num_boundaries = args.num_boundaries;
   p.batch = int(args.batch), p.group = int(args.query_heads / args.kv_heads);
   p.query_len = int(args.query_len), p.kv_len = int(args.kv_len), p.head_dim = int(args.head_dim);
   p.before = args.window_left < 0 ? kNoLimit : args.window_left;
@@ -30,7 +30,7 @@ void set_common(Params& p, const AttentionArgs& args, std::initializer_list<Head
 
   p.dropout = args.dropout_p > 0;
   p.dropout_threshold = uint32_t(args.dropout_p * 4294967296.0);
-  p.keep_factor = float(1 / (1 - args.dropout_p));
+  p.dropout_scale = float(1 / (1 - args.dropout_p));
   p.seed = args.seed;
 }
 

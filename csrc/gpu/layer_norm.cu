@@ -20,7 +20,7 @@ int warps_of_row(int64_t width, int chunks, int max_warps) {
 // barriers: there small blocks load while others add up.
 RowPlan forward_plan(const LayerNormArgs& args) {
   const bool vectors =
-      whole_vectors(args.width, {args.x, args.residual, args.weight, args.bias, args.out, args.sum});
+      whole_vectors(args.width, {args.x, args.residual, args.weight, args.bias, args.out, args.residual_out});
   const int warps = warps_of_row(args.width, kForwardChunks, kForwardWarps);
   if (warps == 1) return {1, int(std::min<int64_t>(kForwardWarps, ceil_div(args.rows, multiprocessors()))), vectors};
   return {warps, warps == kForwardSharing ? 2 : 1, vectors};
@@ -30,7 +30,8 @@ RowPlan forward_plan(const LayerNormArgs& args) {
 template <class T>
 RowPlan backward_plan(const LayerNormArgs& args) {
   const bool vectors =
-      whole_vectors(args.width, {args.x, args.grad_out, args.grad_sum, args.weight, args.grad_x, args.workspace});
+      whole_vectors(args.width, {args.x, args.grad_out, args.grad_residual_out, args.weight, args.grad_x,
+                                 args.workspace});
   const int warps = warps_of_row(args.width, kBackwardChunks<T>, kBackwardWarps);
   return {warps, warps == 0 ? 1 : kBackwardWarps / warps, vectors};
 }

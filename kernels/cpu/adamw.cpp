@@ -39,9 +39,9 @@ GPTCORE_INLINE void update(const AdamWArgs& args, const ParameterPiece& piece) {
       param = copy == rounded_to<T>(param) ? param : copy;
     }
     Vec exp_avg = load_up_to(piece.exp_avg + i, left), exp_avg_sq = load_up_to(piece.exp_avg_sq + i, left);
-    exp_avg += (grad - exp_avg) * args.beta1_rest;
-    exp_avg_sq = exp_avg_sq * args.beta2 + (grad * grad) * args.beta2_rest;
-    Vec step = exp_avg * piece.step_size / (root(exp_avg_sq) * piece.root_scale + args.eps);
+    exp_avg += (grad - exp_avg) * args.one_minus_beta1;
+    exp_avg_sq = exp_avg_sq * args.beta2 + (grad * grad) * args.one_minus_beta2;
+    Vec step = exp_avg * piece.step_size / (root(exp_avg_sq) * piece.inv_sqrt_bias_correction2 + args.eps);
     param = param * args.decay - step;
     store_up_to(piece.param + i, param, left);
     if (sizeof(T) == 2) store_up_to(copies + i, param, left);

@@ -120,7 +120,7 @@ constexpr float kMaxLag = 8.0f;
 // innermost loop, instead of kDropout, would take a fifth more time.
 template <bool kDropout, class T>
 void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, int64_t key, int64_t count, bool first,
-                   float size_log2, int64_t width, Dropout& dropout, float keep_factor) {
+                   float size_log2, int64_t width, Dropout& dropout, float dropout_scale) {
   float* scores = scratch.scores + v * kLanes;
   const int64_t unmasked = panel.unmasked(v, key, count);
   Vec maxima[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};  // none waits for another
@@ -155,7 +155,7 @@ void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, 
     for (int s = 0; s < kStep<T>; ++s) {
       p[s] = exp2<kExpDegree<T>>((load(scores + (j + s) * kPanel) - shift) * size_log2);
       sum += p[s];
-      if (kDropout) p[s] = dropout.keeps(v, key + j + s) ? p[s] * keep_factor : splat(0.0f);
+      if (kDropout) p[s] = dropout.keeps(v, key + j + s) ? p[s] * dropout_scale : splat(0.0f);
     }
     store_wide(scratch.probs + j / kStep<T> * kPanel + v * kLanes, p);
   }
@@ -474,7 +474,7 @@ struct BackwardScratch {
 // From scores and dP to P and dS = P (dP - delta), with P recomputed from the saved LSE (FlashAttention, algorithm 4).
 template <bool kDropout, class T>
 void softmax_backward_block(const BackwardScratch<T>& scratch, const Panel& panel, int64_t key, const Seen& seen,
-                            float size, Dropout& dropout, float keep_factor) {
+                            float size, Dropout& dropout, float dropout_scale) {
   for (int v = 0; v < seen.vectors; ++v) {
     const Vec lse = load(scratch.lse + v * kLanes);
     const Vec delta = load(scratch.delta + v * kLanes);
@@ -493,7 +493,7 @@ void softmax_backward_block(const BackwardScratch<T>& scratch, const Panel& pane
         Vec dropped = p;
         if (kDropout) {
           IntVec kept = dropout.keeps(v, key + j + s);
-          dropped = kept ? p * keep_factor : splat(0.0f), dp = kept ? dp * keep_factor : splat(0.0f);
+          dropped = kept ? p * dropout_scale : splat(0.0f), dp = kept ? dp * dropout_scale : splat(0.0f);
         }
         ds[s] = p * (dp - delta);
         store(scratch.probs + at, dropped);

@@ -75,7 +75,7 @@ void forward(const LayerNormArgs& args) {
     const int64_t begin = r * args.width;
     const R* row = (const R*)args.x + begin;
     if (args.residual) {  // the statistics are those of the sum as stored, which is what the backward pass will see
-      R* sum = (R*)args.sum + begin;
+      R* sum = (R*)args.residual_out + begin;
       add_residual((const X*)args.x + begin, (const R*)args.residual + begin, sum, args.width);
       row = sum;
     }
@@ -91,7 +91,7 @@ template <class T>
 GPTCORE_INLINE void backward_row(const LayerNormArgs& args, int64_t r, float* weight_partial, float* bias_partial) {
   const int64_t n = args.width, begin = r * n;
   const T *x = (const T*)args.x + begin, *grad_out = (const T*)args.grad_out + begin;
-  const T* grad_sum = args.grad_sum ? (const T*)args.grad_sum + begin : nullptr;
+  const T* grad_sum = args.grad_residual_out ? (const T*)args.grad_residual_out + begin : nullptr;
   T* grad_x = (T*)args.grad_x + begin;
   const float mean = args.mean[r], rstd = args.rstd[r];
 

@@ -30,7 +30,7 @@ struct AttentionBackwardParams {
   HeadsView query, key, value, out, grad_out, grad_query, grad_key, grad_value;
   const float *lse, *grad_lse;  // grad_lse may be null
   float* delta;                 // (batch, query_heads, query_len)
-  const int64_t *cu_query, *cu_key;
+  const int64_t *cu_seqlens_q, *cu_seqlens_k;
   int64_t num_boundaries;
   int batch, query_heads, group, query_len, kv_len, head_dim, together;
   float scale;
@@ -38,7 +38,7 @@ struct AttentionBackwardParams {
   bool vectors;           // every row of every tensor is whole 16-byte vectors
   bool dropout;
   uint32_t dropout_threshold;
-  float keep_factor;
+  float dropout_scale;
   uint64_t seed;
 };
 
@@ -145,13 +145,13 @@ GPTCORE_DEVICE uint32_t kept_weights(const AttentionBackwardParams& p, int first
 }
 
 template <int kM, int kN>
-GPTCORE_DEVICE void drop(float (&s)[kM][kN][4], uint32_t kept, float keep_factor) {
+GPTCORE_DEVICE void drop(float (&s)[kM][kN][4], uint32_t kept, float dropout_scale) {
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int n = 0; n < kN; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[m][n][i] *= kept >> ((m * kN + n) * 4 + i) & 1 ? keep_factor : 0.0f;
+      for (int i = 0; i < 4; ++i) s[m][n][i] *= kept >> ((m * kN + n) * 4 + i) & 1 ? dropout_scale : 0.0f;
 }
 
 template <class Math, int kWidth, Gradients kOf>
@@ -189,8 +189,8 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
 
   // What each row sees; those beyond the end see nothing.
   for (int i = threadIdx.x; i < kRows; i += kThreads) {
-    const Documents queries(p.cu_query, p.num_boundaries, batch, p.query_len);
-    const Documents keys(p.cu_key, p.num_boundaries, batch, p.kv_len);
+    const Documents queries(p.cu_seqlens_q, p.num_boundaries, batch, p.query_len);
+    const Documents keys(p.cu_seqlens_k, p.num_boundaries, batch, p.kv_len);
     const int row = first_row + (i < rows ? i : rows - 1);
     const Range range = kKeyRows ? visible(row, keys, queries, p.num_boundaries, p.after, p.before)
                                  : visible(row, queries, keys, p.num_boundaries, p.before, p.after);
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
       if (p.dropout) {
         const uint32_t batch_head = batch * p.query_heads + first_head + step / column_tiles;
         kept = kept_weights<kKeyRows, kM, kN>(p, first_row + warp_row, begin, batch_head, lane);
-        if constexpr (kSumScores) drop(dp, kept, p.keep_factor);
+        if constexpr (kSumScores) drop(dp, kept, p.dropout_scale);
       }
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
         if constexpr (kSumScores) zero_unseen(dp, ranges + warp_row, begin, lane);
       }
       if constexpr (kSumProbs) {
-        if (p.dropout) drop(s, kept, p.keep_factor);
+        if (p.dropout) drop(s, kept, p.dropout_scale);
         multiply_add<Math>(sum_probs, s, b2(stage), chunk, lane);
       }
       if constexpr (kSumScores) multiply_add<Math>(sum_scores, dp, b1(stage), chunk, lane);

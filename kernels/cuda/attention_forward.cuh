@@ -30,7 +30,7 @@ struct RowSoftmax {
 struct AttentionForwardParams {
   HeadsView query, key, value, out;
   float* lse;  // (batch, query_heads, query_len)
-  const int64_t *cu_query, *cu_key;
+  const int64_t *cu_seqlens_q, *cu_seqlens_k;
   int64_t num_boundaries;
   int batch, kv_heads, group, query_len, kv_len, head_dim, together;
   // Scores are scaled by sign x scale. The sign goes into S, so that the largest score has the largest probability;
@@ -40,7 +40,7 @@ struct AttentionForwardParams {
   bool vectors;           // every row of every tensor is whole 16-byte vectors
   bool dropout;
   uint32_t dropout_threshold;
-  float keep_factor;
+  float dropout_scale;
   uint64_t seed;
   // With more than one split each sums up its share of the key tiles, and attention_combine adds the shares.
   int splits;
@@ -222,8 +222,8 @@ __launch_bounds__(ForwardShared<Math, kWidth, kFew>::kThreads, ForwardShared<Mat
 
   // What each row sees. The ends keep growing beyond the last row, where nothing is stored.
   for (int i = threadIdx.x; i < kRows; i += kThreads) {
-    const Documents queries(p.cu_query, p.num_boundaries, batch, p.query_len);
-    const Documents keys(p.cu_key, p.num_boundaries, batch, p.kv_len);
+    const Documents queries(p.cu_seqlens_q, p.num_boundaries, batch, p.query_len);
+    const Documents keys(p.cu_seqlens_k, p.num_boundaries, batch, p.kv_len);
     const int query = (first_row + i) / p.group;
     const Range range = visible(query, queries, keys, p.num_boundaries, p.before, p.after);
     store_words(ranges + i, range.begin, range.end);
@@ -325,7 +325,7 @@ __launch_bounds__(ForwardShared<Math, kWidth, kFew>::kThreads, ForwardShared<Mat
       const RowSoftmax row = rows[m][half];
       const int in_tile = warp_row + m * 16 + half * 8 + lane / 4, at = first_row + in_tile;
       if (lane % 4 == 0 && at < all_rows) p.lse[lse_row(at)] = log_sum_exp<T>(row, p.scale, p.scale_log2);
-      const float factor = row.sum == 0.0f ? 0.0f : p.keep_factor / row.sum;
+      const float factor = row.sum == 0.0f ? 0.0f : p.dropout_scale / row.sum;
 #pragma unroll
       for (int j = 0; j < kWidth / 8; ++j)
         store_pair(query_tile.pair(in_tile, j * 8 + lane % 4 * 2), acc[m][j][half * 2] * factor,
@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(kCombineThreads) attention_combine_kernel(Atte
   const int query = row % p.query_len, head = row / p.query_len % query_heads;
   const int batch = row / p.query_len / query_heads;
   T* const out = rows_of<T>(p.out, batch, head, query);
-  const float factor = total.sum == 0.0f ? 0.0f : p.keep_factor / total.sum;
+  const float factor = total.sum == 0.0f ? 0.0f : p.dropout_scale / total.sum;
   for (int d = lane; d < p.head_dim; d += 32) {
     float sum = 0.0f;
     for (int i = 0; i < p.splits; ++i)

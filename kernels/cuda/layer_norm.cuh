@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(Lay
       }
 #pragma unroll
       for (int j = 0; j < kForwardChunks; ++j)
-        stored[j].store(static_cast<R*>(args.sum) + begin + at.column(j), end - at.column(j), plan.vectors);
+        stored[j].store(static_cast<R*>(args.residual_out) + begin + at.column(j), end - at.column(j), plan.vectors);
     } else {
 #pragma unroll
       for (int j = 0; j < kForwardChunks; ++j) x[j].get(v[j]);
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(Layer
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int64_t row = blockIdx.x, width = args.width, begin = row * width;
   constexpr int kStride = kForwardThreads * kChunk;
-  const R* source = static_cast<const R*>(args.residual ? args.sum : args.x);
+  const R* source = static_cast<const R*>(args.residual ? args.residual_out : args.x);
   float v[kChunk], sum[1] = {};
   for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {
     load_chunk(static_cast<const X*>(args.x) + begin + c, left(width - c), vectors, v);
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(Layer
       Chunk<R> stored;
       stored.set(v);
       stored.get(v);
-      stored.store(static_cast<R*>(args.sum) + begin + c, left(width - c), vectors);
+      stored.store(static_cast<R*>(args.residual_out) + begin + c, left(width - c), vectors);
     }
     float chunk = 0.0f;
 #pragma unroll
@@ -298,8 +298,8 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
     for (int j = 0; j < kChunks; ++j) {
       float x_row[kChunk], dy_row[kChunk], dx[kChunk];
       x[j].get(x_row), dy[j].get(dy_row);
-      load_chunk(static_cast<const T*>(args.grad_sum) + begin + at.column(j), args.grad_sum ? end - at.column(j) : 0,
-                 plan.vectors, dx);
+      const int more = args.grad_residual_out ? end - at.column(j) : 0;
+      load_chunk(static_cast<const T*>(args.grad_residual_out) + begin + at.column(j), more, plan.vectors, dx);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {  // past the row's end dy is 0, and dx is not stored
         const float xhat = (x_row[i] - mean) * rstd - of.shift;
@@ -365,8 +365,8 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(Lay
       load_chunk(x_row + c, left(width - c), vectors, x);
       load_chunk(dy_row + c, left(width - c), vectors, dy);
       load_chunk(args.weight + c, left(width - c), vectors, weight);
-      const T* grad_sum = static_cast<const T*>(args.grad_sum) + row * width + c;
-      load_chunk(grad_sum, args.grad_sum ? left(width - c) : 0, vectors, dx);
+      const T* grad_sum = static_cast<const T*>(args.grad_residual_out) + row * width + c;
+      load_chunk(grad_sum, args.grad_residual_out ? left(width - c) : 0, vectors, dx);
       load_chunk(weight_sum + c, first ? 0 : left(width - c), vectors, dweight);
       load_chunk(bias_sum + c, first ? 0 : left(width - c), vectors, dbias);
 #pragma unroll

@@ -2,7 +2,7 @@
 
 Those of sm_90 for 16 bits were the fastest on an H200, though some spill. Each of the others is the largest of those
 tried that spills no register and fits the shared memory of the smallest GPU of its line, as the compiler says
-(tests/triton_table.py); none of these was measured on a GPU.
+(tools/triton_table.py); none of these was measured on a GPU.
 """
 
 from __future__ import annotations

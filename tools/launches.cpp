@@ -1,4 +1,4 @@
-// Prints of every kernel "name threads shared_bytes", the most that a launch of it takes of either; tests/gates/sass.py
+// Prints of every kernel "name threads shared_bytes", the most that a launch of it takes of either; tools/sass.py
 // compiles it. A name is the beginning of the kernel's, without namespaces. What is never launched does no harm here.
 #include <cstdio>
 

@@ -1,7 +1,7 @@
 """Takes one barrier, wait, commit, check, mask or swizzle at a time away from the CUDA kernels: the model must notice.
 
-    python -m tests.mutants                       all of them; writes tests/data/mutants.md
-    python -m tests.mutants --sample 8 --seed 1   eight of them, at random
+    python -m tools.mutants                       all of them; writes tools/data/mutants.md
+    python -m tools.mutants --sample 8 --seed 1   eight of them, at random
 
 The kernels are compiled once, like the module gptcore._simt that they replace, with every mutation in them behind
 is_mutant(i). Then each mutant runs a small grid of calls in a process of its own. It is caught if the model reports it,
@@ -26,7 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,10 @@ from typing import Any
 
 import torch
 
+from tools.simt_grid import GRID
+
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "tests/data/mutants.md"
+TABLE = ROOT / "tools/data/mutants.md"
 SOURCES = {  # the kernels' files, and what is compiled of each
     "tile.cuh": ("attention_forward", "attention_backward"),
     "attention_forward.cuh": ("attention_forward",),
@@ -220,134 +222,7 @@ def with_mutants(file: str, mutants: list[tuple[int, Mutant]]) -> str:
     return "\n".join(lines)
 
 
-# ---- the small grid --------------------------------------------------------------------------------------------------
-
-
-Call = Callable[[], list[torch.Tensor]]
-
-
-def attention(
-    dtype: torch.dtype, shape: tuple[int, ...], tf32: bool = False, lse_grad: bool = True, **options: Any
-) -> Call:
-    batch, query_heads, kv_heads, query_len, kv_len, head_dim = shape
-
-    def call() -> list[torch.Tensor]:
-        from gptcore import ops
-
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        torch.manual_seed(0)
-        sizes = ((query_heads, query_len), (kv_heads, kv_len), (kv_heads, kv_len))
-        q, k, v = (torch.randn(batch, *size, head_dim).to(dtype).requires_grad_() for size in sizes)
-        out, lse = ops.attention(q, k, v, return_lse=True, backend="simt", **options)
-        loss = out.square().sum() + (lse[lse.isfinite()].sum() if lse_grad else 0)
-        grads = torch.autograd.grad(loss, (q, k, v))
-        return [out, lse, *grads]
-
-    return call
-
-
-def decode(dtype: torch.dtype, shape: tuple[int, ...], **options: Any) -> Call:
-    query_heads, query_len, kv_len, head_dim = shape
-
-    def call() -> list[torch.Tensor]:
-        from gptcore import ops
-
-        torch.manual_seed(0)
-        q = torch.randn(1, query_heads, query_len, head_dim).to(dtype)
-        k, v = (torch.randn(1, 2, kv_len, head_dim).to(dtype) for _ in range(2))
-        return list(ops.attention(q, k, v, return_lse=True, backend="simt", **options))
-
-    return call
-
-
-def layer_norm(
-    dtype: torch.dtype,
-    rows: int,
-    width: int,
-    bias: bool,
-    residual: torch.dtype | None = None,
-    constant: bool = False,
-    eps: float = 1e-5,
-) -> Call:
-    def call() -> list[torch.Tensor]:
-        from gptcore import ops
-
-        torch.manual_seed(0)
-        mean = 1e6 if dtype == F32 else 3.0  # one that matters, also to the backward, which corrects for a wrong one
-        x = torch.randn(rows, 1 if constant else width).expand(rows, width)
-        x = (x + mean).to(dtype).requires_grad_()
-        parameters = [torch.randn(width, requires_grad=True) for _ in range(1 + bias)]
-        added = [torch.randn(rows, width).to(residual).requires_grad_()] if residual else []
-        out = ops.layer_norm(x, *parameters, eps=eps, residual=added[0] if added else None, backend="simt")
-        outs = list(out) if isinstance(out, tuple) else [out]
-        loss = sum(((o.float() * torch.arange(1, width + 1)).sin().sum() for o in outs), torch.zeros(()))
-        return [*outs, *torch.autograd.grad(loss, [x, *parameters, *added])]
-
-    return call
-
-
-def gelu(dtype: torch.dtype, rows: int, width: int, bias: bool, approximate: str) -> Call:
-    def call() -> list[torch.Tensor]:
-        from gptcore import ops
-
-        torch.manual_seed(0)
-        x = (torch.randn(rows, width) * 4).to(dtype)
-        large = torch.finfo(dtype).max
-        x[0, :6] = torch.tensor([-large, large, -torch.inf, torch.inf, 0.0, -1e-6], dtype=torch.float64).to(dtype)
-        x.requires_grad_()
-        given = [torch.randn(width, requires_grad=True)] if bias else []
-        out = ops.gelu(x, bias=given[0] if given else None, approximate=approximate, backend="simt")
-        return [out, *torch.autograd.grad(out.float().sin().sum(), [x, *given])]
-
-    return call
-
-
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-PACKED = torch.tensor([0, 40, 40, 41, 150])
-BLIND = torch.tensor([0, 20, 150]), torch.tensor([0, 20, 20])
-HALF_BLIND = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1100])
-GRID = {
-    "attention": [
-        attention(BF16, (1, 2, 1, 150, 150, 64)),
-        attention(BF16, (2, 2, 1, 70, 130, 72), causal=False),
-        attention(BF16, (1, 1, 1, 130, 70, 61), window=(40, 0)),
-        attention(F16, (1, 2, 1, 150, 150, 32), cu_seqlens=PACKED, dropout_p=0.25),
-        attention(F16, (1, 1, 1, 80, 80, 33), causal=False, window=(9, 20), scale=-0.2),
-        attention(F32, (1, 2, 1, 70, 75, 40)),
-        attention(F32, (1, 2, 1, 70, 75, 40), tf32=True, dropout_p=0.25),
-        attention(BF16, (1, 1, 1, 130, 150, 64), window=(10, 0), lse_grad=False),  # warps with no key in a tile
-        attention(F16, (2, 1, 1, 40, 40, 32), causal=False, cu_seqlens=torch.tensor([0, 13, 40])),  # of every row
-        attention(BF16, (1, 1, 1, 150, 20, 64), cu_seqlens=BLIND),  # a block of queries with no key
-        attention(BF16, (1, 1, 1, 130, 192, 64)),  # the first query sees all of a tile but its last key
-        attention(BF16, (1, 1, 1, 130, 192, 64), causal=False, window=(28, 200)),  # a warp's last, all but the first
-        attention(F16, (1, 4, 2, 33, 33, 32)),
-        attention(F16, (1, 7, 7, 150, 20, 32), causal=False),  # heads in sections of four and three
-        decode(BF16, (4, 1, 1100, 64)),
-        decode(BF16, (6, 1, 1100, 45)),
-        decode(BF16, (2, 2, 1100, 64), cu_seqlens=HALF_BLIND),
-    ],
-    "layer_norm": [
-        layer_norm(BF16, 9, 1000, True),
-        layer_norm(BF16, 130, 96, True, BF16),  # several rows at a time share weight and bias
-        layer_norm(F16, 1800, 8, True),  # and several times
-        layer_norm(F16, 5, 1007, False),
-        layer_norm(BF16, 6, 768, True, F32),
-        layer_norm(BF16, 5, 1504, True),  # several rows at a time, of several warps each
-        layer_norm(BF16, 10, 4504, True),  # and in the backward several times
-        layer_norm(F32, 3, 8200, True),
-        layer_norm(BF16, 3, 40004, True, BF16),
-        layer_norm(F32, 2, 40001, False, F32),
-        layer_norm(F16, 2, 12301, True),
-        layer_norm(F32, 9, 1000, True, constant=True, eps=1e-12),  # variances of next to nothing
-    ],
-    "gelu": [
-        gelu(BF16, 70, 264, True, "tanh"),
-        gelu(F16, 300, 261, True, "none"),
-        gelu(F32, 3, 700, False, "tanh"),
-        gelu(F32, 3, 701, False, "none"),
-        gelu(BF16, 33000, 8, True, "none"),  # blocks of 129 rows in the backward
-    ],
-}
+# ---- running ---------------------------------------------------------------------------------------------------------
 
 
 def load(module: Path) -> Any:
@@ -533,7 +408,7 @@ def table(rows: list[tuple[Mutant, str]]) -> str:
     lines = [
         "# Mutants of the CUDA kernels",
         "",
-        "Made by `python -m tests.mutants`. Each row is one line of a kernel, changed, and how it was caught: the rule",
+        "Made by `python -m tools.mutants`. Each row is one line of a kernel, changed, and how it was caught: the rule",
         "that the model reported, or what the small grid found wrong, or what the model counted more of.",
         "",
         "| file | line | change | verdict |",

@@ -1,8 +1,8 @@
 """What the Triton kernels become for each GPU, seen without one: registers, spills, shared memory, tensor-core use.
 
 Every row of the tile tables is compiled as `forward` and `backward` would launch it, and compared with
-data/triton.json. `python tests/triton_table.py --write` writes that file, and its digest in docs/kernels-triton.md.
-Run it without TRITON_INTERPRET.
+tools/data/triton.json. `python -m tools.triton_table --write` writes that file, and its digest in
+docs/kernels-triton.md. Run it without TRITON_INTERPRET.
 """
 
 from __future__ import annotations

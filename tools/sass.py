@@ -1,7 +1,7 @@
 """What the compiler made of every CUDA kernel, read out of the built module, and held to a table.
 
-    python -m tests.gates.sass           compare with tests/data/sass.json
-    python -m tests.gates.sass --write   write it anew, after a change that is meant
+    python -m tools.sass           compare with tools/data/sass.json
+    python -m tools.sass --write   write it anew, after a change that is meant
 
 For each kernel and architecture: registers a thread, bytes of stack (spilled registers lie there), shared memory and
 threads of a block, how many blocks are resident on a multiprocessor, and how often some instructions occur.
@@ -23,8 +23,8 @@ from pathlib import Path
 
 from gptcore import _C
 
-ROOT = Path(__file__).resolve().parents[2]
-TABLE = ROOT / "tests" / "data" / "sass.json"
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "tools" / "data" / "sass.json"
 DOCS = ROOT / "docs" / "kernels.md"
 MARKERS = "<!-- sass -->\n", "<!-- end of sass -->"
 MODULE = Path(_C.__file__)
@@ -91,7 +91,7 @@ def launches() -> dict[str, tuple[int, int]]:
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/launches"
         command = ["g++", "-std=c++17", "-DGPTCORE_SIMT", "-DGPTCORE_GPU=simulated", "-w", f"-I{ROOT}"]
-        subprocess.run([*command, str(ROOT / "tests/gates/launches.cpp"), "-o", program], check=True)
+        subprocess.run([*command, str(ROOT / "tools/launches.cpp"), "-o", program], check=True)
         lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
     rows = (line.rsplit(" ", 2) for line in lines)
     return {name: (int(threads), int(shared)) for name, threads, shared in rows}
@@ -145,7 +145,7 @@ def measure(module: Path = MODULE) -> Table:
         name = names[function]
         fitting = [start for start in known if name.startswith(start)]
         if not fitting:
-            raise KeyError(f"tests/gates/launches.cpp does not know {name}")
+            raise KeyError(f"tools/launches.cpp does not know {name}")
         threads, shared = known[max(fitting, key=len)]
         blocks = resident_blocks(arch, registers, threads, shared)
         count = counts[function, arch]
