@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, C = n_embd, H heads of D dimensions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -215,6 +215,11 @@ class GPT(nn.Module):
             weights += self.wte.weight.numel()
         forward = 2 * weights * int(lengths.sum()) + 4 * self.config.n_embd * pairs
         return 3 * forward if backward else forward
+
+    def count_targets(self, batch: Mapping[str, Any]) -> int:
+        """How many labels the loss of a batch is a mean over: see `labels` of forward."""
+        targets = targets_of(batch["labels"], batch.get("attention_mask"), batch.get("cu_seqlens"))
+        return int((targets != IGNORED).sum())
 
     def forward(
         self,

@@ -25,17 +25,12 @@ from rich.console import Console
 from gptcore import ops
 from gptcore.config import GPTConfig
 from gptcore.model import GPT, GPTOutput
+from gptcore.training.arguments import TrainingArguments, lr_at
 from gptcore.training.callbacks import ProgressLine, TrainerCallback, read_log
 from gptcore.training.checkpoint import CheckpointError, list_checkpoints
-from gptcore.training.trainer import (
-    NonFiniteError,
-    Trainer,
-    TrainingArguments,
-    count_labels,
-    flops_per_token,
-    lr_at,
-    make_optimizer,
-)
+from gptcore.training.plan import flops_per_token
+from gptcore.training.state import NonFiniteError
+from gptcore.training.trainer import Trainer, make_optimizer
 
 Batch = dict[str, torch.Tensor]
 
@@ -211,7 +206,7 @@ def test_labels_are_counted_as_the_model_counts_them(data: st.DataObject) -> Non
         first |= data.draw(flags)
         batch["cu_seqlens"] = torch.tensor([*first.flatten().nonzero().flatten().tolist(), B * T])
     counted &= ~first
-    assert count_labels(batch) == int(counted.sum())
+    assert tiny_model().count_targets(batch) == int(counted.sum())
     with torch.no_grad():
         output = tiny_model(dropout=0.0).eval()(**batch)
     expected = [
@@ -485,7 +480,9 @@ def test_logged_loss_is_the_mean_over_labels_since_the_last_line(tmp_path: Path)
 
     class Collect(TrainerCallback):
         def on_step_end(self, trainer: Trainer) -> None:
-            labels = sum(count_labels(batch) for batch in trainer._micro_batches(trainer.state.global_step - 1))
+            labels = sum(
+                trainer.count_targets(batch) for batch in trainer._micro_batches(trainer.state.global_step - 1)
+            )
             seen.append((trainer.last_step["loss"], labels))
 
     output = tiny_trainer(tmp_path, [Collect()], logging_steps=4).train()
@@ -638,5 +635,5 @@ def test_neither_collator_nor_tokenizer_is_needed(tmp_path: Path) -> None:
     trainer = Trainer(tiny_model(), arguments, examples)
     (batch,) = trainer._micro_batches(0)
     assert sorted(batch["labels"].tolist()) == [[-100, 2, 3], [3, 1, -100]]
-    assert count_labels(batch) == 3
+    assert trainer.count_targets(batch) == 3
     assert trainer.train().global_step == 1

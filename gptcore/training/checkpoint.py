@@ -212,7 +212,7 @@ def save_checkpoint(
         if os.path.lexists(path):
             remove_checkpoint(path)
         with atomic_directory(path) as aside:
-            _save_model(model, aside)
+            save_weights(model, aside)
             if tokenizer is not None:
                 tokenizer.save_pretrained(aside)
             save_tensors(aside / "optimizer.safetensors", moments)
@@ -240,7 +240,7 @@ def _advice(error: Exception, folder: Path) -> str:
     return "The checkpoints before it are untouched"
 
 
-def _save_model(model: nn.Module, folder: Path) -> None:
+def save_weights(model: nn.Module, folder: Path) -> None:
     """Write model.safetensors and, where the model has a config, config.json."""
     if hasattr(model, "stored_as"):
         model.save_pretrained(folder)  # type: ignore[operator]

@@ -1,0 +1,188 @@
+"""Resuming: which checkpoint, whether the run still is the one that was begun, and what output_dir may hold."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import platform
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from gptcore import _C, ops
+from gptcore.data.datasets import fingerprint_of
+from gptcore.files import PathLike, absolute, entry, from_json
+from gptcore.training import checkpoint
+from gptcore.training.arguments import TrainingArguments
+from gptcore.training.checkpoint import CheckpointError
+from gptcore.training.state import TrainerState
+
+Description = dict[str, dict[str, Any]]
+SAMPLED = 64  # examples that stand for a dataset without a fingerprint
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone. A folder that did not exist is removed again if nothing was written."""
+    new = not folder.exists()
+    try:
+        with checkpoint.exclusive(folder):
+            yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def choose_checkpoint(folder: Path, resume_from: Literal[True] | PathLike) -> Path:
+    """The verified checkpoint to resume from: the newest whole one in `folder` for True, else the one at a path.
+
+    Raises CheckpointError if there is none, if it is damaged, or if `folder` has a newer one that is whole.
+    """
+    if resume_from is True:
+        return checkpoint.newest_checkpoint(folder)
+    path = absolute(resume_from)
+    checkpoint.verify_checkpoint(path)
+    if _is_in(path, folder) and path.name != (newest := checkpoint.newest_checkpoint(folder)).name:
+        raise CheckpointError(
+            f"{path} is not the newest checkpoint of its run, {newest} is whole: two courses of one run would "
+            "be mixed up; choose another output_dir, or delete the newer checkpoints"
+        )
+    return path
+
+
+def earlier_run(folder: Path, resumed: Path | None, overwrite: bool) -> list[Path]:
+    """Checkpoints and log of another run in `folder`, to be deleted before this one starts.
+
+    Raises FileExistsError if there are any without `overwrite`, or a foreign checkpoint-N is in the way.
+    """
+    inside = resumed is not None and _is_in(resumed, folder)
+    checkpoint.check_unobstructed(folder, checkpoint.checkpoint_step(resumed) if inside and resumed else -1)
+    if inside:
+        return []
+    earlier = [*checkpoint.list_checkpoints(folder), *folder.glob("log.jsonl")]
+    if earlier and not overwrite:
+        held = f"{folder} holds an earlier run ({', '.join(path.name for path in earlier[:4])})"
+        if resumed is not None:
+            raise FileExistsError(
+                f"{held}, and {resumed} is not one of its checkpoints: delete that run with overwrite_output_dir=True, "
+                "or choose another output_dir"
+            )
+        raise FileExistsError(
+            f"{held}: resume it with resume_from_checkpoint=True, delete it with overwrite_output_dir=True, "
+            "or choose another output_dir"
+        )
+    return earlier
+
+
+def delete_run(paths: Iterable[Path]) -> None:
+    """Delete what earlier_run returned."""
+    for path in paths:
+        if path.is_dir():
+            checkpoint.remove_checkpoint(path)
+        else:
+            path.unlink()
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    return path.parent.resolve() == folder.resolve()  # a link there is of this run, too
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def describe_run(
+    args: TrainingArguments, model: nn.Module, data: dict[str, Any], total_steps: int, device: torch.device
+) -> Description:
+    """What decides the course of a run beside its state: stored in each checkpoint, and compared on resuming."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", lambda: {"class": type(model).__qualname__})
+    description: Description = {
+        "args": dataclasses.asdict(args),
+        "data": data,
+        "schedule": {"total_steps": total_steps},
+        "model": to_dict(),
+        "environment": {
+            "python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__,
+            "device": str(device), "threads": torch.get_num_threads(),
+            "cpu": f"{torch.backends.cpu.get_cpu_capability()}, kernels {_C.cpu_isa()}",
+            "backend": ops.chosen("attention", next(model.parameters()))[0],
+        },
+    }  # fmt: skip
+    read_back: Description = json.loads(json.dumps(description, default=str))  # as a checkpoint will have it
+    return read_back
+
+
+def read_state(path: Path) -> tuple[TrainerState, Description]:
+    """The state and the description in a verified checkpoint. Raises CheckpointError if they are not what was saved."""
+    saved, where = checkpoint.read_state(path), path / "trainer_state.json"
+    try:
+        for part in ("args", "data", "schedule", "model", "environment"):
+            entry(saved, part, dict, where)
+        values = entry(saved, "state", dict, where)
+        state = from_json(TrainerState, {"skipped_steps": 0, **values}, where)  # older checkpoints have none
+        if state.global_step < 1 or checkpoint.checkpoint_step(path) not in (-1, state.global_step):  # -1: renamed
+            raise ValueError(f"{where} is of step {state.global_step}, but the folder is {path.name}")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return state, saved
+
+
+def compare(path: Path, saved: Description, now: Description, args: TrainingArguments) -> None:
+    """CheckpointError for other data or batches; one warning for all else that changes the course of the run."""
+    rules = {field.name: field.metadata["resume"] for field in dataclasses.fields(args)}
+    rules |= dict.fromkeys(now["data"], "same")
+    if args.lr_scheduler_type == "constant":
+        rules["total_steps"] = "free"
+    changes: dict[str, list[str]] = {"same": [], "warn": [], "free": []}
+    for part in now:
+        for name in saved[part] | now[part]:
+            before, after = saved[part].get(name), now[part].get(name)
+            if before != after and not (part == "data" and name not in saved[part]):  # older checkpoints have less
+                changes[rules.get(name, "warn")].append(f"{name} {before!r} -> {after!r}")
+    if changes["same"]:
+        raise CheckpointError(f"{path} cannot be resumed with other data or batches: {'; '.join(changes['same'])}")
+    if changes["warn"]:
+        text = f"from {path} the run takes another course than it would have: {'; '.join(changes['warn'])}"
+        warnings.warn(text, stacklevel=5)
+
+
+# ---- the data --------------------------------------------------------------------------------------------------------
+
+
+def digest(batches: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 of the values of some batches."""
+    sha = hashlib.sha256()
+    for batch in batches:
+        for key in sorted(batch):
+            value = batch[key]
+            if isinstance(value, torch.Tensor):
+                sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            else:
+                sha.update(repr(value).encode())
+    return sha.hexdigest()
+
+
+def fingerprint(dataset: Any, collate: Callable[[list[int]], Mapping[str, Any]]) -> str:
+    """What tells a dataset from another of its length: its own fingerprint, or else SHA-256 of up to 64 examples.
+
+    Examples come in batches of one from `collate`.
+    """
+    if (own := fingerprint_of(dataset)) is not None:
+        return own
+    count = len(dataset)
+    chosen = range(count) if count <= SAMPLED else [i * (count - 1) // (SAMPLED - 1) for i in range(SAMPLED)]
+    return f"{len(chosen)} of {count} examples: {digest(collate([i]) for i in chosen)}"
+
+
+def is_sampled(fingerprint: str) -> bool:
+    """Whether a fingerprint does not cover every example."""
+    return fingerprint.startswith(f"{SAMPLED} of ") and not fingerprint.startswith(f"{SAMPLED} of {SAMPLED} ")

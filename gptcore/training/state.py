@@ -1,0 +1,107 @@
+"""The numbers of a run: what the loop carries from step to step, and what of it is still on the device."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import astuple, dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the gradient of step `step` is NaN or infinite, `tensor` first; the weights were not updated."""
+
+    def __init__(self, message: str, step: int, tensor: str) -> None:
+        self.step, self.tensor = step, tensor
+        super().__init__(message)
+
+
+@dataclass
+class Sums:
+    """Sums over steps, and the means that follow."""
+
+    tokens: int = 0  # of input, padding included
+    labels: int = 0  # targets that the loss is a mean over
+    loss: float = 0.0  # over those targets
+    seconds: float = 0.0  # in steps: without evaluations and saves
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def means(self) -> dict[str, float]:
+        loss = self.loss / self.labels if self.labels else math.nan
+        return {"loss": loss, "tokens_per_second": self.tokens / max(1e-9, self.seconds)}
+
+
+@dataclass
+class TrainerState:
+    """All that the loop carries from step to step beside weights, optimizer and random generators."""
+
+    global_step: int = 0  # updates done, and steps skipped
+    epoch: float = 0.0
+    total: Sums = field(default_factory=Sums)  # since step 0
+    window: Sums = field(default_factory=Sums)  # since the last line in the log
+    best_metric: float | None = None  # the lowest eval_loss of those that have a checkpoint of the same step
+    best_step: int | None = None
+    skipped_steps: int = 0  # steps without a target, which update nothing
+
+
+class TrainOutput(NamedTuple):
+    """What training returns: the training loss is the mean over all targets since step 0."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float]
+
+
+class StepResult(NamedTuple):
+    """One update; loss and grad_norm are scalars on the device until they are read."""
+
+    step: int
+    tokens: int
+    targets: int
+    learning_rate: float
+    loss: Tensor
+    grad_norm: Tensor
+
+
+class UnreadSteps:
+    """The results of the last steps, which one device-to-host synchronisation reads together."""
+
+    LIMIT = 100  # steps: the progress line shows numbers that are at most this old
+
+    def __init__(self, device: torch.device) -> None:
+        self.steps: list[StepResult] = []
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)  # 1 from the first bad step on
+        self.at_once = device.type == "cpu"  # reading costs nothing there, so that an error names its step at once
+
+    def start(self) -> None:
+        """Start the clock of a step, which goes on where earlier steps are unread."""
+        if not self.steps:
+            self._started = time.perf_counter()
+
+    def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """A flag on the device, for an optimizer to skip its update: 1 if a number of this or an earlier step is bad.
+
+        So the weights stay those before the first bad step until `read` raises.
+        """
+        self.found_inf = torch.maximum(self.found_inf, (~torch.isfinite(loss + grad_norm)).float())
+        return self.found_inf
+
+    def due(self) -> bool:
+        return self.at_once or len(self.steps) >= self.LIMIT
+
+    def read(self) -> list[tuple[StepResult, Sums, float, float]]:
+        """Each unread step with its sums, loss and gradient norm, as numbers of the host; the list is empty then."""
+        steps, self.steps = self.steps, []
+        if not steps:
+            return []
+        numbers = torch.stack([torch.stack([step.loss.double(), step.grad_norm.double()]) for step in steps]).tolist()
+        seconds = (time.perf_counter() - self._started) / len(steps)
+        return [
+            (step, Sums(step.tokens, step.targets, loss * step.targets, seconds), loss, grad_norm)
+            for step, (loss, grad_norm) in zip(steps, numbers, strict=True)
+        ]
