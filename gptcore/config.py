@@ -16,6 +16,12 @@ GELU_FORMS = {
     **dict.fromkeys(("gelu", "gelu_python"), "none"),
 }
 MAX_HEAD_DIM = 256  # of the attention kernels
+# Far above any published model. Larger sizes are mistakes, or files that would take all memory before they are refused.
+LARGEST = {
+    **dict.fromkeys(("vocab_size", "n_positions", "attention_window"), 2**31 - 1),
+    **dict.fromkeys(("n_embd", "n_head", "n_inner"), 2**20),
+    "n_layer": 10_000,
+}
 IGNORED = -100  # label that the loss leaves out, as in F.cross_entropy
 
 # What else config.json may hold where transformers wrote it. The first have no bearing on the model; the second change
@@ -113,11 +119,9 @@ class GPTConfig:
     attention_window: int | None = _option(None, "keys that a token sees in every second layer (GPT-3); none means all")
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            self._check_int(name, minimum=1)
-        for name in ("n_inner", "attention_window"):
-            if getattr(self, name) is not None:
-                self._check_int(name, minimum=1)
+        for name, maximum in LARGEST.items():
+            if getattr(self, name) is not None or name not in ("n_inner", "attention_window"):
+                self._check_int(name, minimum=1, maximum=maximum)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             self._check_token(name)
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
@@ -151,6 +155,15 @@ class GPTConfig:
     def head_dim(self) -> int:
         """Dimensions of one attention head."""
         return self.n_embd // self.n_head
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters of the model, computed without building it; GPT.num_parameters() counts them."""
+        C, inner = self.n_embd, self.n_inner if self.n_inner is not None else 4 * self.n_embd
+        block = 4 * C + 4 * (C * C + C) + 2 * C * inner + inner + C  # two norms, c_attn and c_proj, c_fc and c_proj
+        positions = self.n_positions if self.position_embedding == "learned" else 0
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size + positions
+        return self.n_layer * block + C * embeddings + 2 * C * (self.norm_position == "pre")
 
     @property
     def n_ctx(self) -> int:
@@ -220,12 +233,14 @@ class GPTConfig:
             raise ValueError(f"n_ctx {values['n_ctx']} and n_positions {config.n_positions} should be equal")
         return config
 
-    def _check_int(self, name: str, minimum: int) -> None:
+    def _check_int(self, name: str, minimum: int, maximum: int | None = None) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} should be a whole number, not {value!r}")
         if value < minimum:
             raise ValueError(f"{name} should be at least {minimum}, not {value}")
+        if maximum is not None and value > maximum:
+            raise ValueError(f"{name} should be at most {maximum:,}, not {value:,}")
 
     def _number(self, name: str) -> float:
         value = getattr(self, name)

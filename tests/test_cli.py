@@ -202,20 +202,56 @@ def test_every_option_has_help_and_a_default_that_works(capsys):
     GPTConfig(**pick(args, GPTConfig))
 
 
-def test_the_demo_is_a_command_of_ours(monkeypatch, tmp_path):
-    """What `make demo` runs is parsed by the same parser, and its corpus is made once."""
-    path = Path(__file__).parents[1] / "examples"
-    monkeypatch.syspath_prepend(str(path))
+@pytest.fixture
+def demo(monkeypatch, tmp_path):
+    """The module examples/demo.py, with a folder of its own."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
     import demo
 
     monkeypatch.setattr(demo, "OUT", tmp_path)
     (tmp_path / "corpus.txt").write_text("there already", encoding="utf-8")
+    return demo
+
+
+def test_the_demo_is_a_command_of_ours(demo, monkeypatch, tmp_path, capsys):
+    """What `make demo` runs is parsed by the same parser; corpus and plan are made once."""
     seen = []
     monkeypatch.setattr(cli, "main", lambda argv, **overrides: seen.append((argv, overrides)) or 0)
-    assert demo.main() == 0
-    ((argv, overrides),) = seen
+    monkeypatch.setattr(demo.precision, "slowdown", lambda dtype: 1.0)
+    monkeypatch.setattr(demo.precision, "fastest", lambda runs, seconds: [0.5, 0.25])
+    assert demo.main(["--seconds", "60"]) == 0
+    printed = capsys.readouterr().out
+    assert "float32 4,096 tokens/s, bfloat16 8,192 tokens/s" in printed
+    assert re.search(r"precision +bfloat16, which is faster here\nsteps +180 of 2,048 tokens, about 60 s", printed)
+    monkeypatch.setattr(demo, "make_plan", lambda seconds: pytest.fail("measured again"))
+    assert demo.main([]) == 0
+    (argv, overrides), again = seen
+    assert again == (argv, overrides)
     args = cli.make_parser().parse(argv)
-    assert args.command == "train"
-    assert args.resume
+    assert (args.command, args.resume, args.bf16, args.max_steps) == ("train", True, True, 180)
     assert overrides == {"resume_command": "make demo"}
     assert (tmp_path / "corpus.txt").read_text(encoding="utf-8") == "there already"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "times", "steps", "words"),
+    [
+        (9.0, [0.1], 1000, "bfloat16 takes 9 times as long (measured on one block)"),
+        (9.0, [1.0], 135, "float32 2,048 tokens/s"),
+        (1.0, [0.2, 0.3], 675, "float32 10,240 tokens/s, bfloat16 6,827 tokens/s"),
+        (1.0, [500.0, 600.0], 20, "float32 4 tokens/s"),
+    ],
+)
+def test_the_demo_fits_its_steps_to_the_machine(demo, monkeypatch, ratio, times, steps, words):
+    monkeypatch.setattr(demo.precision, "slowdown", lambda dtype: ratio)
+    monkeypatch.setattr(demo.precision, "fastest", lambda runs, seconds: times[: len(runs)])
+    plan = demo.make_plan(180)
+    assert (plan["max_steps"], plan["bf16"]) == (steps, False)
+    assert words in plan["speed"]
+
+
+def test_the_demo_measures_a_real_step(demo, monkeypatch):
+    monkeypatch.setattr(demo.precision, "slowdown", lambda dtype: 1.0)
+    monkeypatch.setattr(demo, "BATCH_SIZE", 1)
+    monkeypatch.setattr(demo, "LENGTH", 16)
+    assert demo.make_plan(1)["max_steps"] >= 20

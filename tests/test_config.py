@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptcore import GPT
 from gptcore.config import GELU_FORMS, PRESETS, GPTConfig
 
 # config.json of the published GPT-2, as transformers' oldest versions wrote it
@@ -188,3 +189,19 @@ def test_config_json_round_trips(
         attention_window=window, pad_token_id=data.draw(st.none() | st.integers(0, vocab_size - 1)),
     )  # fmt: skip
     assert GPTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"norm_position": "post"},
+        {"position_embedding": "sinusoidal"},
+        {"n_inner": 7},
+    ],
+    ids=str,
+)
+def test_the_number_of_parameters_is_that_of_the_model(settings: dict) -> None:
+    config = GPTConfig(**{"vocab_size": 11, "n_positions": 5, "n_embd": 8, "n_layer": 3, "n_head": 2} | settings)
+    assert config.num_parameters == GPT(config).num_parameters()

@@ -6,7 +6,8 @@ import argparse
 
 from gptcore.cli.options import add_data, add_machine, load_model
 from gptcore.data.datasets import TextDataset
-from gptcore.training.trainer import Trainer, TrainingArguments
+from gptcore.training.arguments import TrainingArguments
+from gptcore.training.trainer import Trainer
 
 SUMMARY = "Print the loss and the perplexity of a model on text files."
 

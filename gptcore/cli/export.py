@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from gptcore.hf.gguf import DTYPES, export_gguf, export_hf
@@ -25,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the file or folder, and print its size."""
     output = Path(args.output)
+    kind, is_kind = ("folder", output.is_dir()) if args.to == "hf" else ("regular file", output.is_file())
+    if os.path.lexists(output) and not is_kind:
+        raise ValueError(f"--output {output} is not a {kind}; choose another --output")
     if output.exists() and not args.overwrite:
         raise FileExistsError(f"{output} exists; replace it with --overwrite, or choose another --output")
     model, tokenizer = GPT.from_pretrained(args.model), Tokenizer.from_pretrained(args.model)

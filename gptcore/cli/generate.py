@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from gptcore.cli.options import add_machine, load_model, optional, printable, refuse_without_effect
+from gptcore.cli.options import add_machine, check_range, load_model, optional, printable, refuse_without_effect
 
 SUMMARY = "Continue each prompt."
 
@@ -30,14 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print each prompt with its continuation."""
+    check_range(args, 0, 2**64 - 1, "seed")
+    for prompt in args.prompt:
+        if lone := [character for character in prompt if "\ud800" <= character <= "\udfff"]:
+            # Python passes a byte that is not UTF-8 as a lone surrogate
+            raise ValueError(
+                f"--prompt {prompt!a} is not UTF-8: it holds the byte 0x{ord(lone[0]) & 0xFF:02x}; "
+                "set the terminal or the script to UTF-8"
+            )
     model, tokenizer = load_model(args)
     start = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else tokenizer.encode("\n")
     prompts = [tokenizer.encode(prompt) or start for prompt in args.prompt]
-    sampling = {}
+    sampling, names = {}, ("temperature", "top_k", "top_p", "seed")
     if args.greedy:
-        refuse_without_effect(args, "--greedy takes the most probable token", "temperature", "top_k", "top_p", "seed")
+        refuse_without_effect(args, "--greedy takes the most probable token", *names)
     else:
-        names = ("temperature", "top_k", "top_p", "seed")
         sampling = {"do_sample": True} | {name: getattr(args, name) for name in names}
     # The tokens above the tokenizer's, in a padded vocabulary, have no text
     real = min(tokenizer.vocab_size, model.config.vocab_size)

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -19,6 +20,8 @@ from gptcore import ops
 from gptcore.model import GPT
 from gptcore.ops.registry import BACKENDS
 from gptcore.text.tokenizer import Tokenizer
+
+THREADS_PER_CORE = 8  # more are refused: OpenMP aborts the process where the system has no more threads
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,17 +126,34 @@ def refuse_without_effect(args: argparse.Namespace, reason: str, *names: str) ->
         raise ValueError(f"{', '.join(useless)} would have no effect, because {reason}; leave it out")
 
 
-def device_of(args: argparse.Namespace) -> torch.device:
-    """Return --device, by default a GPU if there is one that the backend runs on, else the CPU."""
+def check_range(args: argparse.Namespace, low: int, high: int, *names: str) -> None:
+    """Raise ValueError if one of these options is given and outside low to high."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {low:,} to {high:,}")
+
+
+def check_machine(args: argparse.Namespace) -> None:
+    """Check --threads, --backend and --device where the command has them, set the threads and resolve the device."""
+    if not hasattr(args, "threads"):
+        return
+    check_range(args, 1, THREADS_PER_CORE * (os.cpu_count() or 1), "threads")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.backend is not None and (reason := ops.backends().get(args.backend)):
+        raise ValueError(f"--backend {args.backend} is not usable here: {reason}")
     if args.device is None:
-        devices = BACKENDS[args.backend].devices if args.backend else ()
-        return torch.device("cuda" if torch.cuda.is_available() and (not devices or "cuda" in devices) else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        devices = BACKENDS[args.backend].devices if args.backend in BACKENDS else ()
+        gpu = torch.cuda.is_available() and (not devices or "cuda" in devices)
+        args.device = torch.device("cuda" if gpu else "cpu")
+        return
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]+))?", args.device)
+    if match is None:
         raise ValueError(f"--device is {args.device}, expected cpu, cuda or cuda:N")
-    device = torch.device(args.device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device} does not exist: PyTorch finds {torch.cuda.device_count()} GPUs")
-    return device
+    if args.device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {args.device} does not exist: PyTorch finds {torch.cuda.device_count()} GPUs")
+    args.device = torch.device(args.device)
 
 
 def load_model(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +13,26 @@ from typing import Any
 
 import torch
 
-from gptcore.cli.options import add_data, add_fields, add_machine, pick, printable, refuse_without_effect
+from gptcore.cli.options import (
+    add_data,
+    add_fields,
+    add_machine,
+    check_range,
+    pick,
+    printable,
+    refuse_without_effect,
+)
 from gptcore.config import GPTConfig
 from gptcore.data.collator import DataCollatorForLanguageModeling
 from gptcore.data.datasets import TextDataset, split
 from gptcore.model import GPT
 from gptcore.text.tokenizer import Tokenizer
+from gptcore.training.arguments import TrainingArguments
 from gptcore.training.callbacks import read_log
-from gptcore.training.checkpoint import list_checkpoints
+from gptcore.training.checkpoint import list_checkpoints, newest_checkpoint
 from gptcore.training.plot import plot_loss
-from gptcore.training.trainer import Trainer, TrainingArguments, TrainingInterrupted
+from gptcore.training.signals import TrainingInterrupted
+from gptcore.training.trainer import Trainer
 
 SUMMARY = "Train a model on text files, and a tokenizer unless one is given."
 
@@ -49,6 +60,8 @@ SMALL_RUN: dict[str, Any] = {
     "save_steps": 100,
     "save_total_limit": 2,
 }
+VOCAB_SIZE = 4096  # of a new tokenizer
+BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments in float32
 # Set by the tokenizer, but for the last, which only affects transformers.
 NO_OPTIONS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "reorder_and_upcast_attn")
 
@@ -68,7 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tokenizer-kind", choices=("bpe", "char"), default="bpe", help="tokenizer to train (default: bpe)"
     )
-    group.add_argument("--vocab-size", type=int, default=4096, help="tokens of a new bpe tokenizer (default: 4096)")
+    group.add_argument(
+        "--vocab-size", type=int, default=VOCAB_SIZE, help=f"tokens of a new bpe tokenizer (default: {VOCAB_SIZE})"
+    )
     group = parser.add_argument_group("model")
     group.add_argument(
         "--init-from", help="folder of a model to start from; the other options of this group are then invalid"
@@ -86,39 +101,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, then print losses and samples and draw the loss curve. Returns 130 if interrupted."""
-    if args.init_from:
-        fields = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in NO_OPTIONS]
-        refuse_without_effect(args, f"--init-from {args.init_from} sets it", *fields)
-    tokenizer_options = ("vocab_size", "tokenizer_kind")
-    if args.tokenizer or args.init_from:
-        folder = args.tokenizer or args.init_from
-        refuse_without_effect(args, f"the tokenizer comes from {folder}", *tokenizer_options)
-    elif args.tokenizer_kind == "char":
-        refuse_without_effect(args, "a char tokenizer has a token for each character", "vocab_size")
-    out = Path(args.output_dir)
-    resume = args.resume and bool(list_checkpoints(out))
+    arguments = TrainingArguments(**pick(args, TrainingArguments))
+    out = Path(arguments.output_dir)
+    checkpoint = _checkpoint(args, out)
+    _check(args)
     torch.manual_seed(args.seed)
-    tokenizer = _tokenizer(args, out, resume)
+    tokenizer = _tokenizer(args, checkpoint)
     model = _model(args, tokenizer).to(args.device)
     block_size = model.config.n_positions if args.block_size is None else args.block_size
     dataset = TextDataset(
         tokenizer, args.files, block_size, cache_dir=args.cache_dir, mask_documents=args.mask_documents
     )
     train_set, validation_set = split(dataset, args.validation_fraction)
-    if args.resume and not resume:
-        args.overwrite_output_dir = True  # a run that was killed before its first checkpoint starts again
+    if args.resume and checkpoint is None:
+        arguments.overwrite_output_dir = True  # a run that was killed before its first checkpoint starts again
     trainer = Trainer(
         model,
-        TrainingArguments(**pick(args, TrainingArguments)),
+        arguments,
         train_dataset=train_set,
         eval_dataset=validation_set,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         tokenizer=tokenizer,
     )
     before = trainer.evaluate()["eval_loss"]
-    tokenizer.save_pretrained(out)
     try:
-        result = trainer.train(resume_from_checkpoint=resume)
+        result = trainer.train(resume_from_checkpoint=checkpoint is not None)
     except TrainingInterrupted as interrupt:
         command = args.resume_command or shlex.join(["gptcore", *_with_resume(args.argv)])
         print(f"\ninterrupted; saved {interrupt.checkpoint}. To resume:\n\n    {command}\n")
@@ -126,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()
 
-    log = read_log(out / "log.jsonl")
+    log = read_log(out / "log.jsonl") if (out / "log.jsonl").exists() else []  # it may have been deleted meanwhile
     losses = [entry["loss"] for entry in log if "loss" in entry]
     print(f"\nvalidation loss   {before:.4f} -> {after:.4f} ({after / before:.0%}), perplexity {math.exp(after):.1f}")
     print(f"training loss     {losses[-1] if losses else result.training_loss:.4f}")
@@ -143,18 +150,81 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tokenizer(args: argparse.Namespace, out: Path, resume: bool) -> Tokenizer:
-    """Return the tokenizer of --tokenizer, of the run to resume, or of --init-from, else a newly trained one."""
-    if not resume and not args.overwrite_output_dir and list_checkpoints(out):
+def _checkpoint(args: argparse.Namespace, out: Path) -> Path | None:
+    """Return the newest checkpoint if the run is resumed. Raises FileExistsError if results would be overwritten."""
+    checkpoints = list_checkpoints(out)
+    if args.resume and checkpoints:
+        return newest_checkpoint(out)
+    held = checkpoints or [path for name in ("model.safetensors", "tokenizer.json") if (path := out / name).exists()]
+    if held and not args.overwrite_output_dir:
+        resume = "resume it with --resume, " if checkpoints else ""
         raise FileExistsError(
-            f"{out} holds an earlier run: resume it with --resume, delete it with --overwrite-output-dir, "
-            "or choose another --output-dir"
+            f"{out} holds {'an earlier run' if checkpoints else 'a model'} ({held[-1].name}): {resume}"
+            "delete it with --overwrite-output-dir, or choose another --output-dir"
         )
-    source = args.tokenizer or (out if resume else args.init_from)
-    if source:
+    return None
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect, and sizes that the machine cannot hold, before any work."""
+    check_range(args, 0, 1000, "samples")
+    check_range(args, 0, 10**6, "sample_tokens")
+    if args.tokenizer or args.init_from:
+        folder = args.tokenizer or args.init_from
+        refuse_without_effect(args, f"the tokenizer comes from {folder}", "vocab_size", "tokenizer_kind")
+    elif args.tokenizer_kind == "char":
+        refuse_without_effect(args, "a char tokenizer has a token for each character", "vocab_size")
+    else:
+        # 256 bytes, <|endoftext|>, and merges of bytes that the text holds
+        size = sum(Path(path).stat().st_size for path in args.files)
+        check_range(args, 257, max(VOCAB_SIZE, 257 + size), "vocab_size")
+    if args.init_from:
+        fields = [field.name for field in dataclasses.fields(GPTConfig) if field.name not in NO_OPTIONS]
+        refuse_without_effect(args, f"--init-from {args.init_from} sets it", *fields)
+        return
+    config = GPTConfig(**pick(args, GPTConfig))  # before the tokenizer says how many tokens there are
+    needed, there = config.num_parameters * BYTES_PER_PARAMETER, _memory(args.device)
+    if needed > there:
+        raise ValueError(
+            f"{config.num_parameters:,} parameters need {needed / 1e9:,.1f} GB to train (weights, gradients and two "
+            f"moments in float32), but {args.device} has {there / 1e9:,.1f} GB; use a smaller model"
+        )
+
+
+def _memory(device: torch.device) -> int:
+    """Return the bytes of memory of a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _tokenizer(args: argparse.Namespace, checkpoint: Path | None) -> Tokenizer:
+    """Return the tokenizer of --tokenizer, of the run to resume, or of --init-from, else a newly trained one."""
+    if checkpoint is not None and not args.tokenizer:
+        tokenizer = Tokenizer.from_pretrained(checkpoint)
+        _check_same(args, tokenizer, checkpoint)
+        return tokenizer
+    if source := args.tokenizer or args.init_from:
         return Tokenizer.from_pretrained(source)
+    return _train_tokenizer(args)
+
+
+def _train_tokenizer(args: argparse.Namespace) -> Tokenizer:
     vocab_size = {} if args.tokenizer_kind == "char" else {"vocab_size": args.vocab_size}
     return Tokenizer.train(args.files, kind=args.tokenizer_kind, **vocab_size)
+
+
+def _check_same(args: argparse.Namespace, tokenizer: Tokenizer, checkpoint: Path) -> None:
+    """Raise ValueError if --tokenizer-kind or --vocab-size asks for another tokenizer than that of the run."""
+    ours = f"the tokenizer of {checkpoint} is of kind {tokenizer.kind} and has {tokenizer.vocab_size} tokens"
+    advice = "resume with the options that the run was started with, or start another run"
+    if "--tokenizer-kind" in args.given and args.tokenizer_kind != tokenizer.kind:
+        raise ValueError(f"--tokenizer-kind is {args.tokenizer_kind}, but {ours}; {advice}")
+    if "--vocab-size" in args.given and args.vocab_size != tokenizer.vocab_size:
+        # A text may give fewer tokens than were asked for; only training again can tell
+        fewer = args.vocab_size > tokenizer.vocab_size
+        if not fewer or _train_tokenizer(args).fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"--vocab-size is {args.vocab_size}, but {ours}; {advice}")
 
 
 def _model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gptcore import precision
 from gptcore.config import GPTConfig
 from gptcore.files import PathLike, atomic_file, naming, read_json, write_json
 from gptcore.hf.hub import find_folder
@@ -105,6 +106,8 @@ def from_pretrained(
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{folder}: no tensor can have these sizes: {config}") from error
     model.load_state_dict(_state_dict(model, folder, files, dtype), assign=True)
+    if not torch.cuda.is_available():  # where the model will compute is not known yet
+        precision.warn_if_slow(model.wte.weight.dtype, "cpu", "load the model with dtype=torch.float32")
     return model.eval()
 
 

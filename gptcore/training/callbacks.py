@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from gptcore.files import PathLike, atomic_file
+from gptcore.output import SteadyOutput
 
 if TYPE_CHECKING:
     from gptcore.training.trainer import Trainer
@@ -91,7 +92,7 @@ class ProgressLine(TrainerCallback):
     """On a terminal one live line with step, loss, learning rate, tokens/s and time left; else a line per log entry."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or Console(file=SteadyOutput())  # type: ignore[arg-type]
         self.live: Progress | None = None
 
     def on_train_begin(self, trainer: Trainer) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from gptcore import precision
 from gptcore.config import IGNORED
 from gptcore.data.collator import DataCollatorForLanguageModeling
 from gptcore.data.datasets import epoch_order
@@ -82,6 +83,8 @@ class Trainer:
         self.callbacks = [*([] if args.disable_tqdm else [ProgressLine()]), *callbacks]
         self.device = next(model.parameters()).device
         self.folder = absolute(args.output_dir)  # wherever a callback changes to
+        dtype = torch.bfloat16 if args.bf16 else next(model.parameters()).dtype
+        precision.warn_if_slow(dtype, self.device, "use float32: bf16=False (--no-bf16), or model.float()")
         self.state = TrainerState()
         self.last_step: dict[str, float] = {}
 
