@@ -7,10 +7,11 @@ nothing is unknown. GPT-1's tokenizer (kind "gpt1") is read too, and is the one 
 it folds case, accents and white space, and what is not in its vocabulary becomes <unk>.
 
 What `tokenizers` does not take is handled here. Bytes that are not UTF-8 become their byte tokens directly, and the
-valid text on either side is encoded by itself; a lone surrogate in a str is its three bytes of "surrogatepass". A long
-text is encoded in pieces (see `pretokenize.py`), which bounds memory. The ids are those of the whole: `encode`,
-`encode_batch` and `encode_stream`, in chunks of any size, always agree. Only a word that is longer than a piece stays
-whole, and takes memory in proportion, where it is GPT-1's, the merges are not `in_order`, or there are added tokens.
+valid text on either side is encoded by itself. A lone surrogate in a str is its three bytes of "surrogatepass", and a
+pair of surrogates is the character that it stands for. A long text is encoded in pieces (see `pretokenize.py`), which
+bounds memory. The ids are those of the whole: `encode`, `encode_batch` and `encode_stream`, in chunks of any size,
+always agree. Only a word that is longer than a piece stays whole, and takes memory in proportion, where it is GPT-1's,
+the merges are not `in_order`, or there are added tokens.
 
 Added tokens that are not special (transformers' `add_tokens`) stand for themselves in every text.
 """
@@ -18,12 +19,11 @@ Added tokens that are not special (transformers' `add_tokens`) stand for themsel
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
-import itertools
 import json
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
 from pathlib import Path
@@ -31,17 +31,15 @@ from typing import Any, Literal, TypeVar, overload
 
 import tokenizers
 import torch
-from tokenizers import decoders, models, trainers
 
-from gptcore.files import PathLike, atomic_file, write_json
+from gptcore.files import PathLike, atomic_file, naming, open_file, write_json
 from gptcore.hf.hub import find_folder
+from gptcore.text.offsets import byte_offsets, folded_offsets, in_original, join_surrogates
 from gptcore.text.pretokenize import (
     BROKEN,
     BYTE_OF,
-    CHARACTERS,
     END_OF_TEXT,
     END_OF_WORD,
-    GPT2_WORDS,
     SAFE_CUT,
     STAND_IN,
     check_text_file,
@@ -49,15 +47,13 @@ from gptcore.text.pretokenize import (
     end_of_a_word,
     in_order,
     pieces,
-    read_blocks,
-    split_documents,
 )
-from gptcore.text.tokenizer_files import UNKNOWN, kind_of, read_settings, read_vocab
+from gptcore.text.tokenizer_files import UNKNOWN, kind_of, parse_tokenizer, read_settings, read_vocab
+from gptcore.text.training import learn_characters, learn_merges
 
 Made = TypeVar("Made", bound="Tokenizer")
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
          "tokenizer_config.json")  # fmt: skip
-LONGEST = 1 << 18  # characters of a word that `train` sees as one
 _BATCH = 1 << 20  # characters encoded by one call, on as many threads as `tokenizers` takes
 
 
@@ -72,24 +68,12 @@ def _surrogates_or_replace(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error("gptcore.surrogates_or_replace", _surrogates_or_replace)
 
 
-def _training_text(paths: Sequence[Path], separators: Sequence[str]) -> Iterator[str]:
-    """The valid text of the files in pieces, without separators: these are never learnt as text."""
-
-    def cut(beginning: str) -> int | None:
-        if match := SAFE_CUT.match(beginning):
-            return match.end()
-        return LONGEST if len(beginning) > LONGEST else None
-
-    for path in paths:
-        for piece in pieces(split_documents(read_blocks(path), separators or [END_OF_TEXT]), cut):
-            yield from filter(None, BROKEN.split(piece)[::2]) if piece else ()
-
-
 class Tokenizer:
     """A byte-level tokenizer: `train` one, or `from_pretrained` a folder with a tokenizer.json.
 
-    `decode_bytes(encode(data)) == data` for all bytes and `decode(encode(text)) == text` for all str, broken or not.
-    Special tokens in a text are plain text unless the caller of `encode` allows them, so that no prompt can forge one.
+    `decode_bytes(encode(data)) == data` for all bytes and `decode(encode(text)) == text` for all str, broken or not,
+    except that a pair of surrogates becomes its character. Special tokens in a text are plain text unless the caller of
+    `encode` allows them, so that no prompt can forge one.
     """
 
     special_in_text = False  # whether `encode` allows them where its caller does not say
@@ -163,41 +147,13 @@ class Tokenizer:
         paths = [check_text_file(path) for path in ([files] if isinstance(files, str | os.PathLike) else files)]
         if not paths:
             raise ValueError("no file to train on: `files` is an empty list")
-        base = 256 + len(special)
         if kind == "char":
             if vocab_size is not None:
                 raise ValueError(f"vocab_size={vocab_size} with kind='char': there the text decides; leave it out")
-            seen: set[str] = set()
-            for text in _training_text(paths, special):
-                seen.update(text)
-            longer = ["".join(STAND_IN[byte] for byte in c.encode()) for c in sorted(seen) if ord(c) >= 128]
-            vocab = {token: i for i, token in enumerate([*special, *sorted(BYTE_OF), *longer])}
-            tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
-            tokenizer.pre_tokenizer = CHARACTERS  # and ignore_merges: one in the vocabulary is a token at once
-            tokenizer.add_special_tokens(special)
-        elif kind == "bpe":
-            if vocab_size is None or vocab_size < base:
-                raise ValueError(
-                    f"kind='bpe' needs a vocab_size of at least {base} (256 bytes and {len(special)} special tokens), "
-                    f"not {vocab_size}; 8192 suits a few megabytes of text"
-                )
-            tokenizer = tokenizers.Tokenizer(models.BPE())
-            tokenizer.pre_tokenizer = GPT2_WORDS
-            trainer = trainers.BpeTrainer(
-                vocab_size=vocab_size,
-                min_frequency=2,
-                special_tokens=special,
-                initial_alphabet=sorted(BYTE_OF),
-                show_progress=False,
-            )
-            tokenizer.train_from_iterator(_training_text(paths, special), trainer)
-            if tokenizer.get_vocab_size() < vocab_size:
-                learnt = tokenizer.get_vocab_size()
-                warnings.warn(f"the text gives only {learnt} of the {vocab_size} tokens asked for", stacklevel=2)
-        else:
-            raise ValueError(f"kind must be 'bpe' or 'char', not {kind!r}")
-        tokenizer.decoder = decoders.ByteLevel()
-        return cls(tokenizer)
+            return cls(learn_characters(paths, special))
+        if kind == "bpe":
+            return cls(learn_merges(paths, vocab_size, special))
+        raise ValueError(f"kind must be 'bpe' or 'char', not {kind!r}")
 
     @classmethod
     def from_pretrained(cls: type[Made], path: PathLike) -> Made:
@@ -209,33 +165,31 @@ class Tokenizer:
 
         Raises FileNotFoundError, or ValueError for a file that is damaged or not a tokenizer of these kinds.
         """
-        if Path(path).is_file():
+        if os.path.lexists(path) and not Path(path).is_dir():
             return cls._load(Path(path), Path(path))
         folder = find_folder(path, FILES)
-        if (folder / "tokenizer.json").is_file():
+        if os.path.lexists(folder / "tokenizer.json"):
             return cls._load(folder / "tokenizer.json", folder)
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        if os.path.lexists(folder / "vocab.json") and os.path.lexists(folder / "merges.txt"):
             return cls._load(folder / "vocab.json", folder)
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
         raise FileNotFoundError(f"{folder} has no tokenizer.json, nor vocab.json and merges.txt, but {found}")
 
     @classmethod
     def _load(cls: type[Made], file: Path, folder: Path) -> Made:
-        try:
-            made = cls._from_json(file.read_text("utf-8")) if file.name != "vocab.json" else cls(read_vocab(folder))
+        with naming(file, "cannot be used"):
+            if file.name == "vocab.json":
+                made = cls(read_vocab(folder))
+            else:
+                with open_file(file) as opened:
+                    made = cls(parse_tokenizer(opened.read()))
             made._configure(read_settings(folder) if folder.is_dir() else {})
             return made
-        except ValueError as error:
-            raise ValueError(f"{file} cannot be used: {error}") from error
 
     @classmethod
-    def _from_json(cls: type[Made], text: str, settings: dict[str, Any] | None = None) -> Made:
-        try:
-            tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # `tokenizers` raises nothing more precise
-            raise ValueError(f"not a whole tokenizer.json: {error}") from error
-        made = cls(tokenizer)
-        made._configure(settings or {})
+    def _restore(cls: type[Made], text: str, settings: dict[str, Any]) -> Made:
+        made = cls(parse_tokenizer(text))
+        made._configure(settings)
         return made
 
     def _configure(self, settings: dict[str, Any]) -> None:
@@ -252,7 +206,7 @@ class Tokenizer:
         return {"eos_token": self.eos_token, "pad_token": self.pad_token, "padding_side": self.padding_side}
 
     def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[str, dict[str, Any]]]:
-        return self._from_json, (self._tokenizer.to_str(), self._settings())  # `tokenizers` would forget one setting
+        return self._restore, (self._tokenizer.to_str(), self._settings())  # `tokenizers` would forget one setting
 
     def save_pretrained(self, path: PathLike) -> Path:
         """Write tokenizer.json and tokenizer_config.json, as transformers reads them, into the folder `path`.
@@ -402,39 +356,17 @@ class Tokenizer:
         return {name: value[0] for name, value in result.items()} if single else dict(result)
 
     def _offsets(self, text: Any, ids: Sequence[int], allowed_special: bool | None) -> list[tuple[int, int]]:
-        """Of each token the characters [start, end) that its bytes, or GPT-1's folded characters, come from."""
+        """Return for each token the characters [start, end) that it comes from."""
         if not isinstance(text, str):
             raise ValueError("offsets are for str: they count characters")
-        data = _to_bytes(text)
+        joined = join_surrogates(text)
+        data = _to_bytes(joined)
         if self.kind == "gpt1":
-            return self._folded_offsets(data, allowed_special)[: len(ids)]
-        character = list(itertools.accumulate(int(byte & 0xC0 != 0x80) for byte in data))  # of each byte, from 1
-        offsets: list[tuple[int, int]] = []
-        start = 0
-        for i in ids:
-            end = start + len(self._bytes[i])
-            offsets.append((character[start] - 1, character[end - 1]))
-            start = end
-        return offsets
-
-    def _folded_offsets(self, data: bytes, allowed_special: bool | None) -> list[tuple[int, int]]:
-        offsets: list[tuple[int, int]] = []
-        thirds = 0  # of the characters so far: a lone surrogate is three bytes, between which a piece may end
-        for i, part in enumerate(self._split_special(data, allowed_special)):
-            if i % 2:
-                offsets.append((thirds // 3, thirds // 3 + len(part.decode())))
-                thirds += 3 * len(part.decode())
-                continue
-            for piece in pieces([part, None], self._cut):
-                for j, run in enumerate(BROKEN.split(piece or "")):
-                    if j % 2:
-                        offsets += [(at // 3, at // 3 + 1) for at in range(thirds, thirds + len(run))]
-                        thirds += len(run)
-                    else:
-                        found = self._tokenizer.encode(run, add_special_tokens=False).offsets
-                        offsets += [(thirds // 3 + start, thirds // 3 + end) for start, end in found]
-                        thirds += 3 * len(run)
-        return offsets
+            encode = functools.partial(self._tokenizer.encode, add_special_tokens=False)
+            found = folded_offsets(self._split_special(data, allowed_special), self._cut, encode)
+        else:
+            found = byte_offsets(data, (len(self._bytes[i]) for i in ids))
+        return in_original(found[: len(ids)], text, joined)
 
     def _split_special(self, data: bytes, allowed: bool | None) -> list[bytes]:
         """Text, special token, text, ..., text; all of it text unless special tokens are allowed."""
@@ -535,7 +467,10 @@ class Tokenizer:
 
 def _to_bytes(text: str | bytes) -> bytes:
     if isinstance(text, str):
-        return text.encode("utf-8", "surrogatepass")
+        try:
+            return text.encode()
+        except UnicodeEncodeError:
+            return join_surrogates(text).encode("utf-8", "surrogatepass")
     if isinstance(text, bytes | bytearray | memoryview):
         return bytes(text)
     raise TypeError(f"a text is str or bytes, not {type(text).__name__}")

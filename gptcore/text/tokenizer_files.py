@@ -6,14 +6,18 @@ refused.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models
 
-from gptcore.files import read_json
+from gptcore.files import entry, naming, open_file, parse_json, read_json
 from gptcore.text.pretokenize import (
     BYTE_OF,
     CHARACTERS,
@@ -26,29 +30,106 @@ from gptcore.text.pretokenize import (
 )
 
 UNKNOWN = "<unk>"  # what GPT-1's vocabulary does not have
+_SPECIAL_NAME = re.compile(r"<.+>|\[.+\]")  # "<s>", "[PAD]"
+_BYTE_LEVEL = (GPT2_WORDS, CHARACTERS)
+_OTHER_WORDS = (
+    "its pre-tokenizer is {}, but must be GPT-2's ByteLevel (with its regex, without a prefix space) or the characters "
+    "of kind 'char'"
+)
+
+
+def parse_tokenizer(text: str | bytes) -> tokenizers.Tokenizer:
+    """Return the tokenizer of a tokenizer.json, after a look at what could take memory or time out of proportion.
+
+    Raises ValueError for a damaged file, and for a kind of tokenizer that `Tokenizer` does not read.
+    """
+    where = "not a whole tokenizer.json: it"
+    state = parse_json(text, where)
+    model = entry(state, "model", dict[str, Any], where)
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"its model is {model['type']}, not a byte-level BPE")
+    vocab = entry(model, "vocab", dict[str, int], where)
+    added = entry({"added_tokens": [], **state}, "added_tokens", list[dict[str, Any]], where)
+    _check_ids([*vocab.values(), *(entry(token, "id", int, where) for token in added)], len(vocab) + len(added))
+    # Others may hold regular expressions, whose compilation is not bounded
+    words, normalizer = state.get("pre_tokenizer"), state.get("normalizer")
+    if repr(_plain(words)) not in [repr(_plain(json.loads(w.__getstate__()))) for w in (GPT1_WORDS, *_BYTE_LEVEL)]:
+        raise ValueError(_OTHER_WORDS.format(words))
+    if normalizer is not None and normalizer != json.loads(GPT1_TEXT.__getstate__()):
+        raise ValueError(f"its normalizer is {normalizer!r}, but must be unset for exact and repeatable ids")
+    state |= {"truncation": None, "padding": None, "decoder": None}  # of no use here
+    with _library("not a whole tokenizer.json"):
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
+    tokenizer.decoder = decoders.BPEDecoder(END_OF_WORD) if model.get("end_of_word_suffix") else decoders.ByteLevel()
+    ids = tokenizer.get_vocab()
+    if wrong := [token for token in added if ids.get(token["content"]) != token["id"]]:
+        found, content = ids.get(wrong[0]["content"]), wrong[0]["content"]
+        raise ValueError(f"its added token {content!r} has the id {wrong[0]['id']}, but it is token {found}")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _library(what: str) -> Iterator[None]:
+    """Turn what `tokenizers` raises, panics included, which are BaseExceptions, into ValueError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What transformers wrote about special tokens: by now in tokenizer_config.json, formerly in a file of its own."""
+    """Return what transformers wrote about special tokens: in tokenizer_config.json, formerly in a file of its own."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            found |= read_json(folder / name)
-    return {key: value["content"] if isinstance(value, dict) and "content" in value else value
-            for key, value in found.items()}  # fmt: skip
+        if os.path.lexists(folder / name):
+            values = read_json(folder / name)
+            for key in ("eos_token", "pad_token", "bos_token", "unk_token"):
+                if values.get(key) is not None:
+                    values[key] = _token(values[key], f"{folder / name}: {key}")
+            found |= values
+    return found
+
+
+def _token(value: Any, where: str) -> str:
+    """Return the text of a special token, which files spell as a string or as an object with "content"."""
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise ValueError(f"{where} should be a token, a string or an object with its content, not {value!r:.60}")
+    return text
+
+
+def read_merges(file: Path) -> list[tuple[str, str]]:
+    """Return the merges of a merges.txt: a line each, but for the first, which may be a comment."""
+    with open_file(file) as opened, naming(file, "is not a list of merges"):
+        lines = opened.read().decode("utf-8").split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    merges = []
+    for number, line in enumerate(lines, start=1):
+        if not (number == 1 and line.startswith("#version")):
+            left, _, right = line.removesuffix("\r").partition(" ")
+            if not left or not right or " " in right:
+                raise ValueError(
+                    f"{file}, line {number}: a merge is two tokens with a space between them, not {line!r:.60}"
+                )
+            merges.append((left, right))
+    return merges
 
 
 def read_vocab(folder: Path) -> tokenizers.Tokenizer:
-    """A tokenizer of vocab.json and merges.txt: GPT-2's if the vocabulary has all bytes, else GPT-1's."""
-    vocab = read_json(folder / "vocab.json")
-    added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
+    """Return the tokenizer of vocab.json and merges.txt: GPT-2's if the vocabulary has all bytes, else GPT-1's."""
+    vocab, added = (
+        entry({name: read_json(folder / name)}, name, dict[str, int], folder) if os.path.lexists(folder / name) else {}
+        for name in ("vocab.json", "added_tokens.json")
+    )
+    _check_ids(vocab.values(), len(vocab) + len(added))
     gpt2 = BYTE_OF.keys() <= vocab.keys()
     settings: dict[str, Any] = {} if gpt2 else {"unk_token": UNKNOWN, "end_of_word_suffix": END_OF_WORD}
-    try:
-        merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))[1]
+    merges = read_merges(folder / "merges.txt")
+    with _library("with merges.txt it is not a whole vocabulary"):
         tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, **settings))
-    except Exception as error:  # `tokenizers` raises nothing more precise
-        raise ValueError(f"with merges.txt it is not a whole vocabulary: {error}") from error
     if gpt2:
         tokenizer.pre_tokenizer, tokenizer.decoder = GPT2_WORDS, decoders.ByteLevel()
     else:
@@ -67,16 +148,26 @@ def read_vocab(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _special_names(folder: Path) -> set[str]:
-    """The tokens that transformers' settings name as special, one by one or in lists of further ones."""
+    """Return the tokens that transformers' settings name as special, one by one or in lists of further ones."""
     names = set()
     for key, value in read_settings(folder).items():
-        if key.endswith("_token"):
-            names.add(value)
+        where = f"{folder / 'tokenizer_config.json'}: {key}"
+        if key == "added_tokens_decoder":
+            for token in entry({key: value}, key, dict[str, dict[str, Any]], folder / "tokenizer_config.json").values():
+                if token.get("special"):
+                    names.add(_token(token, where))
         elif key.endswith("special_tokens"):
-            names |= {token["content"] if isinstance(token, dict) else token for token in value or ()}
-        elif key == "added_tokens_decoder":
-            names |= {token["content"] for token in value.values() if token["special"]}
+            names |= {_token(token, where) for token in (value.values() if isinstance(value, dict) else value or ())}
+        elif key.endswith("_token") and isinstance(value, str | dict):  # "add_bos_token" is a bool
+            names.add(_token(value, where))
     return names
+
+
+def _check_ids(ids: Collection[int], count: int) -> None:
+    """Raise ValueError for an id that is far beyond the number of tokens, before memory is taken for it."""
+    if not ids or min(ids) < 0 or max(ids) >= count:
+        found = f"{min(ids)} to {max(ids)}" if ids else "missing"
+        raise ValueError(f"its {count} tokens must have the ids 0 to {count - 1}, each once, but they are {found}")
 
 
 def kind_of(state: dict[str, Any], vocab: dict[str, int]) -> str:
@@ -90,7 +181,26 @@ def kind_of(state: dict[str, Any], vocab: dict[str, int]) -> str:
         kind = _check_byte_level(state, vocab)
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise ValueError(f"its {len(vocab)} tokens must have the ids 0 to {len(vocab) - 1}, each once, but do not")
+    if kind != "char":
+        _check_merges(state, vocab)
     return kind
+
+
+def _check_merges(state: dict[str, Any], vocab: dict[str, int]) -> None:
+    """Raise ValueError if a merge is missing, as from a merges.txt that is cut off: each token is made by one.
+
+    Exceptions are single characters, added tokens, and names of special tokens that a vocabulary begins with.
+    """
+    merges = state["model"]["merges"]
+    made = {left + right for left, right in merges} | {token["content"] for token in state["added_tokens"]}
+    longer = (token for token in vocab if len(token.removesuffix(END_OF_WORD)) > 1)
+    missing = [token for token in longer if token not in made and not _SPECIAL_NAME.fullmatch(token)]
+    if missing:
+        raise ValueError(
+            f"no merge makes {len(missing)} of its tokens, such as {missing[0]!r}: its vocabulary needs "
+            f"{len(merges) + len(missing)} merges, but there are {len(merges)}; the merges are cut off, or these "
+            "tokens should be among the added ones"
+        )
 
 
 def _check_gpt1(state: dict[str, Any]) -> str:
@@ -128,13 +238,10 @@ def _check_byte_level(state: dict[str, Any], vocab: dict[str, int]) -> str:
     Returns the kind, "bpe" or "char".
     """
     model = state["model"]
-    kinds = {repr(_plain(words.__getstate__())): words is CHARACTERS for words in (GPT2_WORDS, CHARACTERS)}
-    by_character = kinds.get(repr(_plain(json.dumps(state["pre_tokenizer"]))))
+    kinds = {repr(_plain(json.loads(words.__getstate__()))): words is CHARACTERS for words in _BYTE_LEVEL}
+    by_character = kinds.get(repr(_plain(state["pre_tokenizer"])))
     if by_character is None:
-        raise ValueError(
-            f"its pre-tokenizer is {state['pre_tokenizer']}, but must be GPT-2's ByteLevel (with its regex, without a "
-            "prefix space) or the characters of kind 'char'"
-        )
+        raise ValueError(_OTHER_WORDS.format(state["pre_tokenizer"]))
     unset = ["normalizer", "dropout", "continuing_subword_prefix", "end_of_word_suffix"]
     for name in unset if by_character else [*unset, "ignore_merges"]:
         if found := (state | model)[name]:
@@ -157,6 +264,11 @@ def _check_byte_level(state: dict[str, Any], vocab: dict[str, int]) -> str:
     return "char" if by_character else "bpe"
 
 
-def _plain(pre_tokenizer: str | bytes) -> Any:
-    """A pre-tokenizer's JSON without trim_offsets, on which no id depends."""
-    return json.loads(pre_tokenizer, object_hook=lambda entry: {k: v for k, v in entry.items() if k != "trim_offsets"})
+def _plain(part: Any) -> Any:
+    """Return a pre-tokenizer with its defaults and without trim_offsets, on which no id depends."""
+    if isinstance(part, list):
+        return [_plain(value) for value in part]
+    if not isinstance(part, dict):
+        return part
+    defaults = {"add_prefix_space": True, "use_regex": True} if part.get("type") == "ByteLevel" else {}
+    return {key: _plain(value) for key, value in sorted((defaults | part).items()) if key != "trim_offsets"}
