@@ -21,7 +21,7 @@ from gptcore.data import datasets as data
 from gptcore.data.collator import DataCollatorForLanguageModeling
 from gptcore.data.corpus import write_standard_library_corpus
 from gptcore.data.datasets import TextDataset, epoch_order, split
-from gptcore.files import cache_folder
+from gptcore.files import cache_folder, temporary_name
 from gptcore.text.tokenizer import Tokenizer
 
 WORDS = (
@@ -174,6 +174,17 @@ def test_a_damaged_cache_is_made_again(text_file: Path, tokenizer: Tokenizer, da
     assert np.array_equal(again.tokens, [*tokenizer.encode(text_file.read_bytes()), tokenizer.eos_token_id])
 
 
+def test_what_a_killed_tokenization_left_is_deleted(cache: Path, text_file: Path, tokenizer: Tokenizer) -> None:
+    left = temporary_name(cache / "tokens" / "0.tokens")
+    left.mkdir(parents=True)
+    (left / "0.tokens").write_bytes(b"half a cache")
+    TextDataset(tokenizer, text_file, 8)
+    assert not left.exists()
+    left.mkdir()
+    TextDataset(tokenizer, text_file, 8)  # whose cache is there already
+    assert not left.exists()
+
+
 def test_processes_that_start_at_once_agree(tmp_path: Path, cache: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "text").write_text(some_text(60_000))
     tokenizer.save_pretrained(tmp_path)
@@ -224,7 +235,7 @@ def test_bad_files_and_arguments(tmp_path: Path, text_file: Path, tokenizer: Tok
     (tmp_path / "separators").write_text("<|endoftext|>\n<|endoftext|>")
     n = len(tokenizer.encode("of the")) + 1
     for path, error, message in [
-        (tmp_path / "none", FileNotFoundError, "there is no file .*none"),
+        (tmp_path / "none", FileNotFoundError, "No such file.*none"),
         (tmp_path, ValueError, "is a folder"),
         (tmp_path / "empty", ValueError, r"empty \(0 bytes\)"),
         ([text_file, tmp_path / "empty"], ValueError, r"empty \(0 bytes\)"),

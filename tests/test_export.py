@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
+import stat
 import sys
 from pathlib import Path
 
@@ -136,6 +138,32 @@ def test_added_tokens_in_a_gguf_file(tokenizer: Tokenizer, tmp_path: Path) -> No
     end = tokenizer.vocab_size
     assert metadata["tokenizer.ggml.tokens"][end : end + 2] == ["[A]", "b b"]
     assert metadata["tokenizer.ggml.token_type"][end : end + 3] == [3, 4, 5]  # control, user defined, unused
+
+
+def test_no_token_of_a_gguf_file_is_there_twice(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    state = json.loads(tokenizer.save_pretrained(tmp_path).read_text())
+    names = ["[PAD310]", "[PAD286]", "[[PAD310]]"]  # as fillers are called, here and elsewhere
+    state["added_tokens"] += [
+        state["added_tokens"][0] | {"content": name, "id": tokenizer.vocab_size + i} for i, name in enumerate(names)
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    export_gguf(make(), Tokenizer.from_pretrained(tmp_path), tmp_path / "m.gguf")
+    tokens = read(tmp_path / "m.gguf")[0]["tokenizer.ggml.tokens"]
+    assert tokens[tokenizer.vocab_size :][:3] == names
+    assert len(set(tokens)) == len(tokens) == 320
+
+
+def test_nothing_but_a_regular_file_is_replaced(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    for name, kind in (("fifo", "FIFO"), ("folder", "folder")):
+        before = (tmp_path / name).stat()
+        with pytest.raises(FileExistsError, match=f"{name} is a {kind} and is not replaced"):
+            export_gguf(make(), tokenizer, tmp_path / name)
+        assert (tmp_path / name).stat().st_ino == before.st_ino
+    with pytest.raises(NotADirectoryError, match="fifo"):
+        export_hf(make(), tokenizer, tmp_path / "fifo")
+    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
 
 
 def test_the_dtype_is_the_models_unless_another_is_asked_for(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_damage_to_other_files_is_found(tmp_path: Path) -> None:
         read_shard(tmp_path / "bad", vocab_size=50257, format="nanogpt")
     with pytest.raises(ValueError, match=r"no format 'raw', only gptcore, llm\.c, nanogpt"):
         read_shard(tmp_path / "good", vocab_size=50257, format="raw")
-    with pytest.raises(FileNotFoundError, match=r"no file .*none"):
+    with pytest.raises(FileNotFoundError, match=r"No such file .*none"):
         read_shard(tmp_path / "none", vocab_size=50257)
 
 
@@ -289,3 +289,28 @@ def test_a_fingerprint_is_that_of_all_items(tmp_path: Path) -> None:
     assert fingerprint_of(Subset(a, [0, 2])) == fingerprint_of(Subset(same, np.array([0, 2])))  # type: ignore[arg-type]
     for silent in ([1, 2], Subset([1, 2], [0]), ConcatDataset([a, [1]])):  # type: ignore[arg-type, list-item]
         assert fingerprint_of(silent) is None
+
+
+@pytest.mark.parametrize("starts", [[3, 1], [0, 2**63], [8], [-1]])
+def test_documents_that_start_outside_are_an_error(tmp_path: Path, starts: list[int]) -> None:
+    """The file's SHA-256 is right, as an attacker would make it."""
+    path = tmp_path / "shard"
+    write_shard(path, [[1] * 7] if len(starts) == 1 else [[1] * 3, None, [2] * 4], vocab_size=10, fingerprint=PRINT)
+    data = path.read_bytes()[: -8 * len(starts)] + b"".join((start % 2**64).to_bytes(8, "little") for start in starts)
+    path.write_bytes(data[:72] + hashlib.sha256(data[:72] + data[104:]).digest() + data[104:])
+    with pytest.raises(ValueError, match=r"shard is damaged: its documents do not start in order among its 7 tokens"):
+        read_shard(path, vocab_size=10)
+
+
+def test_what_is_no_regular_file_is_refused_by_name(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name, error, message in [
+        ("fifo", ValueError, "fifo is a FIFO, expected a regular file"),
+        ("link", FileNotFoundError, "symbolic link to .*gone, which does not exist.*link"),
+        (".", ValueError, "is a folder, expected a regular file"),
+    ]:
+        with pytest.raises(error, match=message):
+            read_shard(tmp_path / name, vocab_size=9)
+        with pytest.raises(error, match=message):
+            Tokenizer.train(tmp_path / name, kind="char")

@@ -96,7 +96,7 @@ def test_bad_training_input(tmp_path: Path, text_file: Path) -> None:
     (tmp_path / "noise").write_bytes(random.Random(0).randbytes(5000).replace(b"\0", b"\xff"))
     (tmp_path / "utf16").write_bytes("text".encode("utf-16"))
     for path, error, message in [
-        (tmp_path / "none", FileNotFoundError, "no file .*none"),
+        (tmp_path / "none", FileNotFoundError, "No such file.*none"),
         (tmp_path, ValueError, "a folder"),
         (tmp_path / "empty", ValueError, r"empty \(0 bytes\)"),
         (tmp_path / "nul", ValueError, "not a text file: of its first 9 bytes 1 are NUL"),

@@ -30,7 +30,7 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from gptcore.data.shards import Shard, read_shard, write_shard
-from gptcore.files import PathLike, cache_folder
+from gptcore.files import PathLike, cache_folder, sweep
 from gptcore.text.pretokenize import check_text_file, read_blocks, split_documents
 from gptcore.text.tokenizer import Tokenizer
 
@@ -71,7 +71,7 @@ class TokenDataset(Dataset[Any]):
             tokenizer: that the files must have been made with; only ours tell.
             mask_documents: items tell where documents start; only our files do.
 
-        Raises FileNotFoundError, or ValueError for a damaged file, an id outside the vocabulary, a file of another
+        Raises OSError, or ValueError for a damaged file, an id outside the vocabulary, a file of another
         tokenizer, or one with fewer tokens than a window.
         """
         paths = _paths(file_path)
@@ -146,7 +146,7 @@ class TextDataset(TokenDataset):
             overwrite_cache: make the ids anew even if they are there.
             mask_documents: items tell where documents start.
 
-        Raises FileNotFoundError for a missing file; ValueError for a folder, an empty or a binary file, fewer tokens
+        Raises OSError for a file that cannot be read; ValueError for a folder, an empty or a binary file, fewer tokens
         than one window, or a file that changes while it is read; OSError for a cache folder that cannot be written.
         """
         _check_block_size(block_size)
@@ -159,7 +159,8 @@ class TextDataset(TokenDataset):
         self.cache_file = cache_folder(cache_dir) / "tokens" / f"{key}.tokens"
         vocab_size, fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
         shard = None
-        if self.cache_file.exists() and not overwrite_cache:
+        sweep(self.cache_file.parent)
+        if os.path.lexists(self.cache_file) and not overwrite_cache:
             try:
                 shard = read_shard(self.cache_file, vocab_size=vocab_size, format="gptcore", fingerprint=fingerprint)
             except ValueError as error:

@@ -34,7 +34,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gptcore.files import PathLike, atomic_file
+from gptcore.files import PathLike, atomic_file, open_file
 
 _MAGIC, _VERSION = b"GPTCTOK\0", 2
 _FIELDS = struct.Struct("<8sIIQQQ32s")  # magic, version, bytes a token, vocab_size, tokens, documents, fingerprint
@@ -163,13 +163,11 @@ def read_shard(path: PathLike, *, vocab_size: int, format: str | None = None, fi
         format: "gptcore", "llm.c" or "nanogpt"; None tells ours and llm.c's by their first bytes.
         fingerprint: the tokenizer's that the file must have been made with; of our own format only.
 
-    Raises FileNotFoundError, or ValueError, with the numbers, for a file that is damaged, cut off, of another format or
+    Raises OSError, or ValueError, with the numbers, for a file that is damaged, cut off, of another format or
     another tokenizer, or that has an id outside the vocabulary.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path} (looked from {Path.cwd()})")
-    with open(path, "rb") as file:  # one handle: the file may be replaced under its name meanwhile
+    with open_file(path) as file:  # one handle: the file may be replaced under its name meanwhile
         beginning = file.read(8)
         if format is None:
             format = "gptcore" if beginning == _MAGIC else "llm.c" if _int32(beginning) in _LLMC else None
@@ -201,6 +199,9 @@ def read_shard(path: PathLike, *, vocab_size: int, format: str | None = None, fi
     if outside is not None:
         raise ValueError(f"{path}: {outside}")
     shard.sha256, shard.checksums = digest.hexdigest(), np.asarray(checksums, np.uint32)
+    starts = shard.document_starts
+    if starts is not None and ((np.diff(starts, prepend=0) < 0).any() or (starts > len(shard)).any()):
+        raise ValueError(f"{path} is damaged: its documents do not start in order among its {len(shard)} tokens")
     return shard
 
 

@@ -154,7 +154,7 @@ def _values(name: str, tensor: Tensor) -> np.ndarray:
 
 
 def _vocabulary(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokenizer as llama.cpp has it: words in byte-level letters, kinds, merges; rows of padding made unusable."""
+    """Return the tokenizer as llama.cpp has it: words in byte-level letters, kinds, merges; padding is unusable."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model only {config.vocab_size}")
     state = json.loads(tokenizer._tokenizer.to_str())
@@ -167,10 +167,15 @@ def _vocabulary(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     if end is None:
         raise ValueError("llama.cpp needs to know which token ends a text, but neither config nor tokenizer has one")
     normal, control, user_defined, unused = 1, 3, 4, 5  # gguf.TokenType
-    words: list[tuple[str, int]] = [(f"[PAD{i}]", unused) for i in range(config.vocab_size)]
-    for word, i in state["model"]["vocab"].items():
-        words[i] = word, normal
+    known = {i: (word, normal) for word, i in state["model"]["vocab"].items()}
     for token in state["added_tokens"]:
-        words[token["id"]] = token["content"], control if token["special"] else user_defined
+        known[token["id"]] = token["content"], control if token["special"] else user_defined
+    taken = {word for word, _ in known.values()}
+    words = []
+    for i in range(config.vocab_size):
+        filler = f"[PAD{i}]"
+        while filler in taken:  # llama.cpp refuses a token that is there twice
+            filler = f"[{filler}]"
+        words.append(known.get(i, (filler, unused)))
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]]
     return {"tokens": [word for word, _ in words], "types": [kind for _, kind in words], "merges": merges, "end": end}

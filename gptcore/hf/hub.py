@@ -18,12 +18,15 @@ def find_folder(name_or_path: PathLike, patterns: Sequence[str]) -> Path:
     Only a str can be a name. patterns: the files wanted, "*.safetensors" and the like; those that the Hub does not have
     are not there. HF_HOME says where the cache is; HF_HUB_OFFLINE=1 means to look nowhere else.
 
-    Raises FileNotFoundError where there is neither, or no network and nothing in the cache.
+    Raises FileNotFoundError where there is neither, or no network and nothing in the cache; NotADirectoryError where
+    there is something else than a folder.
     """
     path = Path(name_or_path)
     if path.is_dir():
         return path
-    if path.exists() or not isinstance(name_or_path, str) or not _NAME.fullmatch(name_or_path):
+    if os.path.lexists(path):
+        raise NotADirectoryError(f"{path} is {'a link that leads nowhere' if path.is_symlink() else 'not a folder'}")
+    if not isinstance(name_or_path, str) or not _NAME.fullmatch(name_or_path):
         raise FileNotFoundError(f"there is no folder {path} (looked from {Path.cwd()})")
     import huggingface_hub  # slow to import, and needed by few
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from gptcore.files import PathLike
+from gptcore.files import PathLike, open_file
 
 END_OF_TEXT = "<|endoftext|>"  # stands after each document, and between the documents of a text file
 PIECE = 1 << 16  # characters that `tokenizers` sees as one text, where the text lets itself be cut
@@ -57,16 +57,10 @@ STAND_IN = {byte: character for character, byte in BYTE_OF.items()}
 def check_text_file(path: PathLike) -> Path:
     """Check that `path` is a text file: not empty, and its first 65,536 bytes hold no NUL and at most 10 % bad UTF-8.
 
-    Raises FileNotFoundError, or ValueError for a folder, an empty file or a binary file.
+    Raises OSError, or ValueError for a folder, a device, an empty file or a binary file.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path} (looked from {Path.cwd()})")
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; name the text files themselves"
-        )
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         sample = file.read(_SAMPLE)
     if not sample:
         raise ValueError(f"{path} is empty (0 bytes): there is no text in it")
@@ -80,8 +74,8 @@ def check_text_file(path: PathLike) -> Path:
 
 
 def read_blocks(path: PathLike, size: int = 1 << 20) -> Iterator[bytes]:
-    """The bytes of a file, `size` at a time."""
-    with open(path, "rb") as file:
+    """Yield the bytes of a file, `size` at a time."""
+    with open_file(path) as file:
         while block := file.read(size):
             yield block
 
