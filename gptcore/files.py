@@ -287,7 +287,7 @@ def naming(path: PathLike, what: str = "is damaged") -> Iterator[None]:
     """Turn each error that damaged content of a file causes inside into a ValueError with the name of the file."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RecursionError,
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError,
             EOFError, MemoryError, struct.error) as error:  # fmt: skip
         if isinstance(error, ValueError) and str(path) in str(error):
             raise

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-pytest.register_assert_rewrite("grid")
+pytest.register_assert_rewrite("grid", "tiny_run", "test_tensor_file")
 from grid import BACKENDS, NATIVE, running  # noqa: E402  (imports gptcore, so after what must be said first)
 
 

@@ -266,6 +266,7 @@ def test_huge_json_is_not_read(tmp_path: Path) -> None:
         lambda: float(10**400),
         lambda: json.loads("[" * 100_000),
         lambda: 1 // 0,
+        lambda: (_ for _ in ()).throw(RuntimeError),
     ],
 )
 def test_every_error_of_damaged_content_names_the_file(damage: Callable[[], Any]) -> None:

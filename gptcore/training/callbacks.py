@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from gptcore.files import PathLike, atomic_file
+from gptcore.files import PathLike, atomic_file, entry, open_file, parse_json
 from gptcore.output import SteadyOutput
 
 if TYPE_CHECKING:
@@ -47,16 +48,25 @@ class TrainerCallback:
         """When training is over, be it by an error or an interrupt."""
 
 
-def read_log(path: PathLike) -> list[dict[str, Any]]:
-    """The entries of a log.jsonl, in order, without a last line torn by a kill. Raises ValueError for other damage."""
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+def read_log(path: PathLike, skip_damage: bool = False) -> list[dict[str, Any]]:
+    """Return the entries of a log.jsonl, in order, without a last line torn by a kill.
+
+    Raises ValueError, naming the line, for other damage; skip_damage: leaves such lines out, with a warning.
+    """
+    with open_file(path) as file:
+        lines = file.read().splitlines()
     entries: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
         try:
-            entries.append(json.loads(line))
+            values = parse_json(line, where)
+            entry(values, "step", int, where)
+            entries.append(values)
         except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+                if not skip_damage:
+                    raise
+                warnings.warn(f"{error}; the line is left out", stacklevel=2)
     return entries
 
 
@@ -64,9 +74,9 @@ class LogFile:
     """log.jsonl, open for appending after the entries of steps up to `last_step`; later ones are dropped."""
 
     def __init__(self, path: PathLike, last_step: int) -> None:
-        entries = read_log(path) if Path(path).exists() else []
+        entries = read_log(path, skip_damage=True) if os.path.lexists(path) else []
         with atomic_file(path) as aside:
-            aside.write_text("".join(_line(entry) for entry in entries if entry["step"] <= last_step), encoding="utf-8")
+            aside.write_text("".join(_line(line) for line in entries if line["step"] <= last_step), encoding="utf-8")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
 
     def append(self, entry: Mapping[str, Any]) -> None:

@@ -263,7 +263,7 @@ def verify_checkpoint(path: PathLike) -> None:
         manifest = read_json(path / "manifest.json")
         for name in sorted(_NEEDED | manifest.keys()):
             where = f"{path / 'manifest.json'}, {name!r}"
-            if Path(name).is_absolute() or ".." in Path(name).parts:
+            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
                 raise ValueError(f"{where}: expected the name of a file in this folder")
             expected = entry(manifest, name, dict, path / "manifest.json")
             size, digest = entry(expected, "bytes", int, where), entry(expected, "sha256", str, where)
@@ -315,8 +315,10 @@ def load_into(path: PathLike, model: nn.Module, optimizer: AdamW) -> None:
             for file, tensors in ((weights, targets), (moments, states)):
                 for name, tensor in tensors.items():
                     file.copy_to(name, tensor)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, CheckpointError) as error:
         optimizer.state.clear()
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} cannot be resumed: {error}") from error
 
 
