@@ -72,30 +72,26 @@ def exclusive(output_dir: PathLike, nested: bool = False) -> Iterator[None]:
     The kernel releases it when the process dies, whether or not forked children live on. nested: do nothing if this
     process holds it already. Raises CheckpointError if another run holds it, and for a folder that cannot be written.
     """
+    descriptor = None
     try:
         folder = make_folder(absolute(output_dir)).resolve()
-        if nested and holds(folder):
-            yield
-            return
+        held = nested and holds(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "this user may not write there, or the disk is read-only", str(folder))
-        descriptor = lock(folder)
+        if not held and (descriptor := lock(folder)) is None:
+            raise CheckpointError(f"another process is training into {output_dir}; stop it or use another folder")
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            raise CheckpointError(f"{output_dir} cannot hold a run: {error}; choose another output_dir") from error
-        warnings.warn(
-            f"the file system of {output_dir} has no locks ({error}): make sure that no other run writes there",
-            stacklevel=3,
-        )
-        yield
-        return
-    if descriptor is None:
-        raise CheckpointError(f"another process is training into {output_dir}; stop it or use another folder")
+            raise CheckpointError(f"{output_dir} cannot be written to: {error}; choose another folder") from error
+        reason = f"the file system of {output_dir} has no locks ({error}): make sure that no other run writes there"
+        warnings.warn(reason, stacklevel=3)
     try:
-        sweep(folder)
+        if descriptor is not None:
+            sweep(folder)
         yield
     finally:
-        unlock(descriptor)
+        if descriptor is not None:
+            unlock(descriptor)
 
 
 def checkpoint_step(path: PathLike) -> int:

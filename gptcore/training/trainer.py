@@ -210,13 +210,13 @@ class Trainer:
         A model without save_pretrained is written as model.safetensors, its state_dict by its own names.
         """
         folder = absolute(output_dir) if output_dir else self.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        if hasattr(self.own_model, "save_pretrained"):
-            self.own_model.save_pretrained(folder)  # type: ignore[operator]
-        else:
-            checkpoint.save_weights(self.own_model, folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+        with checkpoint.exclusive(folder, nested=True):  # another process may be training into it
+            if hasattr(self.own_model, "save_pretrained"):
+                self.own_model.save_pretrained(folder)  # type: ignore[operator]
+            else:
+                checkpoint.save_weights(self.own_model, folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
 
     def plan(self) -> str:
         """What train() is about to do, in numbers."""
