@@ -1,10 +1,21 @@
 """GPT, after OpenAI's GPT-2 (Radford et al. 2019), on gptcore's kernels.
 
-Parameters have the names of the published weights, and the computation their order: wte wpe h.N.ln_1 attn.c_attn
+Parameters have the names of the published weights, in the order of computation: wte wpe h.N.ln_1 attn.c_attn
 attn.c_proj ln_2 mlp.c_fc mlp.c_proj ln_f lm_head. Settings of GPTConfig make the other members of the family: GPT-1
 (Radford et al. 2018) normalises after each addition; GPT-3 (Brown et al. 2020) has banded attention in odd layers.
 
 Shapes: B batch, T tokens, C = n_embd, H heads of D dimensions, V vocabulary.
+
+Where forward hooks find what passes through, each (B, T, C); layer norms return (normalised, residual stream):
+
+                                     GPT-2, GPT-3 (norm first)       GPT-1 (norm last)
+    token and position embeddings    drop                            drop
+    residual stream into layer i     h[i].ln_1, output[1]            h[i - 1].ln_2, output[0]
+    attention output of layer i      h[i].attn                       h[i].attn
+    residual stream between          h[i].ln_2, output[1]            h[i].ln_1, output[0]
+    MLP output of layer i            h[i].mlp                        h[i].mlp
+    residual stream after the last   ln_f, output[1]                 h[-1].ln_2, output[0]
+    input of the output projection   ln_f, output[0]                 h[-1].ln_2, output[0]
 """
 
 from __future__ import annotations
@@ -19,10 +30,9 @@ from torch import Tensor, nn
 
 from gptcore import generation, ops
 from gptcore.config import GELU_FORMS, IGNORED, GPTConfig
-from gptcore.generation import KVCache
+from gptcore.generation.cache import KVCache
 from gptcore.hf import pretrained
-
-Segments = Tensor | tuple[Tensor, Tensor]  # cu_seqlens of ops.attention
+from gptcore.inputs import check_outputs, check_shapes, check_values, cu_seqlens_of, positions_in, targets_of
 
 
 class GPTOutput(NamedTuple):
@@ -40,7 +50,7 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm of x plus what is still to be added to it, in one kernel: (norm(x + update), x + update)."""
+    """Layer norm that first adds its input to the residual stream, in one kernel: norm(residual + hidden)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -48,10 +58,11 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
         self.eps = config.layer_norm_epsilon
 
-    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if update is None:
-            return ops.layer_norm(x, self.weight, self.bias, eps=self.eps), x
-        return ops.layer_norm(update, self.weight, self.bias, eps=self.eps, residual=x)
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the normalised sum and the sum, which is the residual stream from here on."""
+        if residual is None:  # nothing to add to yet
+            return ops.layer_norm(hidden, self.weight, self.bias, eps=self.eps), hidden
+        return ops.layer_norm(hidden, self.weight, self.bias, eps=self.eps, residual=residual)
 
 
 class Attention(nn.Module):
@@ -72,17 +83,15 @@ class Attention(nn.Module):
         if config.attention_window is not None and layer % 2 == 1:
             self.window = (config.attention_window - 1, 0)
 
-    def forward(self, x: Tensor, segments: Segments | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         dropout_p = self.attn_pdrop if self.training else 0.0
-        settings: Any = {"scale": self.scale, "window": self.window, "cu_seqlens": segments, "dropout_p": dropout_p}
+        settings: Any = {"scale": self.scale, "window": self.window, "dropout_p": dropout_p}
         if cache is None:
-            y = ops.attention_qkvpacked(qkv, **settings)  # (B, T, H, D)
+            y = ops.attention_qkvpacked(qkv, cu_seqlens=cu_seqlens, **settings)  # (B, T, H, D)
         else:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D), strided: never copied
-            k, v = cache.append(self.layer, k, v)  # (B, H, tokens so far, D)
-            y = ops.attention(q, k, v, **settings).transpose(1, 2)
+            y = cache.attend(self.layer, qkv, cu_seqlens, **settings)
         return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))  # heads side by side
 
 
@@ -100,10 +109,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP. Takes the residual stream and what is still to be added to it, and returns the same two.
-
-    So each addition is done by the layer norm that follows it, which reads the stream anyway.
-    """
+    """Attention, then MLP, each beside a layer norm."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -114,15 +120,18 @@ class Block(nn.Module):
         self.post_norm = config.norm_position == "post"
 
     def forward(
-        self, x: Tensor, update: Tensor | None, segments: Segments | None, cache: KVCache | None
+        self, hidden: Tensor, residual: Tensor | None, cu_seqlens: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, Tensor | None]:
+        """Return the MLP's output and the residual stream that the next norm adds it to. GPT-1 leaves nothing to add."""
         if self.post_norm:
-            x, _ = self.ln_1(x, self.attn(x, segments, cache))
-            x, _ = self.ln_2(x, self.mlp(x))
-            return x, None
-        y, x = self.ln_1(x, update)
-        y, x = self.ln_2(x, self.attn(y, segments, cache))
-        return x, self.mlp(y)
+            hidden, _ = self.ln_1(self.attn(hidden, cu_seqlens, cache), hidden)
+            hidden, _ = self.ln_2(self.mlp(hidden), hidden)
+            return hidden, None
+        hidden, residual = self.ln_1(hidden, residual)
+        hidden = self.attn(hidden, cu_seqlens, cache)
+        hidden, residual = self.ln_2(hidden, residual)
+        hidden = self.mlp(hidden)
+        return hidden, residual
 
 
 class GPT(nn.Module):
@@ -145,6 +154,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     generate = generation.generate
+    stream = generation.stream
     save_pretrained = pretrained.save_pretrained
     stored_as = pretrained.stored_as
     from_pretrained = classmethod(pretrained.from_pretrained)
@@ -227,7 +237,7 @@ class GPT(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         *,
-        cu_seqlens: Segments | None = None,
+        cu_seqlens: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
         return_logits: bool = True,
@@ -239,191 +249,80 @@ class GPT(nn.Module):
         attention_mask: (B, T) of 0 and 1; padding on either side, so that each row's ones are in one run.
         labels: (B, T), shifted here: labels[:, t] is compared with the logits at t - 1, so input_ids is what to pass.
             The loss is the mean of the cross entropy over the labels that are not -100, are not padding and have a
-            token before them in the same document; 0 where there is none.
+            token before them in the same document; 0 where no label counts.
         cu_seqlens: boundaries of packed documents in the B * T tokens (see ops.attention): attention stays inside each
-            document, and positions begin again at 0. A pair of boundaries goes with a cache and position_ids.
+            document, and positions begin again at 0.
         position_ids: (T,) or (B, T), where the positions are not to be counted here.
-        cache: keys and values of the tokens before these, to which these are added.
-        return_logits: False with labels computes the loss by ops.linear_cross_entropy, which never materialises the
-            (B, T, V) logits; the logits returned are then (B, 0, V).
+        cache: keys and values of earlier tokens, to which those of input_ids are added (see KVCache).
+        return_logits: False with labels computes the loss without materialising the (B, T, V) logits; the logits
+            returned are then (B, 0, V).
         logits_to_keep: compute logits for the last so many tokens only, 0 for all; or for the tokens at these indices,
             a 1-D tensor. As in transformers.
 
         Raises ValueError or TypeError, with the numbers in question, for inputs that do not fit the model or
-        each other. Values are checked on the CPU outside of torch.compile; elsewhere PyTorch's own assertions stop a
-        wild read.
+        each other. Values are checked on the CPU outside of torch.compile; on other devices PyTorch's own assertions
+        stop out-of-range reads.
         """
         config = self.config
-        _check_arguments(config, input_ids, attention_mask, labels, cu_seqlens, position_ids, cache)
-        _check_outputs(input_ids, labels, cache, return_logits, logits_to_keep)
+        check_shapes(config, input_ids, attention_mask, labels, cu_seqlens, position_ids, cache)
+        check_outputs(input_ids, labels, cache is not None, return_logits, logits_to_keep)
         B, T = input_ids.shape
         if attention_mask is not None:
-            cu_seqlens = segments_of(attention_mask)
-        if position_ids is None and isinstance(cu_seqlens, Tensor):
-            position_ids = places_in(cu_seqlens, B, T)
+            cu_seqlens = cu_seqlens_of(attention_mask)
+        cached_positions = None if cache is None else cache.begin(input_ids, cu_seqlens)
+        if position_ids is None:
+            position_ids = cached_positions
+        if position_ids is None and cu_seqlens is not None:
+            position_ids = positions_in(cu_seqlens, B, T)
         elif position_ids is None:
-            start = cache.length if cache is not None else 0
-            position_ids = torch.arange(start, start + T, device=input_ids.device)
-        _check_values(config, input_ids, attention_mask, labels, cu_seqlens, position_ids)
+            position_ids = torch.arange(T, device=input_ids.device)
+        check_values(config, input_ids, attention_mask, labels, cu_seqlens, position_ids)
 
-        # A dense gradient of wte would be all zeros but for T rows. They are added to that of the output projection in
-        # place: autograd has it last, and holds nothing else that has its memory, because of an alias made first
-        output_weight = torch.ops.aten.alias((self.wte if self.lm_head is None else self.lm_head).weight)  # (V, C)
-        sparse = self.lm_head is None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-        x = F.embedding(input_ids, self.wte.weight, sparse=sparse)  # (B, T, C)
-        if self.wpe is not None:
-            x = x + self.wpe(position_ids)
-        else:
-            x = x * math.sqrt(config.n_embd) + sinusoids(position_ids, x)  # the factor: Vaswani et al., section 3.4
-        x, update = self.drop(x), None
+        output_weight = self._output_weight()
+        hidden, residual = self.drop(self._embed(input_ids, position_ids)), None  # (B, T, C)
         for block in self.h:
-            x, update = block(x, update, cu_seqlens, cache)
-        if cache is not None:
-            cache.length += T
+            hidden, residual = block(hidden, residual, cu_seqlens, cache)
         if self.ln_f is not None:
-            x, _ = self.ln_f(x, update)
-        targets = None if labels is None else targets_of(labels, attention_mask, cu_seqlens).long()
-        if targets is not None and not return_logits:
-            loss = ops.linear_cross_entropy(x, output_weight, targets, ignore_index=IGNORED)
-            return GPTOutput(x.new_empty(B, 0, config.vocab_size), loss)
-        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
-        logits = F.linear(x[:, kept], output_weight)  # (B, T, V)
-        if targets is None:
-            return GPTOutput(logits, None)
-        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        return GPTOutput(logits, total / (targets != IGNORED).sum().clamp(min=1))
+            hidden, _ = self.ln_f(hidden, residual)
+        if cache is not None:
+            cache.end()
+        if labels is None:
+            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+            return GPTOutput(F.linear(hidden[:, kept], output_weight), None)
+        targets = targets_of(labels, attention_mask, cu_seqlens).long()
+        if not return_logits:
+            loss = ops.linear_cross_entropy(hidden, output_weight, targets, ignore_index=IGNORED)
+            return GPTOutput(hidden.new_empty(B, 0, config.vocab_size), loss)
+        logits = F.linear(hidden, output_weight)  # (B, T, V)
+        return GPTOutput(logits, mean_cross_entropy(logits, targets))
+
+    def _output_weight(self) -> Tensor:
+        """Return an alias of the output projection's weight (V, C), to be made before the tokens are looked up.
+
+        Autograd then has the gradient of a tied weight from the projection alone when that of the lookup arrives, and
+        adds its T rows in place.
+        """
+        return torch.ops.aten.alias((self.wte if self.lm_head is None else self.lm_head).weight)
+
+    def _embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        # A dense gradient of the lookup would be zeros but for T rows; the output projection's is dense anyway
+        sparse = self.lm_head is None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        tokens = F.embedding(input_ids, self.wte.weight, sparse=sparse)  # (B, T, C)
+        if self.wpe is not None:
+            return tokens + self.wpe(position_ids)
+        return tokens * math.sqrt(self.config.n_embd) + sinusoids(position_ids, tokens)  # the factor: Vaswani, 3.4
+
+
+def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over the targets that are not IGNORED, in float32, as ops.linear_cross_entropy does; 0 without any."""
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)
 
 
 def sinusoids(position_ids: Tensor, like: Tensor) -> Tensor:
     """Vaswani et al. 2017, section 3.5: (..., T) -> (..., T, C), by turns the sine and cosine of C / 2 wavelengths."""
     C = like.shape[-1]
-    rate = 10000.0 ** (-torch.arange(0, C, 2, device=like.device) / C)
+    exponent = torch.arange(0, C, 2, dtype=torch.float32, device=like.device) / C
+    rate = 10000.0**-exponent
     angle = position_ids[..., None] * rate
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2).to(like.dtype)
-
-
-def targets_of(labels: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Segments | None = None) -> Tensor:
-    """What each token is to predict, (B, T): the label after it, or IGNORED, as GPT.forward says of the labels."""
-    if attention_mask is not None:
-        labels = labels.masked_fill(attention_mask == 0, IGNORED)
-        cu_seqlens = segments_of(attention_mask)
-    if isinstance(cu_seqlens, Tensor):
-        labels = labels.masked_fill(places_in(cu_seqlens, *labels.shape) == 0, IGNORED)  # nothing before it
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def segments_of(attention_mask: Tensor) -> Tensor:
-    """cu_seqlens (3B + 1,) of padded rows: padding, text, padding, each of which may be empty."""
-    B, T = attention_mask.shape
-    row = torch.arange(B, device=attention_mask.device) * T
-    start = row + attention_mask.int().argmax(1)  # of the first one
-    end = start + attention_mask.sum(1)
-    return F.pad(torch.stack([start, end, row + T], 1).flatten(), (1, 0))
-
-
-def places_in(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
-    """Where each of the B * T tokens is in its segment, from 0: (B, T)."""
-    token = torch.arange(B * T, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    segment = torch.searchsorted(cu_seqlens, token, right=True) - 1
-    return (token - cu_seqlens[segment]).view(B, T)
-
-
-def _check_arguments(
-    config: GPTConfig,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-    cu_seqlens: Segments | None,
-    position_ids: Tensor | None,
-    cache: KVCache | None,
-) -> None:
-    """What shapes and dtypes tell: costs nothing, and nothing inside a compiled graph."""
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids is a {type(input_ids).__name__}, expected a tensor (batch, length)")
-    if input_ids.ndim != 2 or input_ids.numel() == 0:
-        raise ValueError(f"input_ids should be (batch, length) with a token or more, not {tuple(input_ids.shape)}")
-    B, T = input_ids.shape
-    for name, tensor in (("input_ids", input_ids), ("labels", labels), ("position_ids", position_ids)):
-        if tensor is not None and tensor.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name} should be int64 or int32, not {tensor.dtype}")
-    for name, tensor in (("labels", labels), ("attention_mask", attention_mask)):
-        if tensor is not None and tensor.shape != input_ids.shape:
-            raise ValueError(f"{name} {tuple(tensor.shape)} should have the shape of input_ids {(B, T)}")
-    if attention_mask is not None and attention_mask.is_floating_point():
-        raise TypeError(f"attention_mask should be bool or integer, not {attention_mask.dtype}")
-    if position_ids is not None and tuple(position_ids.shape) not in ((T,), (1, T), (B, T)):
-        raise ValueError(f"position_ids {tuple(position_ids.shape)} should be {(T,)} or {(B, T)}")
-    if attention_mask is not None and cu_seqlens is not None:
-        raise ValueError("attention_mask and cu_seqlens both say which tokens belong together; pass one of them")
-    if isinstance(cu_seqlens, Tensor) and (cu_seqlens.ndim != 1 or len(cu_seqlens) < 2):
-        raise ValueError(f"cu_seqlens should be one list of two boundaries or more, not {tuple(cu_seqlens.shape)}")
-    if isinstance(cu_seqlens, tuple) and (cache is None or position_ids is None):
-        raise ValueError("a pair of cu_seqlens is for queries against a longer cache: pass cache and position_ids too")
-    past = 0 if cache is None else cache.length
-    if past > 0 and (attention_mask is not None or isinstance(cu_seqlens, Tensor)):
-        raise ValueError(f"the cache holds {past} tokens: say which belong together by a pair of cu_seqlens")
-    if position_ids is None and attention_mask is None and cu_seqlens is None and past + T > config.n_positions:
-        raise ValueError(f"sequence of {past + T} tokens, but this model has {config.n_positions} positions")
-
-
-def _check_outputs(
-    input_ids: Tensor, labels: Tensor | None, cache: KVCache | None, return_logits: bool, logits_to_keep: int | Tensor
-) -> None:
-    T = input_ids.shape[1]
-    if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.ndim != 1 or logits_to_keep.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"logits_to_keep is {logits_to_keep.dtype} of shape {tuple(logits_to_keep.shape)}, "
-                "expected a number or 1-D int64 or int32 indices"
-            )
-    elif not 0 <= logits_to_keep <= T:
-        raise ValueError(f"logits_to_keep {logits_to_keep} should be between 0 (all) and the {T} tokens of input_ids")
-    everything = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
-    if labels is not None and (cache is not None or not everything):
-        raise ValueError("labels need the logits of the whole sequence: pass no cache, and logits_to_keep=0")
-    if labels is None and not return_logits:
-        raise ValueError("return_logits=False returns the loss alone, which needs labels")
-
-
-def _check_values(
-    config: GPTConfig,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-    cu_seqlens: Segments | None,
-    position_ids: Tensor,
-) -> None:
-    """What only the numbers tell: on the CPU, where to read them does not wait for a device, and not when compiling."""
-    if torch.compiler.is_compiling() or input_ids.device.type != "cpu":
-        return
-    if attention_mask is not None:
-        ones = attention_mask.bool()
-        if not torch.equal(ones.to(attention_mask.dtype), attention_mask):
-            raise ValueError(f"attention_mask should hold 0 and 1 only, not {int(attention_mask[ones].max())}")
-        runs = ones[:, 0].long() + (ones[:, 1:] & ~ones[:, :-1]).sum(1)
-        if (runs != 1).any():
-            row = int((runs != 1).int().argmax())
-            raise ValueError(
-                f"row {row} of attention_mask has {int(runs[row])} runs of ones, but a text is one run, with zeros for "
-                "padding before and after it; to pack several texts in a row, pass cu_seqlens"
-            )
-    if isinstance(cu_seqlens, Tensor):
-        first, last, tokens = int(cu_seqlens[0]), int(cu_seqlens[-1]), input_ids.numel()
-        if (first, last) != (0, tokens):
-            raise ValueError(f"cu_seqlens should go from 0 to the batch's {tokens} tokens, not from {first} to {last}")
-        if (fall := cu_seqlens.diff().min()) < 0:
-            raise ValueError(f"cu_seqlens should never fall, but does by {-int(fall)} tokens")
-    low, high = (int(value) for value in input_ids.aminmax())
-    if low < 0 or high >= config.vocab_size:
-        raise ValueError(f"token {low if low < 0 else high} is outside the vocabulary of {config.vocab_size} tokens")
-    low, high = (int(value) for value in position_ids.aminmax())
-    if low < 0:
-        raise ValueError(f"position {low} is before the first, 0")
-    if high >= config.n_positions:
-        raise ValueError(f"sequence of {high + 1} tokens, but this model has {config.n_positions} positions")
-    if labels is not None:
-        wrong = labels[((labels < 0) | (labels >= config.vocab_size)) & (labels != IGNORED)]
-        if len(wrong) > 0:
-            raise ValueError(
-                f"label {int(wrong[0])} is neither {IGNORED} nor in the vocabulary of {config.vocab_size} tokens"
-            )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptcore import ops
 from gptcore.config import GPTConfig
-from gptcore.generation import sample
+from gptcore.generation.sampling import sample
 from gptcore.model import GPT
 
 VARIANTS = {
@@ -169,7 +169,8 @@ def test_where_no_token_is_left_says_so() -> None:
 
 def draw(logits: Tensor, *, seed: int = 0, temperature: float = 1.0, top_k: int | None = None,
          top_p: float | None = None) -> Tensor:  # fmt: skip
-    return sample(logits, torch.Generator().manual_seed(seed), temperature, top_k, top_p)
+    N = len(logits)
+    return sample(logits, [torch.Generator().manual_seed(seed)] * N, [temperature] * N, top_k, [top_p] * N)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_a_drawn_token_is_always_one_of_the_allowed(
 @pytest.mark.parametrize(
     ("prompt", "options", "error", "message"),
     [
-        (PROMPTS, {"max_new_tokens": 25}, ValueError, "8 tokens and 25 new ones are 33, but this model has 32"),
+        (PROMPTS, {"max_new_tokens": 26}, ValueError, "8 tokens and 26 new ones need 33 positions, but .* has 32"),
         (PROMPTS, {"max_new_tokens": 0}, ValueError, "max_new_tokens should be a whole number of at least 1, not 0"),
         (PROMPTS, {"max_new_tokens": 2.0}, ValueError, "max_new_tokens should be a whole number"),
         (PROMPTS, {"do_sample": True, "temperature": 0.0}, ValueError, "temperature should be positive"),

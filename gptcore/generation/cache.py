@@ -1,0 +1,130 @@
+"""The keys and values of the tokens so far, for rows of text of any lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptcore import ops
+
+
+class KVCache:
+    """Keys and values of every layer. Each row of text has its own length and starts at position 0, without padding.
+
+    The first forward pass with a cache fills it: each row of the batch, or each document of cu_seqlens, becomes a row.
+    Every later pass adds T tokens to each row. `extend` takes in the rows of another cache; `drop` removes a row.
+
+    A layer has one tensor (2, rows, H, capacity, D), in the dtype and on the device of its first keys.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity  # tokens that a row has room for
+        self.lengths: list[int] = []  # tokens of each row
+        self.layers: list[Tensor] = []
+        self._positions = torch.empty(0, dtype=torch.int64, device="cpu")  # the lengths, on the device
+        self._added: list[int] = []  # tokens that this forward pass adds to each row
+        self._ragged: Ragged | None = None  # set in a pass over rows of different lengths
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row; 0 without rows."""
+        return max(self.lengths, default=0)
+
+    def begin(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+        """Prepare a pass over input_ids (B, T). Returns the tokens' positions (B, T), or None where rows start at 0.
+
+        Raises ValueError where the tokens do not match the rows or do not fit.
+        """
+        B, T = input_ids.shape
+        if self.lengths and len(self.lengths) != B:
+            raise ValueError(f"input_ids has {B} rows, but the cache holds {len(self.lengths)}")
+        self._added = [T] * B if cu_seqlens is None else cu_seqlens.diff().tolist()
+        if self.length + max(self._added) > self.capacity:
+            raise ValueError(
+                f"{self.length} + {max(self._added)} tokens do not fit into a KV cache of {self.capacity} tokens a row"
+            )
+        if not self.lengths:
+            return None
+        positions = self._positions[:, None] + torch.arange(T, device=input_ids.device)
+        self._ragged = Ragged(positions, self.length + T) if len(set(self.lengths)) > 1 else None
+        return positions
+
+    def attend(self, layer: int, qkv: Tensor, cu_seqlens: Tensor | None, **settings: Any) -> Tensor:
+        """Write the keys and values in qkv (B, T, 3, H, D), and attend from its queries to all keys of their rows.
+
+        cu_seqlens: documents of the first pass. settings: those of ops.attention. Returns (B, T, H, D).
+        """
+        B, T, _, H, D = qkv.shape
+        new = qkv[:, :, 1:]  # keys and values: (B, T, 2, H, D)
+        if not self.lengths:
+            if layer == len(self.layers):
+                self.layers.append(qkv.new_empty(2, len(self._added), H, self.capacity, D))
+            texts = new if cu_seqlens is None else new.flatten(0, 1).split(self._added)
+            for row, text in enumerate(texts):
+                self.layers[layer][:, row, :, : len(text)] = text.permute(1, 2, 0, 3)
+            return ops.attention_qkvpacked(qkv, cu_seqlens=cu_seqlens, **settings)
+        cached, end, pair = self.layers[layer][:, :B], self.length + T, None
+        if self._ragged is None:
+            cached[:, :, :, self.length : end] = new.permute(2, 0, 3, 1, 4)
+        else:
+            cached[:, self._ragged.rows, :, self._ragged.positions] = new
+            pair = self._ragged.cu_seqlens_q, self._ragged.cu_seqlens_k
+        keys, values = cached[:, :, :, :end].unbind(0)  # each (B, H, tokens, D), strided: never copied
+        queries = qkv[:, :, 0].transpose(1, 2)
+        return ops.attention(queries, keys, values, cu_seqlens=pair, **settings).transpose(1, 2)
+
+    def end(self) -> None:
+        """Count the tokens of a pass, after its last layer."""
+        if self.lengths:
+            self.lengths = [length + added for length, added in zip(self.lengths, self._added, strict=True)]
+            self._positions = self._positions + self._added[0]
+        else:
+            self._set_lengths(self._added)
+
+    def extend(self, other: KVCache) -> None:
+        """Append copies of the rows of another cache of the same model."""
+        used, rows = len(self.lengths), len(self.lengths) + len(other.lengths)
+        capacity = max(self.capacity, other.length)
+        for layer, theirs in enumerate(other.layers):
+            ours = self.layers[layer] if self.layers else theirs[:, :0]
+            if ours.shape[1] < rows or ours.shape[3] < capacity:  # twice the rows, so that copies stay rare
+                larger = theirs.new_empty(2, max(rows, 2 * used), theirs.shape[2], capacity, theirs.shape[4])
+                larger[:, :used, :, : self.length] = ours[:, :used, :, : self.length]
+                ours = larger
+            ours[:, used:rows, :, : other.length] = theirs[:, : len(other.lengths), :, : other.length]
+            self.layers[layer : layer + 1] = [ours]
+        self.capacity = capacity
+        self._set_lengths([*self.lengths, *other.lengths])
+
+    def drop(self, row: int) -> None:
+        """Remove a row. The last row takes its place."""
+        length = self.lengths.pop()
+        if row < len(self.lengths):
+            self.lengths[row] = length
+            for layer in self.layers:
+                layer[:, row, :, :length] = layer[:, len(self.lengths), :, :length]
+        if not self.lengths:
+            self.layers = []
+        self._set_lengths(self.lengths)
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+        device = self.layers[0].device if self.layers else "cpu"
+        self._positions = torch.tensor(lengths, dtype=torch.int64, device=device)
+
+
+class Ragged:
+    """Where a pass over B rows of different lengths writes, and which keys its T queries a row attend to."""
+
+    def __init__(self, positions: Tensor, longest: int) -> None:
+        B, T = positions.shape
+        row = torch.arange(B, device=positions.device)
+        self.rows, self.positions = row[:, None], positions  # (B, 1) and (B, T)
+        # Two segments a row: its tokens with its queries, then its free space up to the longest row, without a query
+        end_q, end_k = (row + 1) * T, (row + 1) * longest
+        filled = row * longest + positions[:, -1] + 1
+        self.cu_seqlens_q = F.pad(torch.stack([end_q, end_q], 1).flatten(), (1, 0))
+        self.cu_seqlens_k = F.pad(torch.stack([filled, end_k], 1).flatten(), (1, 0))
