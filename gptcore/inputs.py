@@ -50,7 +50,7 @@ def check_shapes(
     position_ids: Tensor | None,
     cache: KVCache | None,
 ) -> None:
-    """Raise ValueError or TypeError for shapes and dtypes that do not fit. Reads no values, so it never synchronises."""
+    """Raise ValueError or TypeError for shapes and dtypes that do not fit. Reads no values, so never synchronises."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids is a {type(input_ids).__name__}, expected a tensor (batch, length)")
     if input_ids.ndim != 2 or input_ids.numel() == 0:

@@ -122,7 +122,7 @@ class Block(nn.Module):
     def forward(
         self, hidden: Tensor, residual: Tensor | None, cu_seqlens: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the MLP's output and the residual stream that the next norm adds it to. GPT-1 leaves nothing to add."""
+        """Return the MLP's output and the residual stream that the next norm adds it to; GPT-1 has added it already."""
         if self.post_norm:
             hidden, _ = self.ln_1(self.attn(hidden, cu_seqlens, cache), hidden)
             hidden, _ = self.ln_2(self.mlp(hidden), hidden)
@@ -314,7 +314,7 @@ class GPT(nn.Module):
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean over the targets that are not IGNORED, in float32, as ops.linear_cross_entropy does; 0 without any."""
+    """Return the mean over the targets that are not IGNORED, in float32 as ops.linear_cross_entropy; 0 without any."""
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (targets != IGNORED).sum().clamp(min=1)
 

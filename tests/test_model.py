@@ -491,7 +491,7 @@ def arguments(**changes: object) -> dict:
         (arguments(cu_seqlens=torch.tensor([0, 6])), ValueError, "from 0 to the batch's 12 tokens, not from 0 to 6"),
         (arguments(cu_seqlens=torch.tensor([0, 6, 4, 12])), ValueError, "cu_seqlens should never fall, but does by 2"),
         (arguments(cu_seqlens=torch.tensor([[0, 12]])), ValueError, r"two boundaries or more, not \(1, 2\)"),
-        (arguments(cu_seqlens=(torch.tensor([0, 6, 12]),) * 2), TypeError, "cu_seqlens is a tuple, expected one tensor"),
+        (arguments(cu_seqlens=(torch.tensor([0, 6, 12]),) * 2), TypeError, "cu_seqlens is a tuple, expected one"),
         (arguments(position_ids=torch.arange(5)), ValueError, r"position_ids \(5,\) should be \(6,\) or \(2, 6\)"),
         (arguments(position_ids=torch.arange(6) - 1), ValueError, "position -1 is before the first"),
         (arguments(position_ids=torch.arange(6) + 27), ValueError, "sequence of 33 tokens, but .* 32 positions"),

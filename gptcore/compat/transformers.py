@@ -6,6 +6,7 @@ again, generate. What these do not have raises an error; nothing is accepted and
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Sequence
@@ -18,6 +19,9 @@ from gptcore.config import GPTConfig
 from gptcore.data.collator import DataCollatorForLanguageModeling
 from gptcore.data.datasets import TextDataset
 from gptcore.files import PathLike
+from gptcore.generation import Prompts, Settings
+from gptcore.generation.prompts import read_prompts
+from gptcore.generation.sampling import whole_number
 from gptcore.hf import pretrained
 from gptcore.model import GPT
 from gptcore.text.tokenizer import Tokenizer
@@ -41,7 +45,12 @@ __all__ = [
 ]
 
 _OPTIONS = {
-    name for name, option in inspect.signature(GPT.generate).parameters.items() if option.kind is option.KEYWORD_ONLY
+    *(
+        name
+        for name, option in inspect.signature(GPT.generate).parameters.items()
+        if option.kind is option.KEYWORD_ONLY
+    ),
+    *(field.name for field in dataclasses.fields(Settings) if field.name != "max_new_tokens"),
 }
 
 
@@ -86,7 +95,7 @@ class GPT2LMHeadModel(GPT):
 
     def generate(  # type: ignore[override]
         self,
-        input_ids: Tensor,
+        input_ids: Prompts,
         max_length: int | None = None,
         *,
         max_new_tokens: int | None = None,
@@ -111,19 +120,20 @@ class GPT2LMHeadModel(GPT):
             )
         if (max_length is None) == (max_new_tokens is None):
             raise ValueError(f"give max_length or max_new_tokens, one of them, not {max_length} and {max_new_tokens}")
-        T = input_ids.shape[-1]
-        new = max_new_tokens if max_new_tokens is not None else max_length - T  # type: ignore[operator]
-        if new < 1:
+        rows, _ = read_prompts(input_ids, options.get("attention_mask"))
+        T = max(len(row) for row in rows)
+        new = max_new_tokens if max_new_tokens is not None else whole_number("max_length", max_length, 1) - T
+        if max_length is not None and new < 1:
             raise ValueError(f"max_length {max_length} leaves nothing to generate: the prompts have {T} tokens already")
         if min_length is not None:
             if "min_new_tokens" in options:
                 raise ValueError("give min_length or min_new_tokens, one of them")
-            options["min_new_tokens"] = max(0, min_length - T)
+            options["min_new_tokens"] = max(0, whole_number("min_length", min_length, 0) - T)
         options["no_repeat_ngram_size"] = options.get("no_repeat_ngram_size") or None
         if options.get("do_sample"):
             options["top_k"] = options.get("top_k", 50) or None
-            options.setdefault("seed", int(torch.randint(2**63 - 1, ())))
-        ids = super().generate(input_ids, new, **options)
+            options.setdefault("seed", int(torch.randint(2**63 - 1, (), device="cpu")))
+        ids = super().generate(input_ids if isinstance(input_ids, Tensor) else rows, new, **options)
         eos = options["eos_token_id"] if options.get("eos_token_id") is not None else self.config.eos_token_id
         ends = ids[:, T:].eq(-1 if eos is None else eos).int()
         ended = ends.cumsum(1) > ends  # after the first end of each text
