@@ -44,14 +44,9 @@ __all__ = [
     "set_seed",
 ]
 
-_OPTIONS = {
-    *(
-        name
-        for name, option in inspect.signature(GPT.generate).parameters.items()
-        if option.kind is option.KEYWORD_ONLY
-    ),
-    *(field.name for field in dataclasses.fields(Settings) if field.name != "max_new_tokens"),
-}
+_PARAMETERS = inspect.signature(GPT.generate).parameters
+_OPTIONS = {name for name, parameter in _PARAMETERS.items() if parameter.kind is parameter.KEYWORD_ONLY}
+_OPTIONS |= {field.name for field in dataclasses.fields(Settings)} - {"max_new_tokens"}
 
 
 def __getattr__(name: str) -> Any:
