@@ -75,6 +75,25 @@ def test_compiled_equals_eager_in_one_graph(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_one_tensor_may_be_several_arguments(backend: str) -> None:
+    def run(q: Tensor, x: Tensor, w: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        return (
+            ops.attention(q, q, q, backend=backend),
+            ops.attention(q, other, other, cu_seqlens=(PACKED, PACKED), backend=backend),
+            ops.layer_norm(x, w, w, backend=backend),
+            *ops.layer_norm(x, w, w, residual=x, backend=backend),
+            ops.gelu(w, bias=w, backend=backend),
+            ops.linear(x, x, x[:, 0].contiguous(), backend=backend),
+            ops.linear_cross_entropy(x, x, torch.tensor([1, 2, -100, 0, 4]), backend=backend),
+        )
+
+    tensors = inputs((2, 4, 9, 8), (5, 12), (12,), (2, 4, 9, 8))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(results(compiled, tensors), results(run, tensors), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_compiled_dropout_draws_anew_each_time(backend: str) -> None:
     compiled = torch.compile(
         lambda *t: ops.attention(*t, dropout_p=0.5, backend=backend), fullgraph=True, backend="aot_eager"

@@ -188,20 +188,38 @@ def as_heads(x: Tensor) -> list[Tensor]:
     return [x.view(1, 2, 3, 8), 0.5 * x.view(1, 2, 3, 8), x.view(1, 2, 3, 8) + 1]
 
 
-TARGETS = torch.tensor([1, 2, -100, 0, 3, 4])
+HERE = [name for name, backend in registry.BACKENDS.items() if not backend.unusable and "cuda" not in backend.devices]
+TARGETS, CU, ROW, ONES, MATRIX = (
+    torch.tensor([1, 2, -100, 0, 3, 4]), torch.tensor([0, 1, 3]), torch.linspace(1, 2, 8), torch.ones(9),
+    torch.linspace(-1, 1, 72).view(9, 8),
+)  # fmt: skip
 # Every operation as a function of one tensor (6, 8)
 OF_ONE_TENSOR: dict[str, Callable[..., Any]] = {
     "attention": lambda x, **b: ops.attention(*as_heads(x), **b),
-    "documents": lambda x, **b: ops.attention(*as_heads(x), cu_seqlens=torch.tensor([0, 1, 3]), return_lse=True, **b),
+    "documents": lambda x, **b: ops.attention(*as_heads(x), cu_seqlens=CU, return_lse=True, **b),
     "qkvpacked": lambda x, **b: ops.attention_qkvpacked(x.view(1, 2, 3, 1, 8), window=(1, -1), **b),
-    "layer_norm": lambda x, **b: ops.layer_norm(x, torch.linspace(1, 2, 8), torch.ones(8), **b),
-    "residual": lambda x, **b: ops.layer_norm(x, torch.linspace(1, 2, 8), residual=2 * x, **b),
-    "gelu": lambda x, **b: ops.gelu(x, bias=torch.ones(8), approximate="none", **b),
-    "linear": lambda x, **b: ops.linear(x, torch.linspace(-1, 1, 72).view(9, 8), torch.ones(9), **b),
-    "linear_cross_entropy": lambda x, **b: ops.linear_cross_entropy(
-        x, torch.linspace(-1, 1, 72).view(9, 8), TARGETS, **b
-    ),
+    "layer_norm": lambda x, **b: ops.layer_norm(x, ROW, ONES[1:], **b),
+    "residual": lambda x, **b: ops.layer_norm(x, ROW, residual=2 * x, **b),
+    "gelu": lambda x, **b: ops.gelu(x, bias=ROW, approximate="none", **b),
+    "linear": lambda x, **b: ops.linear(x, MATRIX, ONES, **b),
+    "linear_cross_entropy": lambda x, **b: ops.linear_cross_entropy(x, MATRIX, TARGETS, **b),
 }
+# And of all its tensors
+HEADS = as_heads(torch.linspace(-2, 2, 48).view(6, 8))
+OF_ALL_TENSORS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+    "attention": (ops.attention, HEADS),
+    "qkvpacked": (ops.attention_qkvpacked, [torch.linspace(-2, 2, 96).view(1, 2, 3, 2, 8)]),
+    "layer_norm": (
+        lambda x, w, c, r, **b: ops.layer_norm(x, w, c, residual=r, **b),
+        [MATRIX, ROW, ROW + 1, 3 * MATRIX],
+    ),
+    "gelu": (lambda x, c, **b: ops.gelu(x, bias=c, **b), [MATRIX, ROW]),
+    "linear": (ops.linear, [MATRIX[:5], MATRIX, ONES]),
+    "linear_cross_entropy": (lambda x, w, **b: ops.linear_cross_entropy(x, w, TARGETS, **b), [MATRIX[:6], MATRIX]),
+}
+every_tensor = pytest.mark.parametrize(
+    ("name", "argument"), [(name, i) for name, (_, tensors) in OF_ALL_TENSORS.items() for i in range(len(tensors))]
+)
 every_operation = pytest.mark.parametrize("name", OF_ONE_TENSOR)
 
 
@@ -383,6 +401,109 @@ def test_a_trace_computes(name: str) -> None:
         torch.testing.assert_close(out, expected.detach() if x is theirs else flat(run(theirs, backend="torch")))
         out.square().sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+# ---- other tensors, devices and defaults -----------------------------------------------------------------------------
+
+
+@every_operation
+@pytest.mark.parametrize("backend", HERE)
+def test_outputs_may_be_modified_in_place(backend: str, name: str) -> None:
+    """And the gradients are right, or autograd says that the backward pass needs the output."""
+    run, factor = OF_ONE_TENSOR[name], torch.full((), 2.0, requires_grad=True)
+    x = randn(6, 8)
+    (leaf,) = leaves(x)
+    out = run(leaf, backend=backend)
+    for i in range(len(out) if isinstance(out, tuple) else 1):
+
+        def output(x: Tensor, i: int = i) -> Tensor:
+            result: Any = run(x, backend=backend)
+            part: Tensor = result[i] if isinstance(result, tuple) else result
+            return part
+
+        (expected,) = torch.autograd.grad(2.0 * output(leaf).sum(), leaf)
+        out = output(leaf).mul_(2.0)
+        F.dropout(out, 0.0, inplace=True)
+        is_saved = name in ("attention", "documents", "qkvpacked") or (name == "residual" and i == 1)
+        if is_saved and (backend != "torch" or (name == "documents" and i == 1)):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(out.sum(), leaf)
+        else:
+            torch.testing.assert_close(torch.autograd.grad(out.sum(), leaf)[0], expected)
+        with torch.no_grad():
+            out = output(x)
+        if name != "qkvpacked" and (backend != "torch" or name not in ("attention", "documents")):  # transposed views
+            assert out.mul_(factor).requires_grad
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that holds another, as those of DTensor and torchao do, and has no memory of its own."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        made: Wrapper = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
+        )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inner = torch.utils._pytree.tree_map_only(Wrapper, lambda t: t.inner, (args, kwargs or {}))
+        return torch.utils._pytree.tree_map_only(Tensor, Wrapper, function(*inner[0], **inner[1]))
+
+
+@every_tensor
+@pytest.mark.parametrize("backend", HERE)
+def test_any_argument_may_be_a_wrapper_subclass(backend: str, name: str, argument: int) -> None:
+    run, tensors = OF_ALL_TENSORS[name]
+    results = []
+    for wrap in (lambda t: t, Wrapper):
+        inputs = leaves(*tensors)
+        inputs[argument] = wrap(tensors[argument].clone()).requires_grad_()
+        out = run(*inputs, backend=backend)
+        outs = list(out) if isinstance(out, tuple) else [out]
+        grads = torch.autograd.grad([t.square().sum() for t in outs], inputs)
+        results.append([t.inner if isinstance(t, Wrapper) else t for t in (*outs, *grads)])
+    for ours, plain in zip(*results, strict=True):
+        assert torch.equal(ours, plain)
+
+
+@every_operation
+@pytest.mark.parametrize("backend", HERE)
+def test_default_dtype_and_device_change_nothing(backend: str, name: str) -> None:
+    run, x = OF_ONE_TENSOR[name], randn(6, 8)
+    if "attention" in name or name in ("documents", "qkvpacked"):
+        run = functools.partial(run, dropout_p=0.5)
+
+    def results() -> Bits:
+        torch.manual_seed(0)
+        leaf = x.clone().requires_grad_()
+        out = flat(run(leaf, backend=backend))
+        return [out, *torch.autograd.grad(out, leaf, torch.ones_like(out))]
+
+    expected = results()
+    try:
+        torch.set_default_dtype(BF16)
+        with torch.device("meta"):
+            others = results()
+    finally:
+        torch.set_default_dtype(F32)
+    assert_same_bits(others, expected)
+
+
+@every_operation
+def test_the_meta_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for constant in ("TARGETS", "CU", "ROW", "ONES", "MATRIX"):
+        monkeypatch.setitem(globals(), constant, globals()[constant].to("meta"))
+    x = torch.empty(6, 8, device="meta", requires_grad=True)
+    out = flat(OF_ONE_TENSOR[name](x))
+    out.sum().backward()
+    assert out.is_meta
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
 
 
 # ---- the choice of a backend -----------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def _run(
     cu_q, cu_k = _check_boundaries(cu_seqlens, q, k)
     run = registry.select("attention", backend, q)
     # The seed is a tensor, so that torch.compile does not take one draw for all.
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64) if dropout_p > 0.0 else None
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu") if dropout_p > 0.0 else None
     tensors = (q, k, v) if packed is None else (packed, None, None)
     out: Tensor
     lse: Tensor
@@ -244,7 +244,7 @@ def _check_boundaries(cu_seqlens: Boundaries | None, q: Tensor, k: Tensor) -> tu
                 f"cu_seqlens for {q.shape[2]} queries and {k.shape[2]} keys a row must be a pair, "
                 "(cu_seqlens_q, cu_seqlens_k)"
             )
-        cu_seqlens = (cu_seqlens, cu_seqlens.view(-1))  # two tensors: torch.compile takes none twice
+        cu_seqlens = (cu_seqlens, cu_seqlens)
     if len(cu_seqlens) != 2 or not all(isinstance(cu, Tensor) for cu in cu_seqlens):
         raise ValueError("cu_seqlens must be a tensor of boundaries, or a pair of them for queries and keys")
     for cu in cu_seqlens:

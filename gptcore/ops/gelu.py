@@ -72,8 +72,8 @@ def _forward_body(x: Tensor, bias: Tensor | None, tanh_form: bool, backend: str)
     if backend == "triton":
         result: Tensor = kernels.forward(x, bias, tanh_form)
         return result
-    out = torch.empty_like(x)
-    kernels.gelu_forward(x, bias, out, tanh_form, native.execution(backend, x))
+    out, shape = torch.empty_like(x), native.rows_and_width(x)
+    kernels.gelu_forward(x.view(shape), bias, out.view(shape), tanh_form, native.execution(backend, x))
     return out
 
 
@@ -84,10 +84,11 @@ def _backward_body(
     if backend == "triton":
         result: tuple[Tensor, Tensor] = kernels.backward(grad_out, x, bias, tanh_form)
         return result
-    grad_x, grad_bias = _gradients(grad_out, x, bias)
+    (grad_x, grad_bias), shape = _gradients(grad_out, x, bias), native.rows_and_width(x)
     kernels.gelu_backward(
-        grad_out, x, bias, grad_x, None if bias is None else grad_bias, tanh_form, native.execution(backend, x)
-    )
+        grad_out.view(shape), x.view(shape), bias, grad_x.view(shape), None if bias is None else grad_bias, tanh_form,
+        native.execution(backend, x),
+    )  # fmt: skip
     return grad_x, grad_bias
 
 
@@ -95,7 +96,7 @@ def _gradients(grad_out: Tensor, x: Tensor, bias: Tensor | None, *_: Any) -> tup
     return torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
-# Rows and columns only: (rows, width), dense, bias in float32.
+# Dense, bias in float32. Outputs have x's shape: autograd lets no one modify a view that a Function returns.
 _forward = native.define(
     "gelu_forward(Tensor x, Tensor? bias, bool tanh_form, str backend) -> Tensor",
     _forward_body,
@@ -111,19 +112,19 @@ _backward = native.define(
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, tanh_form: bool, backend: str) -> Tensor:
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1).contiguous()
+        x = x.contiguous()
         wide = None if bias is None else bias.float().contiguous()
-        ctx.save_for_backward(rows, wide)
-        ctx.shape, ctx.bias_dtype = x.shape, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, wide)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.settings = tanh_form, backend
-        return _forward(rows, wide, tanh_form, backend).view(x.shape)
+        return _forward(x, wide, tanh_form, backend)
 
     @staticmethod
     @native.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        rows, bias = ctx.saved_tensors
-        grad, grad_bias = _backward(grad_out.reshape(rows.shape).contiguous(), rows, bias, *ctx.settings)
-        return grad.view(ctx.shape), None if bias is None else grad_bias.to(ctx.bias_dtype), None, None
+        x, bias = ctx.saved_tensors
+        grad, grad_bias = _backward(grad_out.contiguous(), x, bias, *ctx.settings)
+        return grad, None if bias is None else grad_bias.to(ctx.bias_dtype), None, None
 
 
 registry.BACKENDS["torch"].implementations["gelu"] = _gelu_torch

@@ -115,9 +115,10 @@ def _forward_body(
     if backend == "triton":
         result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward(x, weight, bias, residual, eps)
         return result
-    out, total, mean, rstd = _outputs(x, weight, bias, residual)
+    (out, total, mean, rstd), shape = _outputs(x, weight, bias, residual), native.rows_and_width(x)
+    residual, total_rows = (None, None) if residual is None else (residual.view(shape), total.view(shape))
     kernels.layer_norm_forward(
-        x, residual, weight, bias, out, None if residual is None else total, mean, rstd, eps,
+        x.view(shape), residual, weight, bias, out.view(shape), total_rows, mean, rstd, eps,
         native.execution(backend, x),
     )  # fmt: skip
     return out, total, mean, rstd
@@ -128,7 +129,7 @@ def _outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = x if residual is None else residual
     total = like.new_empty(0) if residual is None else torch.empty_like(like)
-    mean = x.new_empty(x.shape[:1], dtype=torch.float32)
+    mean = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
     return torch.empty_like(like), total, mean, torch.empty_like(mean)
 
 
@@ -147,9 +148,10 @@ def _backward_body(
         result: tuple[Tensor, Tensor, Tensor] = kernels.backward(grad_out, grad_total, total, weight, mean, rstd, bias)
         return result
     grad_x, grad_weight, grad_bias = _gradients(grad_out, grad_total, total, weight, mean, rstd, bias)
+    shape = native.rows_and_width(total)
     kernels.layer_norm_backward(
-        grad_out, grad_total, total, weight, mean, rstd, grad_x, grad_weight, grad_bias if bias else None,
-        native.execution(backend, total),
+        grad_out.view(shape), None if grad_total is None else grad_total.view(shape), total.view(shape), weight, mean,
+        rstd, grad_x.view(shape), grad_weight, grad_bias if bias else None, native.execution(backend, total),
     )  # fmt: skip
     return grad_x, grad_weight, grad_bias
 
@@ -167,7 +169,7 @@ def _gradients(
     return torch.empty_like(total), torch.empty_like(weight), weight.new_empty(weight.shape if bias else (0,))
 
 
-# Rows and columns only: (rows, width), dense, weight and bias in float32.
+# Dense, weight and bias in float32. Outputs have x's shape: autograd lets no one modify a view that a Function returns.
 _forward = native.define(
     "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -187,35 +189,33 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, backend: str
     ) -> tuple[Tensor, Tensor | None]:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        x = x.contiguous()
         wide = weight.float().contiguous()
         out, total, mean, rstd = _forward(
-            rows,
+            x,
             wide,
             None if bias is None else bias.float().contiguous(),
-            None if residual is None else residual.reshape(rows.shape).contiguous(),
+            None if residual is None else residual.contiguous(),
             eps,
             backend,
         )
-        ctx.save_for_backward(rows if residual is None else total, wide, mean, rstd)
+        ctx.save_for_backward(x if residual is None else total, wide, mean, rstd)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.has_residual, ctx.backend = residual is not None, backend
         ctx.set_materialize_grads(False)
-        return out.view(x.shape), None if residual is None else total.view(x.shape)
+        return out, None if residual is None else total
 
     @staticmethod
     @native.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, mean, rstd = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        shape = grad_out.shape if grad_out is not None else grad_total.shape if grad_total is not None else total.shape
-        rows = torch.zeros_like(total) if grad_out is None else grad_out.reshape(total.shape).contiguous()
+        grad_out = torch.zeros_like(total) if grad_out is None else grad_out.contiguous()
         if grad_total is not None:
-            grad_total = grad_total.reshape(total.shape).contiguous()
+            grad_total = grad_total.contiguous()
         grad, grad_weight, grad_bias = _backward(
-            rows, grad_total, total, weight, mean, rstd, bias_dtype is not None, ctx.backend
+            grad_out, grad_total, total, weight, mean, rstd, bias_dtype is not None, ctx.backend
         )
-        grad = grad.view(shape)
         return (
             grad.to(x_dtype),
             grad_weight.to(weight_dtype),

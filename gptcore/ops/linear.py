@@ -64,9 +64,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},) like weight's rows")
     others = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     dtype, autocast = x.dtype, None
-    device = "cpu" if x.is_cpu else x.device.type  # made from nothing each time
-    if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = autocast = torch.get_autocast_dtype(device)
+    if dtype != torch.float64 and (autocast := native.autocast_dtype(x)) is not None:
+        dtype = autocast
     for name, other in others.items():
         if other.device != x.device:
             raise ValueError(f"{name} is on {other.device}, expected {x.device} like x")

@@ -73,8 +73,7 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor) -> torch.dtype:
             f"x is on {x.device}, weight on {weight.device}, targets on {targets.device}; expected one device"
         )
     dtypes = [tensor.dtype for tensor in (x, weight)]
-    if torch.is_autocast_enabled(x.device.type):
-        lower = torch.get_autocast_dtype(x.device.type)
+    if (lower := native.autocast_dtype(x)) is not None:
         dtypes = [dtype if dtype == torch.float64 else lower for dtype in dtypes]
     if dtypes[0] != dtypes[1]:
         raise ValueError(f"weight is {weight.dtype}, expected {x.dtype} like x")
@@ -152,7 +151,7 @@ def _forward_body(
     grad_x = grad_rows.to(x.dtype).mul_(scale)
     if need_x and not everything:
         grad_x = torch.zeros_like(x).index_copy_(0, counted, grad_x)
-    return torch.tensor(total * scale, dtype=torch.float32), grad_x, grad_weight.to(weight.dtype)
+    return torch.tensor(total * scale, dtype=torch.float32, device="cpu"), grad_x, grad_weight.to(weight.dtype)
 
 
 _memory = threading.local()  # what _kept gave last for each purpose, and whether a tensor still lives in it
@@ -166,7 +165,7 @@ def _kept(purpose: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     memory, last_use = vars(_memory).get(purpose, (b"", None))
     if len(memory) < size or last_use() is not None:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -259,7 +258,8 @@ def _linear_cross_entropy_cpu(
     x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, ignore_index: int
 ) -> Tensor:
     need_x, need_weight = (tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight))
-    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, dtype, ignore_index, need_x, need_weight)
+    args: Any = (x, weight, targets, dtype, ignore_index, need_x, need_weight)
+    loss: Tensor = _LinearCrossEntropy.apply(*(native.distinct(args) if torch.compiler.is_compiling() else args))
     return loss
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,13 +75,22 @@ def implement(op: str, function: type[torch.autograd.Function], backends: Sequen
 
     def run(backend: str, *args: Any) -> Any:
         if torch.compiler.is_compiling():
-            return function.apply(*args, backend)
+            return function.apply(*distinct(args), backend)
         if torch.is_grad_enabled() and any(arg.requires_grad for arg in args if isinstance(arg, torch.Tensor)):
             return apply(*args, backend)
         return function.forward(_NothingToKeep(), *args, backend)
 
     for backend in backends:
         registry.BACKENDS[backend].implementations[op] = functools.partial(run, backend)
+
+
+def distinct(args: tuple[Any, ...]) -> list[Any]:
+    """The arguments with a view in place of a tensor that came before: torch.compile takes no tensor twice."""
+    found: list[Any] = []
+    for arg in args:
+        seen = isinstance(arg, torch.Tensor) and any(arg is other for other in found)
+        found.append(arg.view_as(arg) if seen else arg)
+    return found
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,6 +139,12 @@ def execution(backend: str, tensor: torch.Tensor) -> int | tuple[int, Callable[[
     )
 
 
+def rows_and_width(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the shape of a tensor (..., width) as a matrix; (1, 1) for a scalar."""
+    shape = tensor.shape
+    return math.prod(shape[:-1]), shape[-1] if shape else 1
+
+
 def check_tensors(*, optional: bool = False, **tensors: object) -> None:
     """Raises TypeError for the first argument that is no tensor (nor None, if optional)."""
     for name, tensor in tensors.items():
@@ -155,8 +171,15 @@ def check_flags(**flags: object) -> None:
 
 def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Inside torch.autocast, float32 tensors in its dtype, as for PyTorch's own attention; else as they are."""
-    device = "cpu" if tensors[0].is_cpu else tensors[0].device.type  # made from nothing each time
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(tensor.to(dtype) if tensor.dtype == torch.float32 else tensor for tensor in tensors)
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """The dtype of torch.autocast on the device of a tensor, or None where it is off."""
+    device = "cpu" if tensor.is_cpu else tensor.device.type  # made from nothing each time
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

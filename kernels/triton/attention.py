@@ -522,8 +522,8 @@ def _constants(q: Tensor) -> dict[str, Any]:
 
 def _like_heads(tensor: Tensor) -> Tensor:
     """An empty tensor of the same shape whose heads lie side by side in memory: merging them is a view."""
-    batch, heads, length, head_dim = tensor.shape
-    return tensor.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    _, heads, length, head_dim = shape = tensor.shape
+    return tensor.new_empty_strided(shape, (length * heads * head_dim, head_dim, heads * head_dim, 1))
 
 
 def forward(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptcore.kernels.launch import Tile, launch, processors
 from gptcore.kernels.numerics import narrow
-from gptcore.kernels.rows import block_of, sum_rows
+from gptcore.kernels.rows import block_of, rows_and_width, sum_rows
 
 SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -94,8 +94,8 @@ def _tile(width: int) -> Tile:
 
 
 def forward(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
-    """out; x is dense, (rows, width), and bias float32."""
-    rows, width = x.shape
+    """out; x is dense, (..., width), and bias float32."""
+    rows, width = rows_and_width(x)
     out = torch.empty_like(x)
     launch(
         _forward_kernel, [_tile(width)], ("ROWS", "COLUMNS"),
@@ -107,7 +107,8 @@ def forward(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
 
 def backward(grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh_form: bool) -> tuple[Tensor, Tensor]:
     """grad_x and grad_bias, empty without a bias."""
-    (rows, width), tile = x.shape, _tile(x.shape[1])
+    rows, width = rows_and_width(x)
+    tile = _tile(width)
     grad_x, blocks = torch.empty_like(x), triton.cdiv(width, tile.columns)
     programs = min(triton.cdiv(rows, tile.rows), max(1, 16 * processors(x.device) // max(1, blocks)))
     partials = x.new_empty((programs, width) if bias is not None else (0, 0), dtype=torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptcore.kernels.launch import Tile, launch, processors
 from gptcore.kernels.numerics import narrow
-from gptcore.kernels.rows import block_of, sum_rows
+from gptcore.kernels.rows import block_of, rows_and_width, sum_rows
 
 # The widest rows that stay in registers: the forward holds the row; the backward two rows and two sums over rows.
 HELD_FORWARD, HELD_BACKWARD = 32768, 8192
@@ -209,8 +209,8 @@ def _tile(width: int, held: bool, lane: int) -> Tile:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, x + residual (empty without a residual), mean and rstd; matrices are dense, weight and bias float32."""
-    (rows, width), like = x.shape, x if residual is None else residual
+    """out, x + residual (empty without a residual), mean and rstd; (..., width) are dense, weight and bias float32."""
+    (rows, width), like = rows_and_width(x), x if residual is None else residual
     out, total = torch.empty_like(like), like.new_empty(0 if residual is None else like.shape)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     held = width <= HELD_FORWARD
@@ -225,7 +225,8 @@ def backward(
     grad_out: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_x, which is also that of the residual, grad_weight, and grad_bias, empty without a bias."""
-    (rows, width), held = total.shape, total.shape[1] <= HELD_BACKWARD
+    rows, width = rows_and_width(total)
+    held = width <= HELD_BACKWARD
     tile, grad_x = _tile(width, held, 20), torch.empty_like(total)
     # As many as run at a time, if their sums leave room in the registers for 16 warps
     programs = min(triton.cdiv(rows, tile.rows), max(1, (16 if held else 64) // tile.warps) * processors(total.device))

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gptcore.kernels.launch import INTERPRETED, Tile, launch
+
+
+def rows_and_width(tensor: Tensor) -> tuple[int, int]:
+    """Return the shape of a tensor (..., width) as a matrix; (1, 1) for a scalar."""
+    return math.prod(tensor.shape[:-1]), (*tensor.shape, 1)[max(0, tensor.dim() - 1)]
 
 
 def block_of(width: int, largest: int) -> int:
