@@ -413,6 +413,26 @@ def test_a_damaged_line_of_the_log_does_not_block_resuming(two: Path, tmp_path: 
     assert losses(folder) == losses(two)
 
 
+@pytest.mark.parametrize("end", ["null", "\0" * 20, "[", '{"step": 5}x\n', "{\n"])
+def test_a_damaged_end_of_the_log_is_not_taken_for_a_torn_line(tmp_path: Path, end: str) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    assert [entry["step"] for entry in read_log(tmp_path / "log.jsonl")] == [1]
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n' + end)
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2"):
+        read_log(tmp_path / "log.jsonl")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REPLACED if kind != "a sparse file"])
+def test_a_log_that_is_not_a_file_is_refused_before_anything_changes(two: Path, tmp_path: Path, kind: str) -> None:
+    folder = shutil.copytree(two, tmp_path / "run")
+    (folder / "log.jsonl").unlink()
+    REPLACED[kind](folder / "log.jsonl")
+    for resume in (True, False):
+        with pytest.raises(FileExistsError, match=r"log\.jsonl is a .* and is not replaced"):
+            tiny_trainer(folder, max_steps=4, overwrite_output_dir=True).train(resume_from_checkpoint=resume)
+    assert sorted(os.listdir(folder)) == ["checkpoint-2", "checkpoint-4", "log.jsonl"]
+
+
 # ---- permissions
 
 

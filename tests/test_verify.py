@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -43,8 +44,12 @@ def test_right_kernels_pass_and_are_remembered(op: str, dtype: torch.dtype, tmp_
     assert failure(op, dtype, run=lambda *_: pytest.fail("called again")) is None
 
 
-def test_a_broken_file_is_no_reason_to_fail(tmp_path: Path) -> None:
-    (tmp_path / "verified.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "3", "[" * 100_000, "\0", "[[]]", None])
+def test_a_broken_file_is_no_reason_to_fail(tmp_path: Path, content: str | None) -> None:
+    if content is None:
+        os.mkfifo(tmp_path / "verified.json")
+    else:
+        (tmp_path / "verified.json").write_text(content)
     assert failure("gelu", torch.float32) is None
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gptcore import _C
-from gptcore.files import atomic_file, cache_folder
+from gptcore.files import atomic_file, cache_folder, naming, open_file
 
 OPS = ("attention", "layer_norm", "gelu")
 _results: dict[tuple[Any, ...], str | None] = {}  # of this process: why a kernel is not to be trusted, or None
@@ -45,9 +45,8 @@ def _first_use(
     kernel = f"{backend} {op} {tensor.dtype}" + (f" head_dim {tensor.shape[-1]}" if op == "attention" else "")
     gpu = _gpu(tensor.device)
     key = f"{gpu}: {kernel}"
-    with contextlib.suppress(OSError, ValueError):
-        if key in json.loads((cache_folder() / "verified.json").read_text()):
-            return None
+    if key in _verified():
+        return None
     with torch.cuda.device_of(tensor):
         reason = _compare(op, tensor, run, formula)
     if reason is None:
@@ -76,11 +75,17 @@ def _driver() -> int | None:
 
 def _remember(key: str) -> None:
     """Adds to the file on disk; without one, the next process checks again."""
-    path = cache_folder() / "verified.json"
+    with contextlib.suppress(OSError), atomic_file(cache_folder() / "verified.json") as file:
+        file.write_text(json.dumps(sorted({*_verified(), key}), indent=1))
+
+
+def _verified() -> set[str]:
+    """Return the keys of the file on disk; none of a file that is absent or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        seen = json.loads(path.read_text()) if path.exists() else []
-        with atomic_file(path) as file:
-            file.write_text(json.dumps(sorted({*seen, key}), indent=1))
+        path = cache_folder() / "verified.json"
+        with open_file(path) as file, naming(path):
+            return {str(key) for key in json.load(file)}
+    return set()
 
 
 def _inputs(op: str, tensor: Tensor) -> tuple[list[Tensor], tuple[Any, ...]]:

@@ -54,7 +54,7 @@ def read_log(path: PathLike, skip_damage: bool = False) -> list[dict[str, Any]]:
     Raises ValueError, naming the line, for other damage; skip_damage: leaves such lines out, with a warning.
     """
     with open_file(path) as file:
-        lines = file.read().splitlines()
+        lines = file.read().splitlines(keepends=True)
     entries: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
@@ -63,9 +63,10 @@ def read_log(path: PathLike, skip_damage: bool = False) -> list[dict[str, Any]]:
             entry(values, "step", int, where)
             entries.append(values)
         except ValueError as error:
-            if number < len(lines):
-                if not skip_damage:
-                    raise
+            torn = number == len(lines) and line.startswith(b"{") and not line.endswith(b"\n")
+            if not torn and not skip_damage:
+                raise
+            if not torn:
                 warnings.warn(f"{error}; the line is left out", stacklevel=2)
     return entries
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from gptcore import _C, ops
 from gptcore.data.datasets import fingerprint_of
-from gptcore.files import PathLike, absolute, entry, from_json
+from gptcore.files import PathLike, absolute, check_replaceable, entry, from_json
 from gptcore.training import checkpoint
 from gptcore.training.arguments import TrainingArguments
 from gptcore.training.checkpoint import CheckpointError
@@ -63,8 +63,10 @@ def choose_checkpoint(folder: Path, resume_from: Literal[True] | PathLike) -> Pa
 def earlier_run(folder: Path, resumed: Path | None, overwrite: bool) -> list[Path]:
     """Checkpoints and log of another run in `folder`, to be deleted before this one starts.
 
-    Raises FileExistsError if there are any without `overwrite`, or a foreign checkpoint-N is in the way.
+    Raises FileExistsError if there are any without `overwrite`, or a foreign checkpoint-N or a log.jsonl that is not a
+    regular file is in the way.
     """
+    check_replaceable(folder / "log.jsonl")
     inside = resumed is not None and _is_in(resumed, folder)
     checkpoint.check_unobstructed(folder, checkpoint.checkpoint_step(resumed) if inside and resumed else -1)
     if inside:
