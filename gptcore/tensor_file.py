@@ -1,7 +1,8 @@
 """Safetensors files, written and read in parts.
 
 A file is never memory-mapped: one that is truncated or overwritten while it is read raises ValueError, where a mapped
-one ends the process with SIGBUS. Neither writing nor reading keeps a second copy of the tensors.
+one ends the process with SIGBUS. Only a change that leaves size and modification time as they were passes unnoticed.
+Neither writing nor reading keeps a second copy of the tensors.
 """
 
 from __future__ import annotations

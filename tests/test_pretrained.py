@@ -183,6 +183,11 @@ def test_a_folder_that_is_no_model_is_refused(folder: Path, tmp_path: Path) -> N
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no model.safetensors or pytorch_model.bin, but config.json"):
         GPT.from_pretrained(folder)
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("gone")
+        with pytest.raises(FileNotFoundError, match=rf"symbolic link to gone, which does not exist.*{name}"):
+            GPT.from_pretrained(folder)
 
 
 def test_dtype(folder: Path) -> None:

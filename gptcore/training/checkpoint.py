@@ -193,10 +193,10 @@ def rotate_checkpoints(output_dir: PathLike, limit: int, newest: int, best: int 
 def save_checkpoint(
     path: PathLike, model: nn.Module, optimizer: AdamW, state: dict[str, Any], tokenizer: Any = None
 ) -> None:
-    """Write a checkpoint folder, whole or not at all; one that has the name already is replaced.
+    """Write a checkpoint folder, complete or not at all; a checkpoint of gptcore that has the name is replaced.
 
-    Tensors have the model's own names, or those that its `stored_as` states; `state` is JSON.
-    Raises CheckpointError if the disk does not take it (full, say); every other checkpoint is then as it was.
+    Tensors have the model's own names, or those that its `stored_as` states; `state` is JSON. Raises CheckpointError if
+    it cannot be written, as on a full disk; every other checkpoint is then as it was.
     """
     path = Path(path)
     moments = {
