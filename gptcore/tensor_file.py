@@ -124,13 +124,15 @@ class TensorFile:
         header.pop("__metadata__", None)
         entries, spans = {}, []
         for name, values in header.items():
+            if not name.isprintable():  # an escape code would reach the terminal with the next error
+                raise ValueError(f"{self.path} has a tensor with the name {name!r:.60}, which cannot be printed")
             where = f"{self.path}, tensor {name}"
             if not isinstance(values, dict):
                 raise ValueError(f"{where} should be described by a JSON object, not {values!r:.60}")
             code, shape = entry(values, "dtype", str, where), entry(values, "shape", list[int], where)
             begin, end = entry(values, "data_offsets", list[int], where)
             if code not in _DTYPES:
-                raise ValueError(f"{where} is of dtype {code}, which gptcore does not read")
+                raise ValueError(f"{where} is of dtype {code!r:.60}, which gptcore does not read")
             needed = math.prod(shape) * _DTYPES[code].itemsize
             if min(shape, default=0) < 0 or begin < 0 or end - begin != needed:
                 raise ValueError(f"{where} of shape {shape} and dtype {code} cannot be bytes {begin} to {end}")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 import zipfile
 from collections.abc import Callable
@@ -124,7 +125,8 @@ def test_a_pickle_with_a_program_is_not_run(folder: Path, monkeypatch: pytest.Mo
     (folder / "model.safetensors").unlink()
     torch.save({"x": Program()}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     with pytest.raises(
-        ValueError, match=r"pytorch_model.bin holds more than tensors: it asks for posix.mkdir; it is not read further"
+        ValueError,
+        match=r"pytorch_model.bin holds more than tensors: it asks for 'posix.mkdir'; it is not read further",
     ):
         GPT.from_pretrained(folder)
     assert not (folder / "a-pickle-ran-this").exists()
@@ -155,7 +157,7 @@ def test_a_pickle_that_is_cut_off_is_refused_by_name(folder: Path, zipped: bool)
 def test_a_refused_pickle_is_not_followed_by_the_advice_to_run_it(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"x\x1b[31m": Program()}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"it asks for posix.mkdir; it is not read further") as caught:
+    with pytest.raises(ValueError, match=r"it asks for 'posix.mkdir'; it is not read further") as caught:
         GPT.from_pretrained(folder)
     assert "weights_only" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
@@ -188,6 +190,29 @@ def test_a_pickled_weight_that_is_no_plain_tensor_of_floats_is_refused_by_name(
     with pytest.raises(ValueError, match=message) as caught:
         GPT.from_pretrained(folder)
     assert str(folder / "pytorch_model.bin") in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_is_refused_in_a_time_that_grows_with_its_size(folder: Path, zipped: bool) -> None:
+    file = as_pickle(folder, zipped)
+    hostile = file.read_bytes().replace(b"ctorch._utils\n_rebuild", b"c" + b"[" * 100_000 + b"\n_rebuild", 1)
+    if zipped:
+        with zipfile.ZipFile(file, "w") as packed:
+            packed.writestr("model/data.pkl", b"\x80\x02c" + b"[" * 100_000 + b"\nx\n.")
+            packed.writestr("model/version", b"3\n")
+    else:
+        file.write_bytes(hostile)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"holds more than tensors: it asks for '\[\[\["):
+        GPT.from_pretrained(folder)
+    assert time.process_time() - start < 5  # PyTorch takes minutes
+
+
+def test_a_whole_pickled_model_is_refused(folder: Path) -> None:
+    as_pickle(folder)
+    torch.save(torch.nn.Linear(2, 2), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds more than tensors: it asks for"):
+        GPT.from_pretrained(folder)
 
 
 def test_a_negated_view_in_a_pickle_keeps_its_sign(folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gptcore import precision
 from gptcore.config import GPTConfig
@@ -101,7 +102,7 @@ def from_pretrained(
     files = _open_weights(folder)
     _check_layers(config, folder, files)
     try:
-        with torch.device("meta"):  # no memory, and no draws from the random generator
+        with torch.device("meta"), _NoInitialization():  # no memory, and no draws from the random generator
             model = cls(config)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{folder}: no tensor can have these sizes: {config}") from error
@@ -109,6 +110,15 @@ def from_pretrained(
     if not torch.cuda.is_available():  # where the model will compute is not known yet
         precision.warn_if_slow(model.wte.weight.dtype, "cpu", "load the model with dtype=torch.float32")
     return model.eval()
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Leave out torch.nn.init: on the meta device it does nothing, but imports torch._dynamo, which takes seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def load_config(name_or_path: PathLike, **overrides: Any) -> GPTConfig:

@@ -6,7 +6,9 @@ of `TensorFile`; and `close`. None is memory-mapped: a file that shrinks under a
 
 from __future__ import annotations
 
+import io
 import os
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterable
@@ -38,7 +40,7 @@ def weight_files(folder: Path) -> list[Path]:
             if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
                 raise ValueError(f"{folder / index} should hold a weight_map from names of tensors to names of files")
             names = sorted(set(shards.values()))
-            if outside := [name for name in names if Path(name).name != name or "\0" in name]:
+            if outside := [name for name in names if Path(name).name != name or not name.isprintable()]:
                 raise ValueError(f"{folder / index} names {outside[0]!r}, which is not a file beside it")
             if absent := [name for name in names if not os.path.lexists(folder / name)]:
                 raise FileNotFoundError(
@@ -64,6 +66,11 @@ def open_weights(path: Path) -> TensorFile | PickleFile | TensorFlowFile:
     return PickleFile(path) if path.suffix == ".bin" else TensorFile(path)
 
 
+_NOT_READ = "it is not read further, as a pickle can run programs. Use a copy in safetensors"
+_TENSORS_NEED = r"(torch|collections)[\w.]{,60} \w{1,60}"  # module and name
+_LEGACY_PICKLES = 5  # in a file of torch.save before PyTorch 1.6: magic number, version, machine, tensors, storages
+
+
 class PickleFile:
     """A file of torch.save, read by torch.load with weights_only: anything but tensors by name is refused.
 
@@ -73,17 +80,15 @@ class PickleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with open_file(path) as file:
-            _refuse_compressed(path, file)
+            _refuse_programs(path, file)
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:
                 # Damage raises errors of any type. PyTorch's texts advise weights_only=False, and are not repeated.
                 asked = re.search(r"GLOBAL ([\w.]+)", str(error))
                 reason = f"holds more than tensors: it asks for {asked[1]}" if asked else "is cut off or damaged"
-                raise ValueError(
-                    f"{path} {reason}; it is not read further, as a pickle can run programs. Use a copy in safetensors"
-                ) from error
-        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+                raise ValueError(f"{path} {reason}; {_NOT_READ}") from error
+        if not isinstance(state, dict) or not all(isinstance(key, str) and key.isprintable() for key in state):
             raise ValueError(f"{path} should hold a dict of tensors by name")
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor):
@@ -114,17 +119,33 @@ class PickleFile:
         self._tensors.clear()
 
 
-def _refuse_compressed(path: Path, file: BinaryIO) -> None:
-    """Raise ValueError for a zip file that unpacks to more than its size: torch.save never compresses."""
-    if file.read(4) == b"PK\3\4":
-        try:
-            parts = zipfile.ZipFile(file).infolist()
-        except Exception as error:  # zipfile raises errors of many types for damaged files
-            raise ValueError(f"{path} is cut off or damaged: it is not a whole zip file") from error
-        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-            raise ValueError(f"{path} is a compressed zip file, which torch.save never writes; it is not read")
-        if sum(part.file_size for part in parts) > os.fstat(file.fileno()).st_size:
-            raise ValueError(f"{path} is damaged: the parts of the zip file are larger than the whole")
+def _refuse_programs(path: Path, file: BinaryIO) -> None:
+    """Raise ValueError for pickles that name anything outside of torch, and for zip files that unpack to more.
+
+    torch.load would refuse most of these, but takes quadratic time to say so, and unpacks before it looks.
+    """
+    try:
+        if file.read(4) == b"PK\3\4":
+            archive, size = zipfile.ZipFile(file), os.fstat(file.fileno()).st_size
+            parts = archive.infolist()
+            if (
+                any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+                or sum(p.file_size for p in parts) > size
+            ):
+                raise ValueError(f"{path} is a compressed zip file, which torch.save never writes; it is not read")
+            pickles = [io.BytesIO(archive.read(part)) for part in parts if part.filename.endswith(".pkl")]
+        else:
+            file.seek(0)
+            pickles = [file] * _LEGACY_PICKLES
+        for opened in pickles:
+            for opcode, argument, _ in pickletools.genops(opened):
+                if opcode.name in ("GLOBAL", "INST") and not re.fullmatch(_TENSORS_NEED, argument):
+                    wanted = argument.replace(" ", ".")
+                    raise ValueError(f"{path} holds more than tensors: it asks for {wanted!r:.60}; {_NOT_READ}")
+    except Exception as error:  # zipfile and pickletools raise errors of many types for damaged files
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path} is cut off or damaged; {_NOT_READ}") from error
     file.seek(0)
 
 

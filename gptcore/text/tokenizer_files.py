@@ -76,7 +76,7 @@ def _library(what: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise ValueError(f"{what}: {error}") from error
+        raise ValueError(f"{what}: {str(error)!r:.300}") from error
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
