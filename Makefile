@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make check   style and types
 # make bench   how fast it is here, in under ten minutes; make bench-full for benchmarks/results, with more rounds
+# make fuzz    damaged and hostile files against every reader, for GPTCORE_FUZZ_SECONDS (60)
 # make asan    the native tests under AddressSanitizer and UBSan
 # make sweep   what needs large packages (TensorFlow checkpoints, llama.cpp running our GGUF files), and every mutant of the
 #              CUDA kernels
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/*.* kernels/*/*.*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test check bench bench-full asan sweep clean
+.PHONY: demo test check bench bench-full fuzz asan sweep clean
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
 test: .venv/installed
@@ -23,6 +24,8 @@ bench: .venv/installed
 bench-full: .venv/installed
 	$(BIN)/python -m benchmarks --full --output benchmarks/results
 	$(BIN)/python -m benchmarks.report
+fuzz: .venv/installed
+	GPTCORE_FUZZ_SECONDS=$${GPTCORE_FUZZ_SECONDS:-60} $(BIN)/python -m pytest -n auto tests/test_fuzz.py
 asan: .venv/installed
 	bash tests/sanitize.sh
 sweep: .venv/installed

@@ -277,7 +277,7 @@ def test_a_changed_file_is_read_or_refused_by_name(tmp_path: Path, reader: Reade
     deadline = time.monotonic() + SECONDS / len(READERS)
     everything = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
-    @settings(max_examples=100 if SECONDS else 25, deadline=None, database=None, suppress_health_check=everything,
+    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=everything,
               phases=[Phase.generate, Phase.shrink] if SECONDS else [Phase.generate])  # fmt: skip
     @given(data=st.data())
     def once(data: Any) -> None:
