@@ -133,14 +133,15 @@ def _refuse_programs(path: Path, file: BinaryIO) -> None:
                 or sum(p.file_size for p in parts) > size
             ):
                 raise ValueError(f"{path} is a compressed zip file, which torch.save never writes; it is not read")
-            pickles = [io.BytesIO(archive.read(part)) for part in parts if part.filename.endswith(".pkl")]
+            names = [part.filename for part in parts if part.filename.endswith(".pkl")]
+            pickles: list[BinaryIO] = [io.BytesIO(archive.read(name)) for name in names]
         else:
             file.seek(0)
             pickles = [file] * _LEGACY_PICKLES
         for opened in pickles:
             for opcode, argument, _ in pickletools.genops(opened):
-                if opcode.name in ("GLOBAL", "INST") and not re.fullmatch(_TENSORS_NEED, argument):
-                    wanted = argument.replace(" ", ".")
+                if opcode.name in ("GLOBAL", "INST") and not re.fullmatch(_TENSORS_NEED, str(argument)):
+                    wanted = str(argument).replace(" ", ".")
                     raise ValueError(f"{path} holds more than tensors: it asks for {wanted!r:.60}; {_NOT_READ}")
     except Exception as error:  # zipfile and pickletools raise errors of many types for damaged files
         if str(path) in str(error):
