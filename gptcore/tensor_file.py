@@ -95,13 +95,14 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """Return a whole tensor."""
         dtype, shape, offset = self.entries[name]
-        return self._fill(torch.empty(shape, dtype=dtype), offset)
+        return self._fill(torch.empty(shape, dtype=dtype, device="cpu"), offset)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return tensor[start:stop] for 0 <= start <= stop <= rows."""
         dtype, shape, offset = self.entries[name]
         row = math.prod(shape[1:])
-        return self._fill(torch.empty((stop - start, *shape[1:]), dtype=dtype), offset + start * row * dtype.itemsize)
+        part = torch.empty((stop - start, *shape[1:]), dtype=dtype, device="cpu")
+        return self._fill(part, offset + start * row * dtype.itemsize)
 
     @torch.no_grad()
     def copy_to(self, name: str, target: Tensor) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
+import errno
 import io
-import json
 import math
 import os
 import random
 import shutil
+import signal
 import threading
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,148 +19,23 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from tiny import Batch, collate, losses, rows, same, tiny_model, tiny_trainer, weights
 
 from gptcore import ops
 from gptcore.config import GPTConfig
 from gptcore.model import GPT, GPTOutput
-from gptcore.training.arguments import TrainingArguments, lr_at
-from gptcore.training.callbacks import ProgressLine, TrainerCallback, read_log
-from gptcore.training.checkpoint import CheckpointError, list_checkpoints
+from gptcore.training.arguments import TrainingArguments
+from gptcore.training.callbacks import ProgressLine, TrainerCallback
+from gptcore.training.checkpoint import list_checkpoints
 from gptcore.training.plan import flops_per_token
+from gptcore.training.signals import TrainingInterrupted
 from gptcore.training.state import NonFiniteError
-from gptcore.training.trainer import Trainer, make_optimizer
-
-Batch = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More only wait for each other with models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def collate(rows: list[torch.Tensor]) -> Batch:
-    """Rows of different lengths, padded on the right."""
-    length = max(len(row) for row in rows)
-    ids = torch.stack([F.pad(row, (0, length - len(row))) for row in rows])
-    mask = torch.stack([F.pad(torch.ones_like(row), (0, length - len(row))) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids}
-
-
-def rows(count: int, seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, 9, (count,), generator=generator).tolist()
-    return [torch.randint(0, 32, (length,), generator=generator) for length in lengths]
-
-
-def tiny_model(dropout: float = 0.1, **changes: Any) -> GPT:
-    torch.manual_seed(1)
-    shape: dict[str, Any] = {"vocab_size": 32, "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2}
-    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
-    return GPT(GPTConfig(**(shape | drops | changes)))
-
-
-def tiny_trainer(
-    folder: Path, callbacks: Any = (), model: GPT | None = None, data: Any = None, **changes: Any
-) -> Trainer:
-    args: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_steps": 0}
-    args |= {"logging_steps": 1, "disable_tqdm": True}
-    data = rows(22) if data is None else data
-    return Trainer(
-        model or tiny_model(),
-        TrainingArguments(str(folder), **args | changes),
-        data,
-        rows(10, seed=9),
-        collate,
-        callbacks=callbacks,
-    )
-
-
-def weights(model: GPT) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def losses(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in entry.items() if k != "tokens_per_second"} for entry in read_log(folder / "log.jsonl")]
+from gptcore.training.trainer import Trainer, _epoch_order, make_optimizer
 
 
 class Gradients(TrainerCallback):
     def on_step_end(self, trainer: Trainer) -> None:
         self.taken = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
-
-
-# ---- arguments and schedule ------------------------------------------------------------------------------------------
-
-
-def test_defaults_are_those_of_hugging_face() -> None:
-    assert dataclasses.asdict(TrainingArguments("out")) == {
-        "output_dir": "out", "overwrite_output_dir": False, "num_train_epochs": 3.0, "max_steps": -1,
-        "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "gradient_accumulation_steps": 1,
-        "learning_rate": 5e-5, "lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.0, "adam_beta1": 0.9,
-        "adam_beta2": 0.999, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "logging_steps": 500, "eval_steps": None,
-        "save_steps": 500, "save_total_limit": None, "seed": 42, "bf16": False, "disable_tqdm": False,
-    }  # fmt: skip
-    assert all(field.metadata["help"] for field in dataclasses.fields(TrainingArguments))
-    assert TrainingArguments(Path("out"), num_train_epochs=2).num_train_epochs == 2.0  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("per_device_train_batch_size", 0), ("per_device_eval_batch_size", -1), ("gradient_accumulation_steps", 0),
-        ("max_steps", 0), ("max_steps", -2), ("num_train_epochs", 0.0), ("num_train_epochs", math.nan),
-        ("learning_rate", 0.0), ("learning_rate", math.inf), ("lr_scheduler_type", "cosin"), ("warmup_steps", -1),
-        ("weight_decay", -0.1), ("adam_beta1", 1.0), ("adam_beta2", -0.1), ("adam_epsilon", 0.0),
-        ("max_grad_norm", -1.0), ("logging_steps", -1), ("eval_steps", 0), ("save_steps", -5), ("save_total_limit", 0),
-        ("seed", -1), ("seed", 2**32),
-    ],
-)  # fmt: skip
-def test_wrong_values_are_named(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name} .*{value}"):
-        TrainingArguments("out", **{name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("max_steps", 1.5), ("eval_steps", 0.1), ("bf16", "yes"), ("learning_rate", "1")]
-)
-def test_wrong_types_are_named(name: str, value: Any) -> None:
-    with pytest.raises(TypeError, match=f"{name} should be of type .* not {value!r}"):
-        TrainingArguments("out", **{name: value})
-
-
-def schedule(kind: Any, warmup: int, total: int) -> list[float]:
-    args = TrainingArguments("out", learning_rate=1.0, lr_scheduler_type=kind, warmup_steps=warmup)
-    return [lr_at(step, args, total) for step in range(total)]
-
-
-@pytest.mark.parametrize("folder", [None, 3, ""])
-def test_output_dir_is_a_path(folder: Any) -> None:
-    with pytest.raises(TypeError, match=f"output_dir should be the path of a folder, not {folder!r}"):
-        TrainingArguments(folder)
-
-
-def test_schedules() -> None:
-    assert schedule("linear", 0, 4) == [1, 0.75, 0.5, 0.25]
-    assert schedule("linear", 3, 8) == pytest.approx([0.25, 0.5, 0.75, 1, 0.8, 0.6, 0.4, 0.2])
-    assert schedule("constant", 1, 4) == [0.5, 1, 1, 1]
-    assert schedule("cosine", 0, 4) == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
-
-
-@given(st.sampled_from(["linear", "cosine", "constant"]), st.integers(1, 200), st.data())
-def test_schedule_rises_then_falls_and_is_never_zero(kind: str, total: int, data: st.DataObject) -> None:
-    warmup = data.draw(st.integers(0, total - 1))
-    lrs = schedule(kind, warmup, total)
-    assert all(0 < lr <= 1 for lr in lrs)
-    assert lrs[warmup] == 1
-    assert lrs[: warmup + 1] == sorted(lrs[: warmup + 1])
-    assert lrs[warmup:] == sorted(lrs[warmup:], reverse=True)
 
 
 # ---- the arithmetic of a step ----------------------------------------------------------------------------------------
@@ -434,128 +307,58 @@ def test_data_that_cannot_be_are_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
-# ---- the folder and the log ------------------------------------------------------------------------------------------
+# ---- steps without a target ------------------------------------------------------------------------------------------
 
 
-def test_output_dir_of_an_earlier_run(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "checkpoint-best").mkdir()
-    tiny_trainer(tmp_path, save_steps=3).train()
-    with pytest.raises(FileExistsError, match=r"checkpoint-3, checkpoint-6, log.jsonl.*overwrite_output_dir=True"):
-        tiny_trainer(tmp_path, save_steps=3).train()
-    tiny_trainer(tmp_path, save_steps=4, overwrite_output_dir=True, max_steps=4).train()
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-4", "checkpoint-best", "log.jsonl", "notes.txt"]
-    assert [entry["step"] for entry in losses(tmp_path)] == [1, 2, 3, 4]
-    (tmp_path / "checkpoint-2").mkdir()  # of another program
-    with pytest.raises(FileExistsError, match=r"checkpoint-2 has no manifest.json"):
-        tiny_trainer(tmp_path, overwrite_output_dir=True).train()
+def test_steps_without_a_target_are_skipped_and_counted(tmp_path: Path) -> None:
+    """A row of one token has no target. In an epoch of 6 steps of one row, two have none; resumed or not."""
+    data = [torch.arange(i, i + (1 if i in (2, 5) else 4)) for i in range(6)]
+    settings: Any = {"data": data, "per_device_train_batch_size": 1, "max_steps": 9, "logging_steps": 1}
+    order = [int(i) for epoch in range(2) for i in _epoch_order(6, 42, epoch)][:9]
+    skipped = [step for step, i in enumerate(order, start=1) if i in (2, 5)]
+    updates: list[int] = []
 
-
-def test_log_has_each_step_once_after_resuming(tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    tiny_trainer(whole, eval_steps=2, logging_steps=3, max_steps=11).train()
-    assert [entry["step"] for entry in losses(whole)] == [2, 3, 4, 6, 8, 9, 10, 11]
-    assert ["loss" in entry for entry in losses(whole)] == [False, True, False, True, False, True, False, True]
-
-    class Stop(TrainerCallback):
+    class Record(TrainerCallback):
         def on_step_end(self, trainer: Trainer) -> None:
-            if trainer.state.global_step == 8:
-                raise RuntimeError("power cut")
+            updates.append(trainer.state.global_step)
 
-    parts = tmp_path / "parts"
-    with pytest.raises(RuntimeError, match="power cut"):
-        tiny_trainer(parts, [Stop()], eval_steps=2, logging_steps=3, max_steps=11, save_steps=5).train()
-    with open(parts / "log.jsonl", "a") as file:
-        file.write('{"step": 8, "los')
-    assert [entry["step"] for entry in losses(parts)] == [2, 3, 4, 6]
-    tiny_trainer(parts, eval_steps=2, logging_steps=3, max_steps=11).train(resume_from_checkpoint=True)
-    assert losses(parts) == losses(whole)
-    (parts / "log.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"log.jsonl, line 2 is not JSON"):
-        read_log(parts / "log.jsonl")
-
-
-def test_logged_loss_is_the_mean_over_labels_since_the_last_line(tmp_path: Path) -> None:
-    seen = []
-
-    class Collect(TrainerCallback):
-        def on_step_end(self, trainer: Trainer) -> None:
-            labels = sum(
-                trainer.count_targets(batch) for batch in trainer._micro_batches(trainer.state.global_step - 1)
-            )
-            seen.append((trainer.last_step["loss"], labels))
-
-    output = tiny_trainer(tmp_path, [Collect()], logging_steps=4).train()
-    means = [sum(x * n for x, n in part) / sum(n for _, n in part) for part in (seen[:4], seen[4:], seen)]
-    assert [entry["loss"] for entry in losses(tmp_path)] == pytest.approx(means[:2])
-    assert output.training_loss == output.metrics["train_loss"] == pytest.approx(means[2])
-    assert output.global_step == 6
-    assert output.metrics["tokens_per_second"] > 0
-    assert output.metrics["epoch"] == 1.0
-
-
-def test_not_finite_in_the_log_is_null(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, max_steps=1, eval_steps=1, save_steps=1)
-    trainer.evaluate = lambda: {"eval_loss": math.nan, "perplexity": math.inf}  # type: ignore[method-assign]
-    trainer.train()
-    (entry,) = [
-        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    whole = tiny_trainer(tmp_path / "whole", [Record()], **settings)
+    whole.train()
+    assert updates == [step for step in range(1, 10) if step not in skipped]
+    log = losses(tmp_path / "whole")
+    assert [entry["step"] for entry in log] == list(range(1, 10))
+    assert [entry.get("skipped_steps", 0) for entry in log] == [
+        sum(s <= step for s in skipped) for step in range(1, 10)
     ]
-    assert entry["eval_loss"] is entry["perplexity"] is None
-    assert trainer.state.best_step is None
+    assert all(math.isfinite(entry["loss"]) for entry in log if "loss" in entry)
+    assert {int(state["step"]) for state in whole.optimizer.state.values()} == {9 - len(skipped)}
+
+    for step in skipped:
+        folder = tmp_path / str(step)
+        tiny_trainer(folder, **settings | {"max_steps": step}, save_steps=step, lr_scheduler_type="constant").train()
+        resumed = tiny_trainer(folder, **settings, lr_scheduler_type="constant")
+        resumed.train(resume_from_checkpoint=True)
+        whole = tiny_trainer(tmp_path / f"{step} whole", **settings, lr_scheduler_type="constant")
+        whole.train()
+        assert same(weights(resumed.model), weights(whole.model))
+        assert losses(folder) == losses(tmp_path / f"{step} whole")
 
 
-# ---- resuming with other arguments -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def half(tmp_path: Path) -> Path:
-    tiny_trainer(tmp_path, save_steps=3, max_steps=3, lr_scheduler_type="constant").train()
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size 4 -> 2"),
-        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps 1 -> 3"),
-        ({"seed": 7}, "seed 42 -> 7"),
-        ({"data": rows(21)}, "examples 22 -> 21"),
-        ({"data": rows(22, seed=5)}, "sha256 of the last batches"),
-    ],
-)
-def test_other_data_position_is_an_error(half: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=f"cannot be resumed with other data or batches: .*{message}"):
-        tiny_trainer(half, lr_scheduler_type="constant", **changes).train(resume_from_checkpoint=True)
-
-
-def test_other_course_is_a_warning_with_every_difference(half: Path) -> None:
-    model = tiny_model(dropout=0.2)
-    with pytest.warns(UserWarning, match=r"learning_rate 0.01 -> 0.1; .*embd_pdrop 0.1 -> 0.2"), ops.use("torch"):
-        tiny_trainer(half, model=model, learning_rate=0.1, lr_scheduler_type="constant").train(
-            resume_from_checkpoint=True
-        )
-
-
-def test_longer_runs_and_other_cadences_are_free(half: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        changes = {
-            "logging_steps": 2,
-            "eval_steps": 3,
-            "save_steps": 2,
-            "save_total_limit": 1,
-            "lr_scheduler_type": "constant",
-        }
-        tiny_trainer(half, **changes).train(resume_from_checkpoint=True)
-    assert [path.name for path in list_checkpoints(half)] == ["checkpoint-6"]
-
-
-def test_longer_decay_is_a_warning(tmp_path: Path) -> None:
-    tiny_trainer(tmp_path, save_steps=3, max_steps=3).train()
-    with pytest.warns(UserWarning, match="total_steps 3 -> 6"):
-        tiny_trainer(tmp_path).train(resume_from_checkpoint=True)
-    assert tiny_trainer(tmp_path, max_steps=3).train(resume_from_checkpoint=True).global_step == 3  # nothing left to do
+def test_micro_batches_without_a_target_are_left_out(tmp_path: Path) -> None:
+    """Their mean is 0 / 0 in models that take no care of it."""
+    model = tiny_model(dropout=0.0)
+    model.register_forward_hook(
+        lambda module, args, kwargs, output: output._replace(
+            loss=output.loss * (math.nan if model.count_targets(kwargs) == 0 else 1.0)
+        ),
+        with_kwargs=True,
+    )
+    data = [torch.arange(1), torch.arange(4), torch.arange(3), torch.arange(1)]
+    sizes: Any = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 1}
+    output = tiny_trainer(tmp_path / "a", model=model, data=data, **sizes).train()
+    sizes = {"per_device_train_batch_size": 4, "max_steps": 1}
+    whole = tiny_trainer(tmp_path / "b", model=tiny_model(dropout=0.0), data=data, **sizes).train()
+    assert output.training_loss == pytest.approx(whole.training_loss, rel=1e-6)
 
 
 # ---- what is told ----------------------------------------------------------------------------------------------------
@@ -595,6 +398,61 @@ def test_progress(tmp_path: Path) -> None:
     assert "left" in said[False]
     assert "step 4/4" in said[True]
     assert "tokens/s" in said[True]
+
+
+class Broken(io.StringIO):
+    """A stream that takes some characters, and then raises."""
+
+    def __init__(self, error: Exception, after: int, terminal: bool) -> None:
+        super().__init__()
+        self.error, self.left, self.terminal = error, after, terminal
+
+    def write(self, text: str) -> int:
+        self.left -= len(text)
+        if self.left < 0:
+            raise self.error
+        return len(text)
+
+    def fileno(self) -> int:  # for rich, which on a closed pipe replaces it by /dev/null and exits
+        raise io.UnsupportedOperation("fileno")
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("after", [0, 1200])
+@pytest.mark.parametrize(
+    "error",
+    [BrokenPipeError(errno.EPIPE, "closed"), OSError(errno.ENOSPC, "full"), ValueError("closed file")],
+    ids=lambda error: type(error).__name__,
+)
+def test_output_that_cannot_be_written_does_not_end_a_run(
+    tmp_path: Path, error: Exception, after: int, terminal: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(file=Broken(error, after, terminal), force_terminal=terminal, width=120)
+    steps: Any = {"max_steps": 12, "logging_steps": 1, "eval_steps": 6, "save_steps": 6}
+    trainer = tiny_trainer(tmp_path, [ProgressLine(console)], **steps)
+    assert trainer.train().global_step == 12
+    assert console.quiet
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-12"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_closed_stderr_does_not_keep_a_signal_from_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.EBADF, "closed")
+
+    class Signal(TrainerCallback):
+        def on_step_end(self, trainer: Trainer) -> None:
+            if trainer.state.global_step == 3:
+                monkeypatch.setattr(os, "write", closed)
+                os.kill(os.getpid(), signal.SIGTERM)
+                monkeypatch.undo()
+
+    with pytest.raises(TrainingInterrupted) as caught:
+        tiny_trainer(tmp_path, [Signal()]).train()
+    assert caught.value.checkpoint.name == "checkpoint-3"
 
 
 def test_silence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

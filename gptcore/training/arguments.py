@@ -91,7 +91,7 @@ def _plain_number(value: Any, kind: Any) -> Any:
         try:
             return float(value)
         except OverflowError:
-            return value  # an int above 1e308, which the limits name
+            return math.inf if value > 0 else -math.inf  # type: ignore[operator]  # an int of 309 digits
     takes_int = kind is int or (isinstance(kind, types.UnionType) and int in get_args(kind))
     return int(value) if takes_int and isinstance(value, numbers.Integral) else value
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from gptcore.files import PathLike, atomic_file, entry, open_file, parse_json
+from gptcore.files import PathLike, atomic_file, entry, make_folder, open_file, parse_json
 from gptcore.output import SteadyOutput
 
 if TYPE_CHECKING:
@@ -75,19 +76,38 @@ class LogFile:
     """log.jsonl, open for appending after the entries of steps up to `last_step`; later ones are dropped."""
 
     def __init__(self, path: PathLike, last_step: int) -> None:
+        self.path = Path(path)
         entries = read_log(path, skip_damage=True) if os.path.lexists(path) else []
         with atomic_file(path) as aside:
             aside.write_text("".join(_line(line) for line in entries if line["step"] <= last_step), encoding="utf-8")
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
+        self._open()
+
+    def _open(self) -> None:
+        make_folder(self.path.parent)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Write one line, so that readers and a kill of this process find it whole."""
-        self._file.write(_line(entry))
-        self._file.flush()
+        self._reopen_if_deleted(entry["step"])
+        try:
+            self._file.write(_line(entry))
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def sync(self) -> None:
         """Flush to the disk, before a checkpoint that relies on the lines up to its step."""
         os.fsync(self._file.fileno())
+
+    def _reopen_if_deleted(self, step: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
+                return
+        warnings.warn(
+            f"{self.path} was deleted or replaced during training: lines before step {step} are lost", stacklevel=3
+        )
+        self._file.close()
+        self._open()
 
     def close(self) -> None:
         self._file.close()
@@ -100,49 +120,77 @@ def _line(entry: Mapping[str, Any]) -> str:
 
 
 class ProgressLine(TrainerCallback):
-    """On a terminal one live line with step, loss, learning rate, tokens/s and time left; else a line per log entry."""
+    """On a terminal one live line with step, loss, learning rate, tokens/s and time left; else a line per log entry.
+
+    Output that cannot be written, to a closed pipe or a full disk, ends the output and never the run.
+    """
+
+    REFRESH = 0.25  # seconds
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=SteadyOutput())  # type: ignore[arg-type]
         self.live: Progress | None = None
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        self.console.print(trainer.plan(), highlight=False, markup=False, soft_wrap=True)
+        self._print(trainer.plan())
         self.started, self.first_step = time.perf_counter(), trainer.state.global_step
         if self.console.is_terminal:
             self.live = Progress(
                 TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"),
-                console=self.console, refresh_per_second=4,
+                console=self.console, auto_refresh=False,  # in no thread of its own, where errors cannot be caught
             )  # fmt: skip
             self.task = self.live.add_task("", total=trainer.total_steps, completed=self.first_step)
-            self.live.start()
+            self.refreshed = -math.inf
+            with self._output():
+                self.live.start()
 
     def on_step_end(self, trainer: Trainer) -> None:
-        if self.live is not None:
-            logs = trainer.last_step
-            text = f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {logs['tokens_per_second']:,.0f} tokens/s"
-            self.live.update(
-                self.task, completed=trainer.state.global_step, description=f"{text}  {self._left(trainer)} left"
-            )
+        logs = trainer.last_step
+        if self.live is None or not logs or time.perf_counter() < self.refreshed + self.REFRESH:
+            return
+        self._show(trainer)
+        self.refreshed = time.perf_counter()
 
     def on_log(self, trainer: Trainer, logs: dict[str, Any]) -> None:
         shown = [f"step {logs['step']}/{trainer.total_steps}"]
         formats = {"loss": ".4f", "eval_loss": ".4f", "learning_rate": ".2e", "tokens_per_second": ",.0f"}
         shown += [f"{name} {logs[name]:{form}}" for name, form in formats.items() if name in logs]
         if self.live is None:
-            self.console.print("  ".join([*shown, f"{self._left(trainer)} left"]), highlight=False, soft_wrap=True)
+            self._print("  ".join([*shown, f"{self._left(trainer)} left"]))
         elif "eval_loss" in logs:
-            self.console.print("  ".join(shown), highlight=False)
+            self._print("  ".join(shown))
 
     def on_save(self, trainer: Trainer, checkpoint: Path) -> None:
-        self.console.print(f"saved {checkpoint}", highlight=False, markup=False, soft_wrap=True)
+        self._print(f"saved {checkpoint}")
 
     def on_train_end(self, trainer: Trainer) -> None:
         if self.live is not None:
-            self.live.stop()
+            if trainer.last_step:
+                self._show(trainer)
+            with self._output():
+                self.live.stop()
             self.live = None
+
+    def _show(self, trainer: Trainer) -> None:
+        logs = trainer.last_step
+        text = f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {logs['tokens_per_second']:,.0f} tokens/s"
+        with self._output():
+            assert self.live is not None
+            description = f"{text}  {self._left(trainer)} left"
+            self.live.update(self.task, completed=trainer.state.global_step, description=description, refresh=True)
+
+    def _print(self, text: str) -> None:
+        with self._output():
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def _output(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, SystemExit):  # SystemExit is what rich makes of a closed pipe
+            self.console.quiet = True
 
     def _left(self, trainer: Trainer) -> str:
         done, left = trainer.state.global_step - self.first_step, trainer.total_steps - trainer.state.global_step
         seconds = int((time.perf_counter() - self.started) / max(1, done) * left)
-        return str(datetime.timedelta(seconds=seconds))
+        return str(datetime.timedelta(seconds=min(seconds, 10**10)))

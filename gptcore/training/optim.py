@@ -96,7 +96,7 @@ class AdamW(torch.optim.Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         norms: list[Tensor] = [run(gradients) for run, _, gradients in self._alike("grad_norm", parameters)]
         if not norms:
-            return torch.zeros((), dtype=torch.float64, device="cpu")
+            return torch.zeros((), dtype=torch.float64, device=parameters[0].device)
         return norms[0] if len(norms) == 1 else torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
 
     @torch.no_grad()

@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import platform
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +20,8 @@ from torch import nn
 
 from gptcore import _C, ops
 from gptcore.data.datasets import fingerprint_of
-from gptcore.files import PathLike, absolute, check_replaceable, entry, from_json
+from gptcore.files import PathLike, absolute, check_replaceable, entry, from_json, remove, temporary_name
+from gptcore.hf.pretrained import PICKLES, SAFETENSORS
 from gptcore.training import checkpoint
 from gptcore.training.arguments import TrainingArguments
 from gptcore.training.checkpoint import CheckpointError
@@ -52,7 +55,7 @@ def choose_checkpoint(folder: Path, resume_from: Literal[True] | PathLike) -> Pa
         return checkpoint.newest_checkpoint(folder)
     path = absolute(resume_from)
     checkpoint.verify_checkpoint(path)
-    if _is_in(path, folder) and path.name != (newest := checkpoint.newest_checkpoint(folder)).name:
+    if is_in(path, folder) and path.name != (newest := checkpoint.newest_checkpoint(folder)).name:
         raise CheckpointError(
             f"{path} is not the newest checkpoint of its run, {newest} is whole: two courses of one run would "
             "be mixed up; choose another output_dir, or delete the newer checkpoints"
@@ -61,29 +64,69 @@ def choose_checkpoint(folder: Path, resume_from: Literal[True] | PathLike) -> Pa
 
 
 def earlier_run(folder: Path, resumed: Path | None, overwrite: bool) -> list[Path]:
-    """Checkpoints and log of another run in `folder`, to be deleted before this one starts.
+    """What another run or model left in `folder`, to be deleted before this run starts.
 
     Raises FileExistsError if there are any without `overwrite`, or a foreign checkpoint-N or a log.jsonl that is not a
     regular file is in the way.
     """
     check_replaceable(folder / "log.jsonl")
-    inside = resumed is not None and _is_in(resumed, folder)
+    inside = resumed is not None and is_in(resumed, folder)
     checkpoint.check_unobstructed(folder, checkpoint.checkpoint_step(resumed) if inside and resumed else -1)
     if inside:
         return []
     earlier = [*checkpoint.list_checkpoints(folder), *folder.glob("log.jsonl")]
-    if earlier and not overwrite:
-        held = f"{folder} holds an earlier run ({', '.join(path.name for path in earlier[:4])})"
+    model = model_files(folder)
+    if (earlier or model) and not overwrite:
+        what = "an earlier run" if earlier else "a model"
+        held = f"{folder} holds {what} ({', '.join(path.name for path in [*earlier, *model][:4])})"
         if resumed is not None:
-            raise FileExistsError(
-                f"{held}, and {resumed} is not one of its checkpoints: delete that run with overwrite_output_dir=True, "
-                "or choose another output_dir"
-            )
-        raise FileExistsError(
-            f"{held}: resume it with resume_from_checkpoint=True, delete it with overwrite_output_dir=True, "
-            "or choose another output_dir"
-        )
+            held += f", and {resumed} is not one of its checkpoints"
+        elif checkpoint.list_checkpoints(folder):
+            held += "; resume it with resume_from_checkpoint=True"
+        raise FileExistsError(f"{held}; delete it with overwrite_output_dir=True, or choose another output_dir")
     return earlier
+
+
+def model_files(folder: PathLike) -> list[Path]:
+    """The files by which a folder holds a model, whoever wrote it."""
+    names = ["config.json", "hparams.json", *SAFETENSORS, *PICKLES]
+    return [path for name in names if os.path.lexists(path := Path(folder, name))]
+
+
+def check_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Raise CheckpointError if the tokenizer cannot be saved in `folder`, which is left as it is."""
+    aside = temporary_name(folder / "tokenizer")
+    try:
+        aside.mkdir()
+        tokenizer.save_pretrained(aside)
+    except Exception as error:
+        raise CheckpointError(f"the {type(tokenizer).__name__} cannot be saved in {folder}: {error}") from error
+    finally:
+        remove(aside)
+
+
+def check_room(folder: Path, model: nn.Module, saves: bool) -> None:
+    """Raise CheckpointError if a checkpoint will not fit on the disk; warn if none may have to be saved."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    moments = sum(parameter.numel() * (12 if parameter.itemsize == 2 else 8) for parameter in trained)
+    needed = moments + sum(tensor.nbytes for tensor in checkpoint.named_tensors(model).values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        text = f"a checkpoint takes {needed:,} bytes, but only {free:,} are free in {folder}; make room there"
+        if saves:
+            raise CheckpointError(f"{text}, or choose another output_dir")
+        warnings.warn(f"{text}: if training is interrupted, it cannot be saved", stacklevel=4)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError for a model whose checkpoints would not hold all of its parameters."""
+    stored = checkpoint.named_tensors(model)
+    held = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    if absent := [name for name, parameter in model.named_parameters() if id(parameter) not in held]:
+        raise ValueError(
+            f"{absent[0]} is a parameter of the model, but not in its state_dict ({len(stored)} tensors), so that a "
+            "checkpoint could not restore it"
+        )
 
 
 def delete_run(paths: Iterable[Path]) -> None:
@@ -92,10 +135,10 @@ def delete_run(paths: Iterable[Path]) -> None:
         if path.is_dir():
             checkpoint.remove_checkpoint(path)
         else:
-            path.unlink()
+            remove(path)
 
 
-def _is_in(path: Path, folder: Path) -> bool:
+def is_in(path: Path, folder: Path) -> bool:
     return path.parent.resolve() == folder.resolve()  # a link there is of this run, too
 
 
@@ -155,6 +198,12 @@ def compare(path: Path, saved: Description, now: Description, args: TrainingArgu
     if changes["warn"]:
         text = f"from {path} the run takes another course than it would have: {'; '.join(changes['warn'])}"
         warnings.warn(text, stacklevel=5)
+    if "fingerprint" in saved["data"] and is_sampled(now["data"]["fingerprint"]):
+        warnings.warn(
+            f"train_dataset has no attribute `fingerprint`: {SAMPLED} of its {now['data']['examples']} examples are "
+            f"those of {path}, but a change of the others goes unnoticed",
+            stacklevel=5,
+        )
 
 
 # ---- the data --------------------------------------------------------------------------------------------------------

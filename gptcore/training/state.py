@@ -88,7 +88,7 @@ class UnreadSteps:
 
         So the weights stay those before the first bad step until `read` raises.
         """
-        self.found_inf = torch.maximum(self.found_inf, (~torch.isfinite(loss + grad_norm)).float())
+        self.found_inf = torch.maximum(self.found_inf, 1.0 - torch.isfinite(loss + grad_norm).float())
         return self.found_inf
 
     def due(self) -> bool:

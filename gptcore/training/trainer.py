@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,6 +88,8 @@ class Trainer:
         precision.warn_if_slow(dtype, self.device, "use float32: bf16=False (--no-bf16), or model.float()")
         self.state = TrainerState()
         self.last_step: dict[str, float] = {}
+        self._newest: Path | None = None  # the checkpoint of this step
+        self._checked = False  # whether batches are the same the second time
 
     @property
     def own_model(self) -> nn.Module:
@@ -128,6 +131,8 @@ class Trainer:
                 log.close()
                 self._call("on_train_end")
                 self.optimizer.zero_grad()
+            if signals:  # during the last save, say
+                raise TrainingInterrupted(self._newest or self._save_checkpoint(None))
         state, means = self.state, self.state.total.means()
         metrics = {"train_loss": means.pop("loss"), **means, "train_runtime": state.total.seconds, "epoch": state.epoch}
         return TrainOutput(state.global_step, metrics["train_loss"], metrics)
@@ -153,19 +158,20 @@ class Trainer:
                     loss_sum += loss.detach()
 
             # An update with the gradients' norm clipped, which the device skips unless loss and norm are finite
+            grad_norm = optimizer.global_norm()
             if targets > 0:
-                grad_norm = optimizer.global_norm()
                 clip = clip_factor(grad_norm, args.max_grad_norm)
                 optimizer.step(grad_scale=clip, found_inf=unread.check(loss_sum, grad_norm))
-                unread.steps.append(StepResult(step + 1, tokens, targets, lr, loss_sum, grad_norm))
             else:
                 self._skip(step + 1, tokens)
+            unread.steps.append(StepResult(step + 1, tokens, targets, lr, loss_sum, grad_norm))
 
-            interrupted, due = bool(signals), functools.partial(self._due, step + 1)
+            due = functools.partial(self._due, step + 1)
             log_due, eval_due, save_due = due(args.logging_steps), due(args.eval_steps), due(args.save_steps)
-            if unread.due() or log_due or eval_due or save_due or interrupted or step + 1 == self.total_steps:
-                self._read()  # the only place that waits for the device
+            if unread.due() or log_due or eval_due or save_due or step + 1 == self.total_steps:
+                self._read()  # waits for the device
             state.global_step, state.epoch = step + 1, (step + 1) / self.steps_per_epoch
+            self._newest = None
             if targets > 0:
                 self._call("on_step_end")
 
@@ -177,7 +183,9 @@ class Trainer:
                 log.append(entry)
                 self._call("on_log", entry)
 
+            interrupted = bool(signals)
             if interrupted or save_due:
+                self._read()
                 log.sync()
                 path = self._save_checkpoint(entry.get("eval_loss"))
             if interrupted:
@@ -250,6 +258,10 @@ class Trainer:
                 f"bf16=True computes in bfloat16 with float32 weights, but the model has {', '.join(wrong)}; "
                 "with bf16=False it is trained in its own dtype, and AdamW keeps the weights in float32 beside it"
             )
+        if self.tokenizer is not None and not hasattr(self.tokenizer, "save_pretrained"):
+            kind = type(self.tokenizer).__name__
+            raise TypeError(f"tokenizer is a {kind} without save_pretrained, which each checkpoint needs; leave it out")
+        resume.check_model(self.own_model)
         if args.warmup_steps >= self.total_steps:
             raise ValueError(f"warmup_steps is {args.warmup_steps}, but the run has only {self.total_steps} steps")
 
@@ -260,7 +272,7 @@ class Trainer:
         """
         path = None
         self.state, self.optimizer = TrainerState(), make_optimizer(self.model, self.args)
-        self.unread, self.last_step = UnreadSteps(self.device), {}
+        self.unread, self.last_step, self._newest = UnreadSteps(self.device), {}, None
         if resume_from:
             path = resume.choose_checkpoint(self.folder, resume_from)
             state, saved = resume.read_state(path)
@@ -271,14 +283,39 @@ class Trainer:
             self.state = state
         else:
             seed_everything(self.args.seed)
+        resume.check_room(self.folder, self.own_model, self.args.save_steps > 0)
+        if self.tokenizer is not None:
+            resume.check_tokenizer(self.folder, self.tokenizer)
         resume.delete_run(earlier)
         self._rotate()  # which a kill may have prevented
 
     def _description(self, step: int) -> resume.Description:
-        with own_randomness(self.args.seed):  # the last batches stand for all of the data and the collator
-            data: dict[str, Any] = {"examples": len(self.train_dataset)}
-            data["sha256 of the last batches"] = resume.digest(self._micro_batches(step - 1))
+        data = {
+            "examples": len(self.train_dataset),
+            "fingerprint": self._fingerprint,
+            "sha256 of the last batches": self._digest(step - 1),
+        }
         return resume.describe_run(self.args, self.own_model, data, self.total_steps, self.device)
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        with own_randomness(self.args.seed):
+            return resume.fingerprint(self.train_dataset, functools.partial(self._collate, self.train_dataset))
+
+    def _digest(self, step: int) -> str:
+        """SHA-256 of the batches of a step, without a trace in the random generators."""
+        with own_randomness(self.args.seed):
+            return resume.digest(self._micro_batches(step))
+
+    def _check_repeatable(self, step: int) -> None:
+        """Warn at the first save if the batches of a step are others the second time."""
+        if self._digest(step) != self._digest(step):
+            warnings.warn(
+                "train_dataset or data_collator returns other batches for the same indices the second time, as with a "
+                "random generator of its own: this run's checkpoints cannot be resumed. Draw from the global "
+                "generators of PyTorch, NumPy or Python, whose state checkpoints hold",
+                stacklevel=4,
+            )
 
     def _micro_batches(self, step: int) -> list[Batch]:
         """The batches of one update: a pure function of the step, the seed and the dataset."""
@@ -345,8 +382,8 @@ class Trainer:
 
     def _log_entry(self) -> dict[str, Any]:
         """Means since the last line in the log, and the rest of the last step."""
-        means, self.state.window = self.state.window.means(), Sums()
-        entry: dict[str, Any] = self.last_step | {name: mean for name, mean in means.items() if not math.isnan(mean)}
+        numbers, self.state.window = self.last_step | self.state.window.means(), Sums()
+        entry: dict[str, Any] = {name: value for name, value in numbers.items() if not math.isnan(value)}
         if self.state.skipped_steps:
             entry["skipped_steps"] = self.state.skipped_steps
         return entry
@@ -364,9 +401,13 @@ class Trainer:
             and (state.best_metric is None or eval_loss < state.best_metric)
         ):
             state.best_metric, state.best_step = eval_loss, state.global_step
+        if not self._checked:
+            self._check_repeatable(state.global_step - 1)
+            self._checked = True
         content = {"state": dataclasses.asdict(state), **self._description(state.global_step)}
         checkpoint.save_checkpoint(path, self.own_model, self.optimizer, content, self.tokenizer)
         self._rotate()
+        self._newest = path
         self._call("on_save", path)
         return path
 
