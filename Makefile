@@ -1,18 +1,21 @@
-# make demo    train a small GPT and look at what it writes
+# make demo    train a small GPT for three minutes, and show what it writes
+# make quick   a sample of the tests, between edits: does not rebuild the native modules
 # make test    the whole test suite
 # make check   style and types
-# make bench   how fast it is here, in under ten minutes; make bench-full for benchmarks/results, with more rounds
+# make bench   time everything against PyTorch, in about ten minutes; make bench-full for benchmarks/results, more rounds
 # make fuzz    damaged and hostile files against every reader, for GPTCORE_FUZZ_SECONDS (60)
 # make asan    the native tests under AddressSanitizer and UBSan
-# make sweep   what needs large packages (TensorFlow checkpoints, llama.cpp running our GGUF files), and every mutant of the
-#              CUDA kernels
+# make sweep   tests that need large packages (TensorFlow, llama.cpp), and every mutant of the CUDA kernels
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/*.* kernels/*/*.*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test check bench bench-full fuzz asan sweep clean
+.PHONY: demo quick test check bench bench-full fuzz asan sweep clean
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
+quick:
+	@test -x $(BIN)/pytest || $(MAKE) .venv/installed
+	$(BIN)/python -m pytest -n auto --dist worksteal --quick
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
 check: .venv/installed

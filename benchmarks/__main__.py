@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import report, tables
 
 HERE = Path(__file__).parent
 NOTHING_SELECTED = 5  # pytest's exit status
@@ -47,10 +47,10 @@ def main() -> int:
             found = subprocess.run([*command, *rest], check=False).returncode
             status = status or (found if found != NOTHING_SELECTED else 0)
             if part.exists():
-                parts.append(report.load(part))
+                parts.append(tables.load(part))
     if not parts:
         return status or NOTHING_SELECTED
-    report.present(report.joined(parts), Path(args.output))
+    report.present(tables.joined(parts), Path(args.output))
     return status
 
 

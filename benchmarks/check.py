@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import COMMITTED, Results, elsewhere, load
+from benchmarks.tables import COMMITTED, Results, elsewhere, load
 
 ALLOWED = 0.15
 KIND = "isa", "threads"  # of machine

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import measure, report
+from benchmarks import measure, tables
 from benchmarks.measure import Limit, Run, seconds
 from gptcore.files import write_json
 
@@ -74,8 +74,8 @@ def compare(benchmark: Any, record: Callable[..., None]) -> Callable[..., None]:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     environment: dict[str, Any] = config.stash[ENVIRONMENT]
-    results: report.Results = {
-        "schema": report.SCHEMA,
+    results: tables.Results = {
+        "schema": tables.SCHEMA,
         **environment,
         "limits": measure.limits(),
         "rows": config.stash[ROWS],

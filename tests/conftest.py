@@ -28,6 +28,29 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+CASES = 2  # of each test function, with --quick
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help=f"run {CASES} cases of each test, and none marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --quick keep the first, the last and evenly spread cases of each test function."""
+    if not config.getoption("quick"):
+        return
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept: dict[int, pytest.Item] = {}  # by identity, each once
+    for cases in functions.values():
+        cases = [case for case in cases if case.get_closest_marker("slow") is None]
+        step = max(1, -(-(len(cases) - 1) // (CASES - 1)))
+        kept |= {id(case): case for case in [*cases[::step], *cases[-1:]]}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = kept.values()
+
+
 pytest.register_assert_rewrite("grid", "tiny_run", "test_tensor_file")
 from grid import BACKENDS, NATIVE, running  # noqa: E402  (imports gptcore, so after what must be said first)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import check, goals, measure, report
+from benchmarks import charts, check, goals, measure, readme, report, tables
 from benchmarks.measure import Limit, Spread, row, spread, verdict
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 def results_of(*rows: dict[str, Any]) -> dict[str, Any]:
     return {
-        "schema": report.SCHEMA,
+        "schema": tables.SCHEMA,
         **measure.environment(),
         "limits": {"copy": {"unit": "B/s", "rate": [30e9, 29e9, 31e9], "rounds": 3}},
         "rows": list(rows),
@@ -105,24 +105,22 @@ def test_goals_are_about_the_rows_they_name() -> None:
     [(0.00123456, "s", "1.23 ms"), (0.0999, "s", "99.9 ms"), (0.9999, "s", "1.00 s"), (171e9, "FLOP/s", "171 GFLOP/s")],
 )
 def test_quantity(value: float, unit: str, text: str) -> None:
-    assert report.quantity(value, unit) == text
+    assert tables.quantity(value, unit) == text
 
 
 def test_tables_say_what_is_met_missed_and_lost_in_the_spread() -> None:
     results = results_of(gelu_row([0.010] * 3, [0.043] * 3))
-    _, cells = report.table(results)
+    _, cells = tables.table(results)
     assert cells[2:] == [
         "10.0 ms", "43.0 ms, PyTorch", "4.30 x (4.30 to 4.30)", "84 % (84 to 84) of copy", "4 x met; 85 % missed",
     ]  # fmt: skip
-    assert report.shortfalls(results)[0] == "1 of 2 goals met"
-    assert "84.00 of 85 %" in report.shortfalls(results)[1]
+    assert tables.shortfalls(results)[0] == "1 of 2 goals met"
+    assert "84.00 of 85 %" in tables.shortfalls(results)[1]
     slow = results_of(gelu_row([0.010] * 3, [0.030] * 3))
-    assert report.shortfalls(slow)[1].endswith("3.00 of 4 x; the whole of copy would be 3.57 x")
-    assert report.shortfalls(slow)[2].endswith("84.00 of 85 %")
-    twice = {**results, "rows": [results["rows"][0], {**slow["rows"][0], "group": "another"}, results["rows"][0]]}
-    assert "| 4.30 | 84 % of copy | 2 of 4 |" in report.summary(twice), "rows of a group that do not follow each other"
-    assert "no difference beyond the spread" in report.times([1.02, 0.97, 1.05])
-    assert "no difference" not in report.times([1.06, 1.02, 1.1])
+    assert tables.shortfalls(slow)[1].endswith("3.00 of 4 x; the whole of copy would be 3.57 x")
+    assert tables.shortfalls(slow)[2].endswith("84.00 of 85 %")
+    assert "no difference beyond the spread" in tables.times([1.02, 0.97, 1.05])
+    assert "no difference" not in tables.times([1.06, 1.02, 1.1])
 
 
 def test_what_is_missed_names_what_stops_it() -> None:
@@ -134,50 +132,85 @@ def test_what_is_missed_names_what_stops_it() -> None:
     rest = attention("rest of attention, forward", 0.010, 0.004, None)
     results = results_of(attention("attention forward", 0.010, 0.030, 80.0), rest)
     words = "3.00 of 3.3 x; the whole of matmul bfloat16 and the rest as it is alone would be 2.50 x"
-    assert report.shortfalls(results)[1].endswith(words)
-    assert report.shortfalls(results_of(results["rows"][0]))[1].endswith("the whole of matmul bfloat16 would be 3.75 x")
+    assert tables.shortfalls(results)[1].endswith(words)
+    assert tables.shortfalls(results_of(results["rows"][0]))[1].endswith("the whole of matmul bfloat16 would be 3.75 x")
     memory = {**rest, "group": "peak memory of a GPT-2 124M step float32", "case": "batch 4 x 256"}
-    assert report.shortfalls(results_of(memory))[1].endswith("0.40 of 1 x")
+    assert tables.shortfalls(results_of(memory))[1].endswith("0.40 of 1 x")
 
 
 def test_results_of_several_processes_are_joined() -> None:
     first, second = results_of(gelu_row([0.010], [0.043])), results_of(gelu_row([0.020], [0.050]))
     second["limits"] = {"copy": {"unit": "B/s", "rate": [20e9] * 3, "rounds": 9}, "read": first["limits"]["copy"]}
-    both = report.joined([first, second])
+    both = tables.joined([first, second])
     assert both["rows"] == first["rows"] + second["rows"]
     assert both["limits"] == second["limits"]  # more rounds
     assert both["date"] == first["date"]
 
 
 def test_insert_replaces_what_is_between_the_markers_and_nothing_else() -> None:
-    begin, end = report.MARKERS
+    begin, end = readme.BEGIN.format("part"), readme.END.format("part")
     text = f"before\n{begin}\nold\n{end}\nafter\n"
-    assert report.insert(text, "new \\1") == f"before\n{begin}\nnew \\1\n{end}\nafter\n"
-    assert report.insert(report.insert(text, "x"), "y") == report.insert(text, "y")
+    assert readme.insert(text, "part", "new \\1") == f"before\n{begin}\nnew \\1\n{end}\nafter\n"
+    assert readme.insert(readme.insert(text, "part", "x"), "part", "y") == readme.insert(text, "part", "y")
     for broken in ("nothing", f"{end}\n{begin}", text + begin):
         with pytest.raises(ValueError, match="once each"):
-            report.insert(broken, "new")
+            readme.insert(broken, "part", "new")
+
+
+def test_the_readme_shows_ratios_and_names_what_is_slower(tmp_path: Path) -> None:
+    def named(group: str, case: str, ours: float, theirs: float, against: str = "PyTorch") -> dict[str, Any]:
+        return {**gelu_row([ours] * 3, [theirs] * 3), "group": group, "case": case, "against": against, **extra}
+
+    extra = {"extra": {"D": 64, "S": 1024}, "limit": "copy"}
+    rows = [
+        named("attention forward + backward float32", "D=64 S=1024", 1.0, 1.5),
+        named("attention forward + backward bfloat16", "D=64 S=1024", 1.0, 3.0),
+        named("attention forward + backward bfloat16", "D=64 S=256", 1.0, 4.0),
+        named("attention forward float32", "D=128 S=4096", 1.0, 0.9),
+        named("attention forward bfloat16", "D=64 S=1024", 1.0, 0.5, against="ops.attention"),  # not another's code
+        named("GPT-2 124M training step float32", "batch 4 x 256", 2.0, 3.0, against="transformers"),
+        named("GPT-2 124M training step bfloat16 autocast", "batch 4 x 256", 2.0, 3.4, against="transformers"),
+    ]
+    results = {**results_of(*rows), "cpu": "CPU", "threads": 2, "isa": "avx512_bf16"}
+    text = readme.summary(results, tmp_path)
+    assert "| attention, forward + backward | 1.50 | 3.00 to 4.00 | PyTorch |" in text
+    assert "| GPT-2 124M training step | 1.50 | 1.70 | transformers |" in text
+    losses = "Slower than the reference on CPU, 2 threads, avx512-bf16: attention forward float32 (0.90 of PyTorch)."
+    assert losses in text
+    assert "3.00 to 4.00 times as fast as PyTorch's in bfloat16, 1.50 in float32 (CPU, 2 threads" in readme.claims(
+        results, tmp_path
+    )
+    charts.draw(results, tmp_path)
+    assert (tmp_path / "headline.png").stat().st_size > 10_000
+    charts.draw({**results, "rows": rows[:1]}, tmp_path / "nothing")
+    assert not (tmp_path / "nothing" / "headline.png").exists()
+
+
+def test_a_gpu_is_compared_with_our_faster_backend() -> None:
+    def row(name: str, ms: float | None) -> dict[str, Any]:
+        return {"op": "attention", "case": "c", "pass": "forward", "name": name, "ms": ms}
+
+    found = {"rows": [row("gptcore cuda", 2.0), row("gptcore triton", 1.0), row("SDPA flash", 3.0), row("x", None)]}
+    assert readme.gpu_ratios(found, "SDPA flash") == [3.0]
+    assert readme.gpu_ratios(found, "x") == []
 
 
 def test_load_refuses_another_schema(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"schema": 0}')
     with pytest.raises(ValueError, match="schema 0, expected 1"):
-        report.load(tmp_path / "results.json")
+        tables.load(tmp_path / "results.json")
 
 
 def test_committed_report_is_what_the_committed_results_say() -> None:
     """README.md and benchmarks/results/README.md are generated: editing them, or results without them, fails here."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    committed = report.COMMITTED / "results.json"
-    assert committed.exists() == (report.MARKERS[0] in readme), "results and the README's part come together"
-    if committed.exists():
-        results = report.load(committed)
-        assert not results["form"].startswith("toy")
-        assert report.insert(readme, report.summary(results)) == readme
-        more = report.on_other_machines(report.COMMITTED) + report.on_a_gpu(report.COMMITTED)
-        assert (report.COMMITTED / "README.md").read_text(encoding="utf-8") == report.full(results) + more
-    for other in report.elsewhere(report.COMMITTED):
-        assert other.with_name("README.md").read_text(encoding="utf-8") == report.full(report.load(other))
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = tables.load(tables.COMMITTED / "results.json")
+    assert not results["form"].startswith("toy")
+    assert readme.readme(page, results) == page
+    more = report.on_other_machines(tables.COMMITTED) + report.on_a_gpu(tables.COMMITTED)
+    assert (tables.COMMITTED / "README.md").read_text(encoding="utf-8") == report.full(results) + more
+    for other in tables.elsewhere(tables.COMMITTED):
+        assert other.with_name("README.md").read_text(encoding="utf-8") == report.full(tables.load(other))
 
 
 def test_the_results_of_another_machine(tmp_path: Path) -> None:
@@ -187,7 +220,7 @@ def test_the_results_of_another_machine(tmp_path: Path) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "results.json").write_text(json.dumps(results))
     assert "amx_bf16 kernels: [amx](amx/README.md), 0 of 2 goals met" in report.on_other_machines(tmp_path)
-    assert "amx_bf16 kernels: [amx](benchmarks/results/amx/README.md)" in report.summary(here, tmp_path)
+    assert "threads, amx-bf16](benchmarks/results/amx/README.md)" in readme.summary(here, tmp_path)
     assert check.like(there, tmp_path) == there
     assert check.like(here, tmp_path) == here
     assert report.on_other_machines(tmp_path / "amx") == ""
@@ -237,7 +270,7 @@ def python(*arguments: str, cwd: Path = ROOT) -> str:
 
 def test_every_benchmark_runs(tmp_path: Path) -> None:
     text = python("-m", "benchmarks", "--toy", "--output", str(tmp_path), "--deselect", "benchmarks/bench_memory.py")
-    results = report.load(tmp_path / "results.json")
+    results = tables.load(tmp_path / "results.json")
     groups = {line["group"] for line in results["rows"]}
     for kind in (
         "attention forward",

@@ -1,39 +1,34 @@
-"""What the README shows runs as written."""
+"""The README: its programs run as written, its commands and links exist, its lists are complete."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 
-from gptcore import Tokenizer, ops
+from gptcore import _C, Tokenizer, ops
 from gptcore.data.corpus import write_standard_library_corpus
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_attention():
+    names = {}
+    exec(BLOCKS[0], names)
+    q, k, v = (names[name].detach() for name in "qkv")
+    torch.testing.assert_close(names["out"], ops.attention(q, k, v, causal=True, backend="torch"))
 
 
 def test_training_and_generation(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPTCORE_CACHE", str(tmp_path))
     write_standard_library_corpus("train.txt")
-    exec(BLOCKS[0], {})
+    exec(BLOCKS[1], {})
     assert Path("out/checkpoint-100/model.safetensors").is_file()
     assert capsys.readouterr().out.rstrip().splitlines()[-1]
-
-
-def test_operations():
-    q, k, v = torch.randn(3, 2, 4, 16, 8).unbind()
-    update, x, h = torch.randn(3, 2, 16, 32).unbind()
-    qkv = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4)
-    names = {"q": q, "k": k, "v": v, "qkv": qkv, "update": update, "x": x, "h": h}
-    names |= {"weight": torch.ones(32), "bias": torch.zeros(32), "projection": torch.randn(48, 32)}
-    before = dict(names)
-    exec(BLOCKS[1], names)
-    torch.testing.assert_close(names["out"], ops.attention(q, k, v).transpose(1, 2))
-    torch.testing.assert_close(names["x"], before["update"] + before["x"])
-    assert names["h"].shape == before["h"].shape
-    assert names["z"].shape == (2, 16, 48)
 
 
 def test_from_gpt2_and_back(tmp_path, monkeypatch):
@@ -59,6 +54,34 @@ def test_from_gpt2_and_back(tmp_path, monkeypatch):
 def test_commands_exist():
     from gptcore.cli import make_parser
 
-    for line in re.findall(r"^gptcore .*$", README, re.MULTILINE):
+    commands = re.findall(r"^gptcore .*$", README, re.MULTILINE)
+    for line in commands:
         words = line.split("#")[0].replace('"Once upon a time"', "text").split()
         make_parser().parse(words[1:])
+    assert {line.split()[1] for line in commands} == set(make_parser().commands)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)]*)\)", text)
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        assert (ROOT / path).exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (ROOT / path or ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+def test_every_instruction_set_and_architecture_is_named():
+    architectures = re.search(r"GPTCORE_CUDA_SUPPORTED ([\d ]+)", (ROOT / "csrc/gpu/cuda.cmake").read_text())[1].split()
+    for name in [*_C.compiled_isas(), *(f"sm_{number}" for number in architectures)]:
+        assert re.search(rf"\b{name}\b", README), name
+
+
+def test_the_two_commands_come_first_and_no_percentage_is_above_100():
+    first_screen = "\n".join(README.splitlines()[:12])
+    assert "make demo " in first_screen
+    assert "make test " in first_screen
+    assert all(float(number) <= 100 for number in re.findall(r"([\d.]+) ?%", README))
