@@ -413,6 +413,16 @@ def test_a_damaged_line_of_the_log_does_not_block_resuming(two: Path, tmp_path: 
     assert losses(folder) == losses(two)
 
 
+@pytest.mark.parametrize("size", [1 << 21, 1 << 40])
+def test_a_log_with_a_hole_is_read_up_to_it(tmp_path: Path, size: int) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+    os.truncate(tmp_path / "log.jsonl", size)
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2 has 1,048,576 bytes or more"):
+        read_log(tmp_path / "log.jsonl")
+    with pytest.warns(UserWarning, match="line 2 has 1,048,576 bytes or more; nothing behind it is read"):
+        assert read_log(tmp_path / "log.jsonl", skip_damage=True) == [{"step": 1}]
+
+
 @pytest.mark.parametrize("end", ["null", "\0" * 20, "[", '{"step": 5}x\n', "{\n"])
 def test_a_damaged_end_of_the_log_is_not_taken_for_a_torn_line(tmp_path: Path, end: str) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')

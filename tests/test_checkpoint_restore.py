@@ -128,12 +128,12 @@ def test_compiled_models_have_the_names_of_plain_ones(tmp_path: Path, saved: str
 
 
 def test_no_second_copy_in_memory(tmp_path: Path) -> None:
-    model = nn.Linear(4096, 4096)  # 64 MB, and 128 MB of moments
+    model = nn.Linear(3072, 3072)  # 36 MB, and 72 MB of moments
     optimizer = stepped(model)
     save_checkpoint(tmp_path / "checkpoint-1", model, optimizer, {})
-    assert peak_growth(lambda: load_into(tmp_path / "checkpoint-1", model, optimizer)) < 24 << 20
+    assert peak_growth(lambda: load_into(tmp_path / "checkpoint-1", model, optimizer)) < 20 << 20
     shutil.rmtree(tmp_path / "checkpoint-1")
-    assert peak_growth(lambda: save_checkpoint(tmp_path / "checkpoint-1", model, optimizer, {})) < 24 << 20
+    assert peak_growth(lambda: save_checkpoint(tmp_path / "checkpoint-1", model, optimizer, {})) < 20 << 20
 
 
 def rewritten(path: Path, file: str, change: Callable[[dict[str, Any]], object]) -> None:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from gptcore.training.trainer import Trainer
 
 
+LINE_LIMIT = 1 << 20  # bytes of a line in log.jsonl
+
+
 class TrainerCallback:
     """Methods that the trainer calls; override what you need. `trainer` has model, args, state and the datasets.
 
@@ -54,21 +57,26 @@ def read_log(path: PathLike, skip_damage: bool = False) -> list[dict[str, Any]]:
 
     Raises ValueError, naming the line, for other damage; skip_damage: leaves such lines out, with a warning.
     """
-    with open_file(path) as file:
-        lines = file.read().splitlines(keepends=True)
     entries: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}, line {number}"
-        try:
-            values = parse_json(line, where)
-            entry(values, "step", int, where)
-            entries.append(values)
-        except ValueError as error:
-            torn = number == len(lines) and line.startswith(b"{") and not line.endswith(b"\n")
-            if not torn and not skip_damage:
-                raise
-            if not torn:
+    with open_file(path) as file:
+        number = 0
+        while line := file.readline(LINE_LIMIT):
+            number += 1
+            where = f"{path}, line {number}"
+            try:
+                if len(line) == LINE_LIMIT:
+                    raise ValueError(f"{where} has {LINE_LIMIT:,} bytes or more; nothing behind it is read")
+                values = parse_json(line, where)
+                entry(values, "step", int, where)
+                entries.append(values)
+            except ValueError as error:
+                if line.startswith(b"{") and not line.endswith(b"\n") and len(line) < LINE_LIMIT:
+                    break  # torn by a kill
+                if not skip_damage:
+                    raise
                 warnings.warn(f"{error}; the line is left out", stacklevel=2)
+                if len(line) == LINE_LIMIT:
+                    break
     return entries
 
 
