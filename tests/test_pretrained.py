@@ -297,7 +297,7 @@ def test_offline_by_the_environment(folder: Path, tmp_path: Path) -> None:
 )
 def test_saving_what_transformers_does_not_have_says_so(tmp_path: Path, settings: dict) -> None:
     model = GPT(dataclasses.replace(SMALL, **settings))
-    with pytest.warns(UserWarning, match="transformers has none that computes the same from these weights"):
+    with pytest.warns(UserWarning, match="transformers has no model that computes the same from these weights"):
         model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gptcore"
 

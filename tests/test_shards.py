@@ -150,7 +150,7 @@ def test_damage_to_other_files_is_found(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             read_shard(tmp_path / "bad", vocab_size=50257)
     (tmp_path / "bad").write_bytes(b"123")
-    with pytest.raises(ValueError, match="3 bytes are no whole number of uint16"):
+    with pytest.raises(ValueError, match="3 bytes are not a whole number of uint16"):
         read_shard(tmp_path / "bad", vocab_size=50257, format="nanogpt")
     with pytest.raises(ValueError, match=r"no format 'raw', only gptcore, llm\.c, nanogpt"):
         read_shard(tmp_path / "good", vocab_size=50257, format="raw")

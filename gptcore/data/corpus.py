@@ -19,8 +19,8 @@ _NO_DOCUMENTATION = {"test", "tests", "idlelib", "idle_test", "turtledemo", "lib
 def write_standard_library_corpus(path: PathLike) -> Path:
     """Write the topics of `help()` and the docstrings of the standard library as one UTF-8 text file; returns it.
 
-    Each topic and each module is a document; "<|endoftext|>" on a line of its own stands between two. The sources are
-    parsed, never run. A topic or docstring that occurs again is left out. The documents stand in the order of their
+    Each topic and each module is a document; "<|endoftext|>" on a line of its own separates two. The sources are
+    parsed, never run. A topic or docstring that occurs again is left out. The documents are in the order of their
     hashes: one Python always gives the same text, and its tail is a fair sample for validation. Takes seconds; the
     file is whole or absent.
 
@@ -45,7 +45,7 @@ def _parse(file: Path) -> ast.Module:
 
 
 def _topics(file: Path) -> Iterator[str]:
-    """The values of the one dictionary in pydoc_data/topics.py, which some distributions leave out."""
+    """Yield the values of the one dictionary in pydoc_data/topics.py, which some distributions leave out."""
     if file.is_file():
         for node in _parse(file).body:
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
@@ -54,7 +54,7 @@ def _topics(file: Path) -> Iterator[str]:
 
 
 def _modules(library: Path) -> Iterator[str]:
-    """For each module its docstrings, each under the name and the parameters of what it describes."""
+    """Yield the docstrings of each module, each under the name and the parameters of what it describes."""
     seen: set[str] = set()
     for file in sorted(library.rglob("*.py")):
         parts = file.relative_to(library).with_suffix("").parts
@@ -77,7 +77,7 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _docstrings(node: ast.Module | ast.ClassDef | _Function, name: str) -> Iterator[tuple[str, str]]:
-    """(heading, docstring) of a module, class or function and of all inside it, in the order of the source."""
+    """Yield (heading, docstring) of a module, class or function and of all inside it, in the order of the source."""
     if text := _clean(ast.get_docstring(node, clean=False) or ""):
         yield f"{name}({ast.unparse(node.args)})" if isinstance(node, _Function) else name, text
     for child in node.body:
@@ -86,5 +86,5 @@ def _docstrings(node: ast.Module | ast.ClassDef | _Function, name: str) -> Itera
 
 
 def _clean(text: str) -> str:
-    """Without indentation and the white space around; a NUL, which would make the file binary, spelt out."""
+    """Strip indentation and surrounding white space; spell out NULs, which would make the file binary."""
     return inspect.cleandoc(text).strip().replace("\0", r"\0")

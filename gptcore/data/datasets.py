@@ -1,7 +1,7 @@
-"""Token windows for training: text files to a checked cache of ids on the disk, and windows of these.
+"""Datasets of token windows: text files are encoded into a checked cache on the disk, which is read by windows.
 
 A file is a document; a literal "<|endoftext|>" inside it ends one document and begins the next, and a newline right
-after it is part of the separator. The tokenizer's end-of-text id, if it has one, stands after each document. All
+after it is part of the separator. The tokenizer's end-of-text id, if it has one, follows each document. All
 documents in the order given make one row of tokens, which is cut into windows of `block_size`; the tail that fills no
 window is dropped.
 
@@ -120,7 +120,7 @@ class TextDataset(TokenDataset):
     """Windows over text files: `ds[i]` holds tokens i * block_size to (i + 1) * block_size.
 
     The ids are those of the tokenizer's `encode` of each document. They are made once, in bounded memory, and kept in
-    `cache_file`, which TokenDataset reads too; nothing ever deletes it but you.
+    `cache_file`, which TokenDataset reads too. gptcore never deletes it.
 
     Attributes: as TokenDataset, and tokens (all ids, as a memory map), document_starts (int64, positions in tokens),
     cache_file.
@@ -188,7 +188,7 @@ class TextDataset(TokenDataset):
 
 
 def split(dataset: Dataset[Any], validation_fraction: float) -> tuple[Subset[Any], Subset[Any]]:
-    """The first windows of a dataset for training and the last ones for validation, as two views.
+    """Return the first windows of a dataset for training and the last ones for validation, as two views.
 
     The validation view has the nearest whole number of windows to the fraction, and at least one. Windows never
     overlap, so no token is in both; a document may go on from one view into the other. Raises ValueError if a view
@@ -205,9 +205,9 @@ def split(dataset: Dataset[Any], validation_fraction: float) -> tuple[Subset[Any
 
 
 def fingerprint_of(dataset: Any) -> str | None:
-    """SHA-256 of all items of a dataset: its `fingerprint`, or what follows for a torch Subset or ConcatDataset.
+    """Return the SHA-256 of all items of a dataset: its `fingerprint`, or one derived for a Subset or ConcatDataset.
 
-    Returns None for a dataset that does not say. Equal fingerprints mean equal items in the same order.
+    None means that the dataset has no fingerprint. Equal fingerprints mean equal items in the same order.
     """
     if isinstance(dataset, Subset):
         inner, indices = fingerprint_of(dataset.dataset), dataset.indices
@@ -224,10 +224,10 @@ def fingerprint_of(dataset: Any) -> str | None:
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """A permutation of range(length) that depends on the three numbers alone: the order of windows in an epoch.
+    """Return the order of windows in an epoch: a permutation of range(length) that follows from the three numbers.
 
-    It has a generator of its own, and takes only what NumPy promises to keep between versions (SeedSequence and the raw
-    stream of a bit generator, not `permutation`), so that a run can go on from its counters anywhere.
+    It uses only what NumPy keeps the same between versions (SeedSequence and the raw stream of a bit generator, not
+    `permutation`), so that a run can resume from its counters on any machine.
     """
     if length < 0 or seed < 0 or epoch < 0:
         raise ValueError(f"length, seed and epoch must not be negative: {length}, {seed}, {epoch}")
@@ -249,7 +249,7 @@ def _hashed(blocks: Iterable[bytes], digest: Any) -> Iterator[bytes]:
 
 
 def _encode(tokenizer: Tokenizer, paths: Sequence[Path], digests: Sequence[str]) -> Iterator[list[int] | None]:
-    """The ids of all documents, each with its end-of-text id and then None."""
+    """Yield the ids of all documents, each with its end-of-text id and then None."""
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for path, expected in zip(paths, digests, strict=True):
         read = hashlib.sha256()

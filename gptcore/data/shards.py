@@ -237,7 +237,7 @@ def _read_llmc(path: Path, file: BinaryIO, size: int) -> _Read:
 
 def _read_nanogpt(path: Path, file: BinaryIO, size: int) -> _Read:
     if size % 2:
-        raise ValueError(f"{path} is damaged: {size} bytes are no whole number of uint16 ids")
+        raise ValueError(f"{path} is damaged: {size} bytes are not a whole number of uint16 ids")
     return Shard(path.absolute(), 0, np.dtype("<u2"), size // 2, None, None, size), b"", None
 
 

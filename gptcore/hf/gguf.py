@@ -1,4 +1,4 @@
-"""Models in other programs' formats: GGUF for llama.cpp, and a folder that transformers opens."""
+"""Export models in other programs' formats: GGUF for llama.cpp, and a folder that transformers opens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def export_gguf(
         model's own, float64 as f32. Vectors and position embeddings are float32 always, as llama.cpp has them. A tied
         output projection is not written twice: llama.cpp takes the token embedding where there is no output.weight
         (since March 2025).
-    name: of the model, for people.
+    name: of the model, as llama.cpp shows it.
 
     Raises ValueError for a model or tokenizer that llama.cpp would compute something else with, and for a weight that
     does not fit into the dtype; ImportError without the package gguf.
@@ -127,7 +127,7 @@ def _check_model(config: GPTConfig, dtype: str) -> None:
 
 
 def _difference(config: GPTConfig) -> str:
-    """The settings that make a model something else than a GPT-2 as OpenAI published it; empty for one."""
+    """Return the settings that differ from those of GPT-2 as OpenAI published it; or an empty string."""
     published = GPTConfig()
     names = """
         norm_position position_embedding attention_window scale_attn_weights scale_attn_by_inverse_layer_idx

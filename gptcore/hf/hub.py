@@ -1,4 +1,4 @@
-"""Folders on this machine, and files of the Hugging Face Hub under the same kind of name."""
+"""Find a model folder on this machine, or by its name on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # "gpt2", "openai-community/gpt2"
 
 
 def find_folder(name_or_path: PathLike, patterns: Sequence[str]) -> Path:
-    """The folder `name_or_path` if there is one, else that in the cache of `huggingface_hub` with a Hub name's files.
+    """Return the folder `name_or_path` if it exists, else the one in `huggingface_hub`'s cache with a Hub name's files.
 
     Only a str can be a name. patterns: the files wanted, "*.safetensors" and the like; those that the Hub does not have
     are not there. HF_HOME says where the cache is; HF_HUB_OFFLINE=1 means to look nowhere else.
@@ -28,7 +28,7 @@ def find_folder(name_or_path: PathLike, patterns: Sequence[str]) -> Path:
         raise NotADirectoryError(f"{path} is {'a link that leads nowhere' if path.is_symlink() else 'not a folder'}")
     if not isinstance(name_or_path, str) or not _NAME.fullmatch(name_or_path):
         raise FileNotFoundError(f"there is no folder {path} (looked from {Path.cwd()})")
-    import huggingface_hub  # slow to import, and needed by few
+    import huggingface_hub  # slow to import, and rarely needed
 
     try:
         return Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=list(patterns)))

@@ -1,4 +1,4 @@
-"""Model folders: what transformers, the Hugging Face Hub and OpenAI keep models in, read and written.
+"""Read and write model folders in the layouts of transformers, the Hugging Face Hub and OpenAI.
 
 Written are config.json and model.safetensors, never a pickle. Read are these, model.safetensors.index.json with its
 shards, pytorch_model.bin (tensors only: torch.load refuses all else) and OpenAI's TensorFlow checkpoints of GPT-2.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 WeightFile = TensorFile | PickleFile | TensorFlowFile
 PREFIX = "transformer."  # before every name but lm_head.weight
 TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")  # (in, out) on disk
-BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|position_ids")  # what old versions of transformers saved too
+BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|position_ids")  # saved by old versions of transformers
 GPT1_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}  # and all others are GPT-2's
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights
 
@@ -56,7 +56,7 @@ def save_pretrained(model: GPT, directory: PathLike) -> None:
     _refuse("weights that are not finite", (name for name, tensor in state.items() if not tensor.isfinite().all()))
     if not (config.is_gpt1 or config.is_gpt2):
         warnings.warn(
-            f"{directory} is saved as a model of gptcore's own: transformers has none that computes the same from "
+            f"{directory} is saved as a model of gptcore's own: transformers has no model that computes the same from "
             "these weights (banded attention, sinusoidal positions and some settings of a GPT-1 are not in it)",
             stacklevel=2,
         )
@@ -82,7 +82,7 @@ def stored_as(model: GPT) -> dict[str, tuple[str, bool]]:
 def from_pretrained(
     cls: type[GPT], /, name_or_path: PathLike, *, dtype: torch.dtype | None = None, **overrides: Any
 ) -> GPT:
-    """A model that was saved by gptcore, by transformers (GPT-2 or GPT-1) or by OpenAI (GPT-2), in eval mode.
+    """Return a model that was saved by gptcore, by transformers (GPT-2 or GPT-1) or by OpenAI (GPT-2), in eval mode.
 
     name_or_path: a folder with config.json and weights in safetensors, one file or shards, or in pytorch_model.bin; a
         folder with OpenAI's TensorFlow checkpoint (needs tensorflow); or a name on the Hugging Face Hub, as "gpt2".
@@ -122,7 +122,7 @@ class _NoInitialization(TorchFunctionMode):
 
 
 def load_config(name_or_path: PathLike, **overrides: Any) -> GPTConfig:
-    """The config of a model folder, or of a name on the Hub, with some settings replaced."""
+    """Return the config of a model folder, or of a name on the Hub, with some settings replaced."""
     return _config(find_folder(name_or_path, ["config.json"]), overrides)
 
 

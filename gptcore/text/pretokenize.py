@@ -1,7 +1,7 @@
-"""Text on its way to a tokenizer: files, the documents in them, and pieces that can be encoded one by one.
+"""Split text before it is tokenized: into the documents of a file, and into pieces that are encoded one by one.
 
 `tokenizers` needs far more memory than the text that it is given, so that a long text goes to it a piece at a time. The
-ids must be those of the whole, so a text is cut where no token can go across, whatever stands before and after.
+ids must be those of the whole, so a text is cut only where no token can cross, whatever the text before and after.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from gptcore.files import PathLike, open_file
 
-END_OF_TEXT = "<|endoftext|>"  # stands after each document, and between the documents of a text file
-PIECE = 1 << 16  # characters that `tokenizers` sees as one text, where the text lets itself be cut
+END_OF_TEXT = "<|endoftext|>"  # follows each document, and separates the documents of a text file
+PIECE = 1 << 16  # characters that are encoded as one text, where the text can be cut
 _SAMPLE = 1 << 16  # bytes looked at to tell text from anything else
 
 BROKEN = re.compile("([\udc80-\udcff]+)")  # bytes that are not UTF-8, as "surrogateescape" decodes them
@@ -44,7 +44,7 @@ CHARACTERS = pre_tokenizers.Sequence(
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's visible stand-in for each byte: itself where Latin-1 shows it, else the next character from U+0100 on."""
+    """Return GPT-2's visible stand-in for each byte: itself if Latin-1 shows it, else one from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -81,10 +81,10 @@ def read_blocks(path: PathLike, size: int = 1 << 20) -> Iterator[bytes]:
 
 
 def split_documents(blocks: Iterable[bytes], separators: Iterable[str] = (END_OF_TEXT,)) -> Iterator[bytes | None]:
-    """The documents in a stream of bytes: some chunks, then None, for each.
+    """Yield the documents in a stream of bytes: some chunks, then None, for each.
 
-    A separator stands between two documents and belongs to neither, nor does a newline right after it. A document
-    without a byte is left out. How the stream is cut into blocks makes no difference to the documents.
+    A separator between two documents belongs to neither, nor does a newline right after it. Empty documents are left
+    out. How the stream is cut into blocks makes no difference to the documents.
     """
     names = sorted((name.encode() for name in separators), key=len, reverse=True)
     pattern = re.compile(b"(?:" + b"|".join(map(re.escape, names)) + rb")(?:\r?\n)?")
@@ -115,7 +115,7 @@ Cut = Callable[[str], int | None]
 
 
 def pieces(chunks: Iterable[bytes | None], cut: Cut) -> Iterator[str | None]:
-    """Documents that come in chunks, as from `split_documents`, as text in pieces, bad bytes as "surrogateescape".
+    """Yield documents that come in chunks, as from `split_documents`, as text in pieces, bad bytes escaped.
 
     cut: given the beginning of a text, of PIECE + 1 characters, or 2 * PIECE + 1 and so on where it returned None, the
         number of characters of the first piece. So where a text is cut depends on the text and not on the chunks.
@@ -144,7 +144,7 @@ def pieces(chunks: Iterable[bytes | None], cut: Cut) -> Iterator[str | None]:
 
 
 def end_of_a_word(beginning: str) -> int | None:
-    """The end of one of GPT-2's pre-tokens at which a text can be cut, whatever follows `beginning`; None if none is.
+    """Return the end of a pre-token of GPT-2 at which a text can be cut, whatever follows `beginning`, or None.
 
     None means that the first pre-token goes on to the last three characters or further.
     """
@@ -159,7 +159,7 @@ def end_of_a_word(beginning: str) -> int | None:
 
 
 def cut_in_word(word: str, model: models.BPE, longest: int, count: int = 8) -> int | None:
-    """A place in `word`, the beginning of a longer pre-token, which no token goes across, whatever follows; or None.
+    """Return a place in `word`, the beginning of a longer pre-token, that no token crosses, whatever follows; or None.
 
     model: its merges are in an order in which each comes after all that make its two halves.
     longest: bytes of its longest token.
@@ -195,6 +195,6 @@ def cut_in_word(word: str, model: models.BPE, longest: int, count: int = 8) -> i
 
 
 def in_order(merges: Sequence[Sequence[str]]) -> bool:
-    """Whether each merge comes after all that make its two halves."""
+    """Return whether each merge comes after all that make its two halves."""
     made = {left + right: rank for rank, (left, right) in enumerate(merges)}  # the last that makes each token
     return all(max(made.get(left, -1), made.get(right, -1)) < rank for rank, (left, right) in enumerate(merges))

@@ -1,10 +1,10 @@
-"""Text to token ids and back, for every string and every byte: byte-level BPE and characters, run by `tokenizers`.
+"""Convert text to token ids and back, for every string and every byte: byte-level BPE and characters.
 
-Both kinds are one model over bytes (Radford et al. 2019, section 2.2). The text is cut into pre-tokens: by GPT-2's
-regular expression (kind "bpe"), or at every character (kind "char"). A pre-token starts as its UTF-8 bytes, which
-merges join into longer tokens; a character that was seen in training is a token at once. All 256 bytes are tokens, so
-nothing is unknown. GPT-1's tokenizer (kind "gpt1") is read too, and is the one exception to all promises of a way back:
-it folds case, accents and white space, and what is not in its vocabulary becomes <unk>.
+`tokenizers` runs both kinds, one model over bytes (Radford et al. 2019, section 2.2). The text is cut into pre-tokens:
+by GPT-2's regular expression (kind "bpe"), or at every character (kind "char"). A pre-token starts as its UTF-8 bytes,
+which merges join into longer tokens; a character that was seen in training is a token at once. All 256 bytes are
+tokens, so every text can be encoded. GPT-1's tokenizer (kind "gpt1") is read too. It is the one that does not decode to
+the same text: it folds case, accents and white space, and text that is not in its vocabulary becomes <unk>.
 
 What `tokenizers` does not take is handled here. Bytes that are not UTF-8 become their byte tokens directly, and the
 valid text on either side is encoded by itself. A lone surrogate in a str is its three bytes of "surrogatepass", and a
@@ -225,7 +225,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, special ones included; the ids are 0 to vocab_size - 1."""
+        """Return the number of tokens, special ones included; the ids are 0 to vocab_size - 1."""
         return len(self._bytes)
 
     def __len__(self) -> int:
@@ -233,7 +233,7 @@ class Tokenizer:
 
     @property
     def eos_token(self) -> str | None:
-        """The special token that ends a text: what the files say, else "<|endoftext|>" if that is one here."""
+        """Return the special token that ends a text: what the files say, else "<|endoftext|>" if that is one here."""
         return self._eos_token
 
     @property
@@ -242,7 +242,7 @@ class Tokenizer:
 
     @property
     def pad_token(self) -> str | None:
-        """The special token that fills up a batch; None means the end-of-text token. Raises ValueError for others."""
+        """Return the special token that fills a batch; None means the end-of-text token. It must be special."""
         return self._pad_token
 
     @pad_token.setter
@@ -259,7 +259,7 @@ class Tokenizer:
         return token
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token as tokenizer.json spells it (a space is "Ġ"), or None."""
+        """Return the id of a token as tokenizer.json spells it (a space is "Ġ"), or None."""
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
@@ -274,7 +274,7 @@ class Tokenizer:
     def encode(
         self, text: str | bytes, allowed_special: bool | None = None, *, return_tensors: Literal["pt"] | None = None
     ) -> list[int] | torch.Tensor:
-        """The ids of a text; with return_tensors="pt" as an int64 tensor (1, length).
+        """Return the ids of a text; with return_tensors="pt" as an int64 tensor (1, length).
 
         Special tokens in it become their id if `allowed_special`; else they are plain text. None means what the class
         says, `special_in_text`.
@@ -296,7 +296,7 @@ class Tokenizer:
         return_offsets_mapping: bool = False,
         allowed_special: bool | None = None,
     ) -> dict[str, Any]:
-        """What a model takes, of one text or of several: ids, and a mask with 1 on tokens and 0 on padding.
+        """Return what a model takes, for one text or several: ids, and a mask with 1 on tokens and 0 on padding.
 
         Args:
             text: one text gives plain rows, several a list of rows; in tensors, both have a first dimension for them.
@@ -369,11 +369,11 @@ class Tokenizer:
         return in_original(found[: len(ids)], text, joined)
 
     def _split_special(self, data: bytes, allowed: bool | None) -> list[bytes]:
-        """Text, special token, text, ..., text; all of it text unless special tokens are allowed."""
+        """Return text, special token, text, ..., text; all of it is text unless special tokens are allowed."""
         return self._special.split(data) if (self.special_in_text if allowed is None else allowed) else [data]
 
     def encode_batch(self, texts: Iterable[str | bytes], allowed_special: bool | None = None) -> list[list[int]]:
-        """`encode` of each text, on several threads."""
+        """Return `encode` of each text, computed on several threads."""
         if isinstance(texts, str | bytes):
             raise TypeError("encode_batch takes a list of texts; encode takes one")
         split = [self._split_special(_to_bytes(text), allowed_special) for text in texts]
@@ -391,7 +391,7 @@ class Tokenizer:
         return results
 
     def encode_stream(self, chunks: Iterable[bytes | None]) -> Iterator[list[int] | None]:
-        """The ids of documents that come in chunks, as from `split_documents`: None ends a document, in and out.
+        """Yield the ids of documents that come in chunks, as from `split_documents`: None ends a document, in and out.
 
         A document's lists make up the ids of `encode` of all its bytes, wherever the chunks begin. Memory is bounded.
         A last document without its None is not finished: its end is still held back.
@@ -407,7 +407,7 @@ class Tokenizer:
         yield from self._encode_pieces(batch)
 
     def _cut(self, beginning: str) -> int | None:
-        """A place where no token goes across, whatever follows `beginning`; None if there is none to be found."""
+        """Return a place that no token crosses, whatever follows `beginning`, or None if no such place is found."""
         if self.kind == "char":
             return len(beginning) - 1
         end = len(beginning) - max(map(len, self._plain), default=0)  # an added token may go on after `beginning`
@@ -439,7 +439,7 @@ class Tokenizer:
             yield ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes of some ids. Raises ValueError for an id that is not in the vocabulary."""
+        """Return the exact bytes of some ids. Raises ValueError for an id that is not in the vocabulary."""
         numbers = [index(i) for i in ids]
         if numbers and not 0 <= min(numbers) <= max(numbers) < self.vocab_size:
             at, bad = next((at, i) for at, i in enumerate(numbers) if not 0 <= i < self.vocab_size)
@@ -450,14 +450,14 @@ class Tokenizer:
         return data
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of some ids. Bytes that are no text, such as half a character, are shown as U+FFFD."""
+        """Return the text of some ids. Bytes that are not UTF-8, such as half a character, are shown as U+FFFD."""
         if skip_special_tokens:
             special = set(self.special_tokens.values())
             ids = [i for i in map(index, ids) if i not in special]
         return self.decode_bytes(ids).decode("utf-8", "gptcore.surrogates_or_replace")
 
     def batch_decode(self, rows: Iterable[Iterable[int]], skip_special_tokens: bool = False) -> list[str]:
-        """`decode` of each row."""
+        """Return `decode` of each row."""
         return [self.decode(row, skip_special_tokens) for row in rows]
 
     def __repr__(self) -> str:

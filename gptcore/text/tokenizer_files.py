@@ -1,7 +1,6 @@
-"""The files that hold tokenizers, ours and others': what they say, and whether `Tokenizer` can read them exactly.
+"""Read the files of tokenizers, ours and others', and check that `Tokenizer` can reproduce their ids exactly.
 
-A tokenizer.json can describe tokenizers of very many kinds; all but the few that are known to the last setting are
-refused.
+A tokenizer.json can describe tokenizers of very many kinds. Only three are read, and any other setting is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from gptcore.text.pretokenize import (
     STAND_IN,
 )
 
-UNKNOWN = "<unk>"  # what GPT-1's vocabulary does not have
+UNKNOWN = "<unk>"  # stands for text that is not in GPT-1's vocabulary
 _SPECIAL_NAME = re.compile(r"<.+>|\[.+\]")  # "<s>", "[PAD]"
 _BYTE_LEVEL = (GPT2_WORDS, CHARACTERS)
 _OTHER_WORDS = (
@@ -171,7 +170,7 @@ def _check_ids(ids: Collection[int], count: int) -> None:
 
 
 def kind_of(state: dict[str, Any], vocab: dict[str, int]) -> str:
-    """ "bpe", "char" or "gpt1". Raises ValueError unless a tokenizer.json is one of these, to the last setting."""
+    """Return "bpe", "char" or "gpt1". Raises ValueError unless every setting of a tokenizer.json is one of these."""
     model = state["model"]
     if model["type"] != "BPE":
         raise ValueError(f"its model is {model['type']}, not a byte-level BPE")
