@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gptcore import ops
 from gptcore.ops import native
+from gptcore.ops.attention import Settings
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def check_attention(case: Attention, backend: str) -> None:
     found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for draw in range(25 if case.magnitude >= 1e3 or 0 < scores <= 64 else 1):
         case = replace(case, draw=draw)
-        run = there(functools.partial(ops.attention, return_lse=True), backend, **case.settings())
+        run = there(ops.attention_with_lse, backend, **case.settings())
         got = attention_results(run, case, case.dtype)
         assert got["out"].dtype == case.dtype
         assert got["lse"].dtype == F32
@@ -369,7 +370,7 @@ def test_attention_in_tf32(backend: str, lengths: tuple[int, int], head_dim: int
     case = Attention(lengths=lengths, head_dim=head_dim, heads=(4, 2), batch=2)
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
     try:
-        got = attention_results(functools.partial(ops.attention, return_lse=True, backend=backend), case, F32)
+        got = attention_results(functools.partial(ops.attention_with_lse, backend=backend), case, F32)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     ref, theirs = attention_expected(case)
@@ -440,7 +441,7 @@ def test_a_limit_beyond_every_key_is_no_limit(backend: str) -> None:
 def test_the_gradient_of_the_log_sum_exp_alone(backend: str) -> None:
     case = Attention(lengths=(65, 70), heads=(4, 2), window=(20, 0))
     q, k, v = leaves(*case.inputs()[:3])
-    ops.attention(q, k, v, **case.settings(), return_lse=True, backend=backend)[1].square().sum().backward()
+    ops.attention_with_lse(q, k, v, **case.settings(), backend=backend)[1].square().sum().backward()
     ref = leaves(*case.inputs()[:3], dtype=F64)
     attention_formula(case, *ref)[1].square().sum().backward()
     for ours, theirs in zip((q, k), ref, strict=False):
@@ -495,8 +496,8 @@ def test_attention_writes_every_element_and_nothing_else(compiled: str, head_dim
     q, k, v, grad_out = (randn(2, 2, n, head_dim, seed=s, dtype=dtype) for s, n in enumerate((67, 45, 45, 67)))
     (out, around_out), lse = poisoned(*q.shape, dtype=dtype), torch.full(q.shape[:3], math.nan)
     with threads(2):
-        settings = (None, None, 0.3, True, -1, -1, 0.0, 0, native.execution(compiled, q))
-    module = native.kernels(compiled, "attention")
+        settings = Settings(scale=0.3), native.execution(compiled, q)
+    module = native.module(compiled)
     module.attention_forward(q, k, v, out, lse, *settings)
     gradients, around = zip(*(poisoned(*t.shape, dtype=dtype) for t in (q, k, v)), strict=True)
     module.attention_backward(grad_out, None, q, k, v, out, lse, *gradients, *settings)

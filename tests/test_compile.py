@@ -29,7 +29,7 @@ PACKED = torch.tensor([0, 4, 9, 9, 18])
 CASES: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "attention": (lambda b, q, k, v: ops.attention(q, k, v, backend=b), QKV),
     "window and lse": (
-        lambda b, q, k, v: ops.attention(q, k, v, causal=False, window=(3, 1), scale=0.3, return_lse=True, backend=b),
+        lambda b, q, k, v: ops.attention_with_lse(q, k, v, causal=False, window=(3, 1), scale=0.3, backend=b),
         QKV,
     ),
     "documents": (lambda b, q, k, v: ops.attention(q, k, v, cu_seqlens=PACKED, backend=b), QKV),

@@ -148,7 +148,7 @@ Results = list[torch.Tensor]
 def attention(case: attention_grid.Attention, tf32: bool = False) -> Results:
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
     try:
-        run = functools.partial(ops.attention, return_lse=True, backend="simt", **case.settings())
+        run = functools.partial(ops.attention_with_lse, backend="simt", **case.settings())
         return list(attention_grid.attention_results(run, case, case.dtype).values())
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

@@ -28,8 +28,10 @@ def _forgetful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def failure(op: str, dtype: torch.dtype, run: Callable[..., Any] | None = None) -> str | None:
-    kernel = run or registry.BACKENDS["cpu"].implementations[op]
-    return verify.failure("cpu", op, TENSORS[op].to(dtype), kernel, registry.BACKENDS["torch"].implementations[op])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if run is not None:
+            monkeypatch.setitem(registry.BACKENDS["cpu"].implementations, op, run)
+        return verify.failure("cpu", registry.OPERATIONS[op], TENSORS[op].to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -22,7 +22,7 @@ def attention(
         torch.manual_seed(0)
         sizes = ((query_heads, query_len), (kv_heads, kv_len), (kv_heads, kv_len))
         q, k, v = (torch.randn(batch, *size, head_dim).to(dtype).requires_grad_() for size in sizes)
-        out, lse = ops.attention(q, k, v, return_lse=True, backend="simt", **options)
+        out, lse = ops.attention_with_lse(q, k, v, backend="simt", **options)
         loss = out.square().sum() + (lse[lse.isfinite()].sum() if lse_grad else 0)
         grads = torch.autograd.grad(loss, (q, k, v))
         return [out, lse, *grads]
@@ -39,7 +39,7 @@ def decode(dtype: torch.dtype, shape: tuple[int, ...], **options: Any) -> Call:
         torch.manual_seed(0)
         q = torch.randn(1, query_heads, query_len, head_dim).to(dtype)
         k, v = (torch.randn(1, 2, kv_len, head_dim).to(dtype) for _ in range(2))
-        return list(ops.attention(q, k, v, return_lse=True, backend="simt", **options))
+        return list(ops.attention_with_lse(q, k, v, backend="simt", **options))
 
     return call
 

@@ -59,8 +59,9 @@ def attend(
     cu = torch.arange(batch + 1) * length if documents else None
     seed = torch.tensor([2**40 + 1]) if dropout_p else None
     settings = (cu, cu, seed, 0.5, True, -1, -1, dropout_p)
-    out, lse = attention.forward(q, k, v, *settings)
-    attention.backward(out, None, q, k, v, out, lse, out, out, out, *settings)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    attention.forward(q, k, v, out, lse, settings)
+    attention.backward(out, None, q, k, v, out, lse, out, out, out, settings)
 
 
 def attend_in_tf32(head_dim: int) -> None:

@@ -1,10 +1,10 @@
-"""The operations that GPT is made of, one function each, the same whatever runs them.
+"""The operations of a GPT, one function each, with the same arguments and errors on every backend.
 
-`backends()` says what can run them here, and of what cannot, why; `use(name)` chooses for all calls to come or for a
-`with` block; the argument `backend=` chooses for one call.
+`backends()` lists the backends, and why any is unavailable; `use(name)` chooses one for the process or for a `with`
+block; the argument `backend=` chooses for one call.
 """
 
-from gptcore.ops.attention import attention, attention_qkvpacked
+from gptcore.ops.attention import attention, attention_qkvpacked, attention_with_lse
 from gptcore.ops.gelu import gelu
 from gptcore.ops.layer_norm import layer_norm
 from gptcore.ops.linear import linear
@@ -14,6 +14,7 @@ from gptcore.ops.registry import backends, chosen, in_use, use
 __all__ = [
     "attention",
     "attention_qkvpacked",
+    "attention_with_lse",
     "backends",
     "chosen",
     "gelu",

@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gptcore import _C
-from gptcore.ops import native, registry
+from gptcore.ops import arguments, native, registry
+from gptcore.ops.operation import Operation, Sample
 
 Boundaries = Tensor | tuple[Tensor, Tensor]
 
@@ -34,36 +35,6 @@ class Settings(NamedTuple):
 NO_LIMIT = 2**31 - 1  # keys on one side of a query: more than there can be, and far from overflowing int64
 
 
-@overload
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = ...,
-    scale: float | None = ...,
-    window: tuple[int, int] | None = ...,
-    cu_seqlens: Boundaries | None = ...,
-    dropout_p: float = ...,
-    return_lse: Literal[False] = ...,
-    deterministic: bool = ...,
-    backend: str | None = ...,
-) -> Tensor: ...
-@overload
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = ...,
-    scale: float | None = ...,
-    window: tuple[int, int] | None = ...,
-    cu_seqlens: Boundaries | None = ...,
-    dropout_p: float = ...,
-    return_lse: Literal[True],
-    deterministic: bool = ...,
-    backend: str | None = ...,
-) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -74,45 +45,56 @@ def attention(
     window: tuple[int, int] | None = None,
     cu_seqlens: Boundaries | None = None,
     dropout_p: float = 0.0,
-    return_lse: bool = False,
-    deterministic: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of every query to the keys that it may see.
+) -> Tensor:
+    """Return softmax(scale q k^T + mask) v: every query attends to the keys that the mask allows.
 
     Args:
         q: queries, (batch, query_heads, query_len, head_dim); head_dim at most 256. Any strides with a dense last
             dimension: slices of one fused projection need no copy.
         k, v: keys and values, (batch, kv_heads, kv_len, head_dim). query_heads is a multiple of kv_heads: query head h
             uses key-value head h // (query_heads / kv_heads), as in grouped-query attention.
-        causal: a query sees no key after its own position. Positions are aligned at the end: the last query stands at
-            the last key, whatever the two lengths.
+        causal: queries attend to no key after their own position. Positions are aligned at the end: the last query has
+            the position of the last key, whatever the two lengths.
         scale: factor of the scores; None is 1/sqrt(head_dim).
-        window: (left, right), how many keys on either side of its position a query sees; -1 is no limit.
-        cu_seqlens: documents that must not see each other: int32 or int64 boundaries over all tokens of the batch, row
-            after row, from 0 to batch x length, every row's end among them. A last value of `length` alone means the
-            same boundaries in every row. Or a pair, for queries and for keys: segment i of the queries sees segment i
-            of the keys. Positions are aligned at the end of each segment.
+        window: (left, right), how many keys on either side of its position a query attends to; -1 is no limit.
+        cu_seqlens: boundaries of packed documents, which do not attend to each other: int32 or int64 over all tokens of
+            the batch, row after row, from 0 to batch x length, every row's end among them. A last value of `length`
+            alone means the same boundaries in every row. Or a pair (cu_seqlens_q, cu_seqlens_k): document i of the
+            queries attends to document i of the keys. Positions are aligned at the end of each document.
         dropout_p: probability with which a softmax weight is dropped; the others are scaled by 1 / (1 - dropout_p).
-            Which are dropped is drawn from PyTorch's default generator and is the same for every backend.
-        return_lse: also return the log-sum-exp of each query's scores.
-        deterministic: the same input gives the same bits. Every backend here is deterministic with or without it.
-        backend: None chooses one; see `gptcore.ops.backends`.
+            PyTorch's default generator draws the seed; every backend drops the same weights.
+        backend: None chooses one; see `gptcore.ops.backends`. Every backend gives the same bits for the same input.
 
     Returns:
-        (batch, query_heads, query_len, head_dim), laid out so that `.transpose(1, 2).flatten(2)` is free; and, with
-        return_lse, float32 (batch, query_heads, query_len). A query that sees no key gets zeros and -inf.
+        (batch, query_heads, query_len, head_dim), laid out so that `.transpose(1, 2).flatten(2)` is a view. A query
+        that attends to no key gets zeros.
 
     Raises:
         ValueError: shapes, dtypes, strides or arguments that do not fit, with what was expected.
-        TypeError: an argument that must be a tensor, a number or a bool is none.
-        RuntimeError: the backend that was asked for cannot serve the call.
+        TypeError: an argument has the wrong type.
+        RuntimeError: the backend that was asked for cannot run the call.
     """
-    native.check_tensors(q=q, k=k, v=v)
-    native.check_flags(return_lse=return_lse, deterministic=deterministic)
-    q, k, v = native.cast_for_autocast(q, k, v)
-    out, lse = _run(q, k, v, None, causal, scale, window, cu_seqlens, dropout_p, backend)
-    return (out, lse) if return_lse else out
+    return _attend(q, k, v, causal, scale, window, cu_seqlens, dropout_p, backend)[0]
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    cu_seqlens: Boundaries | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `attention` and the log-sum-exp of each query's scores: float32 (batch, query_heads, query_len).
+
+    The log-sum-exp of a query that attends to no key is -inf. Arguments and errors are those of `attention`.
+    """
+    return _attend(q, k, v, causal, scale, window, cu_seqlens, dropout_p, backend)
 
 
 def attention_qkvpacked(
@@ -125,29 +107,28 @@ def attention_qkvpacked(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """`attention` of the q, k and v that one projection has made, whose gradient is one tensor, too.
+    """Return `attention` of the q, k and v that one projection computed; their gradient is one tensor, too.
 
-    The same numbers as of qkv.permute(2, 0, 3, 1, 4).unbind(0), but for that its gradient would be put together from
-    three.
+    The result equals that of qkv.permute(2, 0, 3, 1, 4).unbind(0), whose gradient would be put together from three.
 
     Args:
         qkv: (batch, length, 3, heads, head_dim).
         causal, scale, window, cu_seqlens, dropout_p, backend: as in `attention`.
 
     Returns:
-        (batch, length, heads, head_dim), dense: `.flatten(2)` is free.
+        (batch, length, heads, head_dim), dense: `.flatten(2)` is a view.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `attention` does.
     """
-    native.check_tensors(qkv=qkv)
+    arguments.check_tensors(qkv=qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}, expected (batch, length, 3, heads, head_dim)")
     if not qkv.dtype.is_floating_point or qkv.shape[3] < 1:
         raise ValueError(f"qkv is {qkv.dtype} with {qkv.shape[3]} heads, expected a floating-point dtype and 1 or more")
     if qkv.stride(4) != 1 and qkv.shape[4] > 1 and qkv.numel():
         raise ValueError(f"qkv has stride {qkv.stride(4)} in its last dimension, expected 1; call .contiguous() on it")
-    (qkv,) = native.cast_for_autocast(qkv)
+    (qkv,) = arguments.cast_for_autocast(qkv)
     out, _ = _run(*_parts(qkv.detach()), qkv, causal, scale, window, cu_seqlens, dropout_p, backend)
     return out.transpose(1, 2)
 
@@ -156,6 +137,12 @@ def _parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (batch, heads, length, head_dim) in (batch, length, 3, heads, head_dim)."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    arguments.check_tensors(q=q, k=k, v=v)
+    q, k, v = arguments.cast_for_autocast(q, k, v)
+    return _run(q, k, v, None, *settings)
 
 
 def _run(
@@ -170,13 +157,13 @@ def _run(
     dropout_p: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Checks the arguments of `attention`; out and the log-sum-exp.
+    """Check the arguments of `attention` and return its output and the log-sum-exp.
 
-    `packed` is what q, k and v are parts of, if so. Then implementations get it and twice None in place of q, k and v.
+    packed: the tensor that q, k and v are parts of, or None. Implementations get it and two None in place of q, k, v.
     """
-    native.check_numbers(scale=0 if scale is None else scale, dropout_p=dropout_p)
-    native.check_flags(causal=causal)
-    # The native check takes a tenth of the time, and what it does not take, is explained or found to be right here.
+    arguments.check_numbers(scale=0 if scale is None else scale, dropout_p=dropout_p)
+    arguments.check_flags(causal=causal)
+    # The native check takes a tenth of the time; _check explains what it refuses, or finds that it is right.
     if torch.compiler.is_compiling() or not _C.attention_takes(q, k, v):
         _check(q, k, v)
     if scale is None:
@@ -186,15 +173,12 @@ def _run(
     left, right = _check_window(window)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, expected 0 <= dropout_p < 1")
-    cu_q, cu_k = _check_boundaries(cu_seqlens, q, k)
+    cu_seqlens_q, cu_seqlens_k = _check_cu_seqlens(cu_seqlens, q, k)
     run = registry.select("attention", backend, q)
-    # The seed is a tensor, so that torch.compile does not take one draw for all.
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu") if dropout_p > 0.0 else None
-    tensors = (q, k, v) if packed is None else (packed, None, None)
-    out: Tensor
-    lse: Tensor
-    out, lse = run(*tensors, cu_q, cu_k, seed, float(scale), causal, left, right, float(dropout_p))
-    return out, lse
+    settings = Settings(cu_seqlens_q, cu_seqlens_k, seed, float(scale), causal, left, right, float(dropout_p))
+    result: tuple[Tensor, Tensor] = run(q, k, v, settings) if packed is None else run(packed, None, None, settings)
+    return result
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -234,8 +218,8 @@ def _check_window(window: tuple[int, int] | None) -> tuple[int, int]:
     return min(left, NO_LIMIT), min(right, NO_LIMIT)
 
 
-def _check_boundaries(cu_seqlens: Boundaries | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The boundaries of queries and of keys. Their values are checked where they are read."""
+def _check_cu_seqlens(cu_seqlens: Boundaries | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return cu_seqlens_q and cu_seqlens_k. Their values are checked where they are read."""
     if cu_seqlens is None:
         return None, None
     if isinstance(cu_seqlens, Tensor):
@@ -272,7 +256,7 @@ def _check_values(cu_q: Tensor, cu_k: Tensor, q: Tensor, k: Tensor) -> None:
 
 
 def _segments(cu: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """Of each token, (batch, length): the index of its segment, and its position in it."""
+    """Return for each token, (batch, length), the index of its document and its position in it."""
     position = torch.arange(length, device=cu.device).expand(batch, length)
     row_begin = torch.arange(batch, device=cu.device)[:, None] * length
     flat = torch.where(cu[-1] == length, position, position + row_begin)  # one row's boundaries serve every row
@@ -280,15 +264,14 @@ def _segments(cu: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
     return segment, flat - cu[segment]
 
 
-def _mask(
-    q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, left: int, right: int
-) -> Tensor:
-    """Which keys each query sees: bool, (batch or 1, 1, query_len, kv_len)."""
+def _mask(q: Tensor, k: Tensor, settings: Settings) -> Tensor:
+    """Return which keys each query attends to: bool, (batch or 1, 1, query_len, kv_len)."""
     batch, _, query_len, _ = q.shape
     kv_len = k.shape[2]
     key = torch.arange(kv_len, device=q.device)[None, None, :]
     position = torch.arange(query_len, device=q.device)[None, :, None] + kv_len - query_len
     seen = torch.ones(1, query_len, kv_len, dtype=torch.bool, device=q.device)
+    cu_q, cu_k = settings.cu_seqlens_q, settings.cu_seqlens_k
     if cu_q is not None and cu_k is not None:
         _check_values(cu_q, cu_k, q, k)
         query_segment, query_position = _segments(cu_q, batch, query_len)
@@ -296,12 +279,12 @@ def _mask(
         key = key_position[:, None, :]
         position = (query_position + (cu_k.diff() - cu_q.diff())[query_segment])[:, :, None]
         seen = query_segment[:, :, None] == key_segment[:, None, :]
-    if causal:
+    if settings.causal:
         seen = seen & (key <= position)
-    if left >= 0:
-        seen = seen & (key >= position - left)
-    if right >= 0:
-        seen = seen & (key <= position + right)
+    if settings.window_left >= 0:
+        seen = seen & (key >= position - settings.window_left)
+    if settings.window_right >= 0:
+        seen = seen & (key <= position + settings.window_right)
     return seen[:, None]
 
 
@@ -333,44 +316,35 @@ def _dropout_keep(shape: torch.Size, seed: Tensor, dropout_p: float, device: tor
     return (words >= int(dropout_p * 2**32)).view(batch, heads, query_len, kv_len)
 
 
-def _attention_torch(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    causal: bool,
-    left: int,
-    right: int,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def _attention_torch(q: Tensor, k: Tensor | None, v: Tensor | None, settings: Settings) -> tuple[Tensor, Tensor]:
     if k is None or v is None:
         q, k, v = _parts(q)
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     keys, values = (tensor.to(wide).repeat_interleave(group, dim=1) for tensor in (k, v))
-    scores = scale * (q.to(wide) @ keys.transpose(-2, -1))  # (B, H, Tq, Tk)
-    seen = _mask(q, k, cu_q, cu_k, causal, left, right)
+    scores = settings.scale * (q.to(wide) @ keys.transpose(-2, -1))  # (B, H, Tq, Tk)
+    seen = _mask(q, k, settings)
     scores = scores.masked_fill(~seen, -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
     blind = ~seen.any(dim=-1, keepdim=True)  # sees no key: zeros, where softmax would give NaN
     probs = scores.masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
-    if seed is not None:
-        keep = _dropout_keep(scores.shape, seed.to(q.device), dropout_p, q.device)
-        probs = probs * keep / (1.0 - dropout_p)
+    if settings.seed is not None:
+        keep = _dropout_keep(scores.shape, settings.seed.to(q.device), settings.dropout_p, q.device)
+        probs = probs * keep / (1.0 - settings.dropout_p)
     out = probs @ values
     return out.transpose(1, 2).contiguous().transpose(1, 2).to(q.dtype), lse.to(torch.float32)
 
 
 # ---- the kernels -------------------------------------------------------------------------------------------------
 
-_SETTINGS = "Tensor? cu_q, Tensor? cu_k, Tensor? seed, float scale, bool causal, int left, int right, float dropout_p, "
+_SETTINGS = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, float scale, bool causal, int window_left, "
+    "int window_right, float dropout_p"
+)
 
 
 def _like_heads(tensor: Tensor) -> Tensor:
-    """An empty tensor of the same shape whose heads lie side by side in memory: merging them is a view."""
+    """Return an empty tensor of the same shape whose heads lie side by side in memory: merging them is a view."""
     _, heads, length, head_dim = shape = tensor.shape
     return tensor.new_empty_strided(shape, (length * heads * head_dim, head_dim, heads * head_dim, 1))
 
@@ -380,7 +354,7 @@ def _outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Of q, k and v: the tensor that they are parts of, empty if not `packed`, and they."""
+    """Return empty gradients of q, k and v, and the tensor that they are parts of, which is empty if not `packed`."""
     if not packed:
         return q.new_empty(0), (_like_heads(q), _like_heads(k), _like_heads(v))
     batch, heads, length, head_dim = q.shape
@@ -388,43 +362,30 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, t
     return whole, _parts(whole)
 
 
-def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    whole, parts = _gradients(q, k, v, rest[-2])
-    return (whole, whole.new_empty(0), whole.new_empty(0)) if rest[-2] else parts
-
-
-def _forward_body(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    causal: bool,
-    left: int,
-    right: int,
-    dropout_p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    kernels = native.kernels(backend, "attention")
-    if cu_q is not None and cu_k is not None and backend != "cpu":
-        _check_values(cu_q, cu_k, q, k)
-        cu_q, cu_k = cu_q.long().contiguous(), cu_k.long().contiguous()
-    if backend == "triton":
-        result: tuple[Tensor, Tensor] = kernels.forward(
-            q, k, v, cu_q, cu_k, seed, scale, causal, left, right, dropout_p
-        )
-        return result
+def _forward_body(kernel: native.Kernel, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     out, lse = _outputs(q)
-    settings = Settings(cu_q, cu_k, seed, scale, causal, left, right, dropout_p)
-    kernels.attention_forward(q, k, v, out, lse, settings, native.execution(backend, q))
+    kernel(q, k, v, out, lse, settings)
     return out, lse
 
 
+def _forward_on_gpu(kernel: native.Kernel, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    cu_q, cu_k, *others = settings
+    if cu_q is not None and cu_k is not None:
+        _check_values(cu_q, cu_k, q, k)
+    return _forward_body(kernel, q, k, v, *_as_int64(cu_q, cu_k), *others)
+
+
+def _as_int64(*cu_seqlens: Tensor | None) -> list[Tensor | None]:
+    """Return cu_seqlens as the kernels of GPUs read them."""
+    return [None if cu is None else cu.long().contiguous() for cu in cu_seqlens]
+
+
+# A backward pass has one setting more, `packed`: whether q, k and v are parts of one tensor. If so, the first result is
+# the gradient of that tensor, and the other two are empty.
+
+
 def _backward_body(
+    kernel: native.Kernel,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -432,68 +393,67 @@ def _backward_body(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    causal: bool,
-    left: int,
-    right: int,
-    dropout_p: float,
-    packed: bool,
-    backend: str,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = native.kernels(backend, "attention")
+    *settings_of_forward, packed = settings
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
-    if cu_q is not None and cu_k is not None and backend != "cpu":
-        cu_q, cu_k = cu_q.long().contiguous(), cu_k.long().contiguous()
     whole, gradients = _gradients(q, k, v, packed)
-    if backend == "triton":
-        kernels.backward(
-            grad_out, grad_lse, q, k, v, out, lse, *gradients, cu_q, cu_k, seed, scale, causal, left, right, dropout_p
-        )
-    else:
-        if cu_k is not None:  # keys of a segment without queries are nobody's to write
-            gradients[1].zero_()
-            gradients[2].zero_()
-        settings = Settings(cu_q, cu_k, seed, scale, causal, left, right, dropout_p)
-        kernels.attention_backward(
-            grad_out, grad_lse, q, k, v, out, lse, *gradients, settings, native.execution(backend, q)
-        )
+    if settings[1] is not None:  # kernels write no gradient for the keys of a document without queries
+        gradients[1].zero_()
+        gradients[2].zero_()
+    kernel(grad_out, grad_lse, q, k, v, out, lse, *gradients, tuple(settings_of_forward))
+    return (whole, whole.new_empty(0), whole.new_empty(0)) if packed else gradients
+
+
+def _backward_on_gpu(kernel: native.Kernel, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, (cu_q, cu_k, *others) = args[:7], args[7:]
+    return _backward_body(kernel, *tensors, *_as_int64(cu_q, cu_k), *others)
+
+
+def _backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    packed = others[-1]
+    whole, gradients = _gradients(q, k, v, packed)
     return (whole, whole.new_empty(0), whole.new_empty(0)) if packed else gradients
 
 
 _forward = native.define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_SETTINGS}str backend) -> (Tensor, Tensor)",
-    _forward_body,
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)",
+    native.compiled("attention_forward", _forward_on_gpu)
+    | native.compiled("attention_forward", _forward_body, ["cpu"])
+    | native.triton("attention", "forward", _forward_on_gpu),
     _outputs,
 )
-# If packed, the first result is the whole gradient, and the other two are empty.
 _backward = native.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_SETTINGS}bool packed, str backend) -> (Tensor, Tensor, Tensor)",
-    _backward_body,
+    f"{_SETTINGS}, bool packed) -> (Tensor, Tensor, Tensor)",
+    native.compiled("attention_backward", _backward_on_gpu)
+    | native.compiled("attention_backward", _backward_body, ["cpu"])
+    | native.triton("attention", "backward", _backward_on_gpu),
     _backward_fake,
 )
 
 
 class _Attention(torch.autograd.Function):
-    """q, k and v, or what they are parts of and twice None."""
+    """Takes q, k and v, or the tensor that they are parts of and two None."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor | None, v: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor | None, v: Tensor | None, settings: Settings, backend: str
+    ) -> tuple[Tensor, Tensor]:
         tensors = (q, k, v) if k is not None and v is not None else _parts(q)
-        out, lse = _forward(*tensors, *settings)
-        cu_q, cu_k, seed, *ctx.settings = settings
-        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, seed)
+        out, lse = _forward(*tensors, *settings, backend)
+        ctx.save_for_backward(q, k, v, out, lse, *settings[:3])
+        ctx.settings, ctx.backend = settings[3:], backend
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @native.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, cu_q, cu_k, seed = ctx.saved_tensors
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if grad_lse is not None:
@@ -501,10 +461,37 @@ class _Attention(torch.autograd.Function):
         packed = k is None
         if packed:
             q, k, v = _parts(q)
-        *settings, backend = ctx.settings
-        gradients = _backward(grad_out, grad_lse, q, k, v, out, lse, cu_q, cu_k, seed, *settings, packed, backend)
-        return *((gradients[0], None, None) if packed else gradients), *(None,) * 9
+        gradients = _backward(
+            grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, *ctx.settings, packed, ctx.backend
+        )
+        return *((gradients[0], None, None) if packed else gradients), None, None
 
 
-registry.BACKENDS["torch"].implementations["attention"] = _attention_torch
-native.implement("attention", _Attention)
+_QKV: dict[str, tuple[int, ...]] = {"q": (2, 4, 9, 8), "k": (2, 2, 9, 8), "v": (2, 2, 9, 8)}
+_DOCUMENTS = torch.tensor([0, 4, 9, 9, 18], device="cpu")
+registry.register(
+    Operation(
+        "attention",
+        {"torch": _attention_torch, **native.differentiable(_Attention)},
+        samples=[
+            Sample(
+                "everything",
+                attention_with_lse,
+                _QKV,
+                {"causal": False, "window": (3, 1), "scale": 0.3, "cu_seqlens": _DOCUMENTS, "dropout_p": 0.25},
+            ),
+            Sample("plain", attention, _QKV),
+            Sample("window and lse", attention_with_lse, _QKV, {"causal": False, "window": (3, 1), "scale": 0.3}),
+            Sample("documents", attention, _QKV, {"cu_seqlens": _DOCUMENTS}),
+            Sample("packed", attention_qkvpacked, {"qkv": (2, 9, 3, 2, 8)}),
+        ],
+        # More than one tile, grouped queries and a ragged end
+        first_use=lambda head_dim: Sample(
+            "first use",
+            attention,
+            {"q": (1, 4, 150, head_dim), "k": (1, 2, 150, head_dim), "v": (1, 2, 150, head_dim)},
+            {"window": (100, -1)},
+        ),
+        per_head_dim=True,
+    )
+)

@@ -1,4 +1,4 @@
-"""GELU, with the bias that stands before it added in the same pass.
+"""GELU, fused with the addition of a bias before it.
 
 Hendrycks and Gimpel 2016, "Gaussian Error Linear Units" (arXiv:1606.08415).
 """
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptcore.ops import native, registry
+from gptcore.ops import arguments, native, registry
+from gptcore.ops.operation import Operation, Sample
 
 
 def gelu(x: Tensor, *, bias: Tensor | None = None, approximate: str = "tanh", backend: str | None = None) -> Tensor:
@@ -28,11 +29,11 @@ def gelu(x: Tensor, *, bias: Tensor | None = None, approximate: str = "tanh", ba
 
     Raises:
         ValueError: shapes, dtypes or arguments that do not fit, with what was expected.
-        TypeError: an argument that must be a tensor is none.
-        RuntimeError: the backend that was asked for cannot serve the call.
+        TypeError: an argument has the wrong type.
+        RuntimeError: the backend that was asked for cannot run the call.
     """
-    native.check_tensors(x=x)
-    native.check_tensors(optional=True, bias=bias)
+    arguments.check_tensors(x=x)
+    arguments.check_tensors(optional=True, bias=bias)
     if approximate not in ("tanh", "none"):
         raise ValueError(f"approximate is {approximate!r}, expected 'tanh' or 'none'")
     if not x.dtype.is_floating_point:
@@ -66,29 +67,23 @@ def _gelu_torch(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
+# They take dense tensors, with bias in float32. Outputs have x's shape: autograd allows no in-place change of a view
+# that a Function returned.
 
-def _forward_body(x: Tensor, bias: Tensor | None, tanh_form: bool, backend: str) -> Tensor:
-    kernels = native.kernels(backend, "gelu")
-    if backend == "triton":
-        result: Tensor = kernels.forward(x, bias, tanh_form)
-        return result
+
+def _forward_native(kernel: native.Kernel, x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
     out, shape = torch.empty_like(x), native.rows_and_width(x)
-    kernels.gelu_forward(x.view(shape), bias, out.view(shape), tanh_form, native.execution(backend, x))
+    kernel(x.view(shape), bias, out.view(shape), tanh_form)
     return out
 
 
-def _backward_body(
-    grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh_form: bool, backend: str
+def _backward_native(
+    kernel: native.Kernel, grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh_form: bool
 ) -> tuple[Tensor, Tensor]:
-    kernels = native.kernels(backend, "gelu")
-    if backend == "triton":
-        result: tuple[Tensor, Tensor] = kernels.backward(grad_out, x, bias, tanh_form)
-        return result
     (grad_x, grad_bias), shape = _gradients(grad_out, x, bias), native.rows_and_width(x)
-    kernels.gelu_backward(
-        grad_out.view(shape), x.view(shape), bias, grad_x.view(shape), None if bias is None else grad_bias, tanh_form,
-        native.execution(backend, x),
-    )  # fmt: skip
+    kernel(
+        grad_out.view(shape), x.view(shape), bias, grad_x.view(shape), None if bias is None else grad_bias, tanh_form
+    )
     return grad_x, grad_bias
 
 
@@ -96,15 +91,14 @@ def _gradients(grad_out: Tensor, x: Tensor, bias: Tensor | None, *_: Any) -> tup
     return torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
-# Dense, bias in float32. Outputs have x's shape: autograd lets no one modify a view that a Function returns.
 _forward = native.define(
-    "gelu_forward(Tensor x, Tensor? bias, bool tanh_form, str backend) -> Tensor",
-    _forward_body,
+    "gelu_forward(Tensor x, Tensor? bias, bool tanh_form) -> Tensor",
+    native.compiled("gelu_forward", _forward_native) | native.triton("gelu", "forward"),
     lambda x, *_: torch.empty_like(x),
 )
 _backward = native.define(
-    "gelu_backward(Tensor grad_out, Tensor x, Tensor? bias, bool tanh_form, str backend) -> (Tensor, Tensor)",
-    _backward_body,
+    "gelu_backward(Tensor grad_out, Tensor x, Tensor? bias, bool tanh_form) -> (Tensor, Tensor)",
+    native.compiled("gelu_backward", _backward_native) | native.triton("gelu", "backward"),
     _gradients,
 )
 
@@ -127,5 +121,14 @@ class _Gelu(torch.autograd.Function):
         return grad, None if bias is None else grad_bias.to(ctx.bias_dtype), None, None
 
 
-registry.BACKENDS["torch"].implementations["gelu"] = _gelu_torch
-native.implement("gelu", _Gelu)
+registry.register(
+    Operation(
+        "gelu",
+        {"torch": _gelu_torch, **native.differentiable(_Gelu)},
+        samples=[
+            Sample("with bias", gelu, {"x": (3, 5, 12), "bias": (12,)}, {"approximate": "none"}),
+            Sample("plain", gelu, {"x": (3, 5, 12)}),
+        ],
+        first_use=lambda _: Sample("first use", gelu, {"x": (70, 776), "bias": (776,)}),
+    )
+)

@@ -1,4 +1,4 @@
-"""Layer norm, with the residual connection that stands before it added in the same pass.
+"""Layer norm, fused with the residual addition before it.
 
 Ba, Kiros and Hinton 2016, "Layer Normalization" (arXiv:1607.06450).
 """
@@ -11,7 +11,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from gptcore.ops import native, registry
+from gptcore.ops import arguments, native, registry
+from gptcore.ops.operation import Operation, Sample
 
 
 @overload
@@ -48,45 +49,30 @@ def layer_norm(
     Args:
         x: (..., width).
         weight, bias: (width,), in x's dtype or float32; bias is optional.
-        residual: added to x first: the same shape, x's dtype or float32. The sum has residual's dtype, and so has the
-            result.
+        residual: added to x first: the same shape, x's dtype or float32, which is the dtype of both outputs.
 
     Returns:
-        The normalised tensor, in x's shape; with a residual, that of the sum, and the sum itself: (out, x + residual).
+        out, in x's shape; with a residual (out, residual_out), where residual_out = x + residual.
 
     Raises:
         ValueError: shapes, dtypes or arguments that do not fit, with what was expected.
-        TypeError: an argument that must be a tensor or a number is none.
-        RuntimeError: the backend that was asked for cannot serve the call.
+        TypeError: an argument has the wrong type.
+        RuntimeError: the backend that was asked for cannot run the call.
     """
-    native.check_tensors(x=x, weight=weight)
-    native.check_tensors(optional=True, bias=bias, residual=residual)
-    native.check_numbers(eps=eps)
-    _check(x, weight, bias, residual)
+    arguments.check_tensors(x=x, weight=weight)
+    arguments.check_tensors(optional=True, bias=bias, residual=residual)
+    arguments.check_numbers(eps=eps)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., width) with a width of at least 1")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x is {x.dtype}, expected a floating-point dtype")
+    arguments.check_like(x, x.shape[-1:], weight=weight, bias=bias)
+    if residual is not None:
+        arguments.check_like(x, x.shape, residual=residual)
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps is {eps}, expected a finite number that is not negative")
-    out, total = registry.select("layer_norm", backend, x)(x, weight, bias, residual, float(eps))
-    return out if residual is None else (out, total)
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    shape, dtype, device = x.shape, x.dtype, x.device  # each is made from nothing when it is asked for
-    width = shape[-1:]
-    if x.dim() < 1 or width[0] < 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., width) with a width of at least 1")
-    if not dtype.is_floating_point:
-        raise ValueError(f"x is {dtype}, expected a floating-point dtype")
-    for name, tensor, expected in (("weight", weight, width), ("bias", bias, width), ("residual", residual, shape)):
-        if tensor is None:
-            continue
-        if tensor.shape != expected:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected)} for x of {tuple(shape)}"
-            )
-        if tensor.dtype not in (dtype, torch.float32) or tensor.device != device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, expected {dtype} or torch.float32 on {device}"
-            )
+    out, residual_out = registry.select("layer_norm", backend, x)(x, weight, bias, residual, float(eps))
+    return out if residual is None else (out, residual_out)
 
 
 # ---- torch: the formula in plain PyTorch -----------------------------------------------------------------------------
@@ -95,91 +81,83 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 def _layer_norm_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    total = x if residual is None else x + residual
-    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    residual_out = x if residual is None else x + residual
+    wide = residual_out.to(torch.promote_types(residual_out.dtype, torch.float32))
     centred = wide - wide.mean(dim=-1, keepdim=True)
     centred = centred - centred.mean(dim=-1, keepdim=True)  # again: the mean was rounded
     out = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps) * weight
     if bias is not None:
         out = out + bias
-    return out.to(total.dtype), total
+    return out.to(residual_out.dtype), residual_out
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
+# They take dense tensors, with weight and bias in float32; without a residual, residual_out is empty. Outputs have x's
+# shape: autograd allows no in-place change of a view that a Function returned.
 
-def _forward_body(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, backend: str
+
+def _forward_native(
+    kernel: native.Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = native.kernels(backend, "layer_norm")
-    if backend == "triton":
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.forward(x, weight, bias, residual, eps)
-        return result
-    (out, total, mean, rstd), shape = _outputs(x, weight, bias, residual), native.rows_and_width(x)
-    residual, total_rows = (None, None) if residual is None else (residual.view(shape), total.view(shape))
-    kernels.layer_norm_forward(
-        x.view(shape), residual, weight, bias, out.view(shape), total_rows, mean, rstd, eps,
-        native.execution(backend, x),
-    )  # fmt: skip
-    return out, total, mean, rstd
+    (out, residual_out, mean, rstd), shape = _outputs(x, weight, bias, residual), native.rows_and_width(x)
+    added = (None, None) if residual is None else (residual.view(shape), residual_out.view(shape))
+    kernel(x.view(shape), added[0], weight, bias, out.view(shape), added[1], mean, rstd, eps)
+    return out, residual_out, mean, rstd
 
 
 def _outputs(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = x if residual is None else residual
-    total = like.new_empty(0) if residual is None else torch.empty_like(like)
+    residual_out = like.new_empty(0) if residual is None else torch.empty_like(like)
     mean = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
-    return torch.empty_like(like), total, mean, torch.empty_like(mean)
+    return torch.empty_like(like), residual_out, mean, torch.empty_like(mean)
 
 
-def _backward_body(
+def _backward_native(
+    kernel: native.Kernel,
     grad_out: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
+    grad_residual_out: Tensor | None,
+    x: Tensor,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
     bias: bool,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = native.kernels(backend, "layer_norm")
-    if backend == "triton":
-        result: tuple[Tensor, Tensor, Tensor] = kernels.backward(grad_out, grad_total, total, weight, mean, rstd, bias)
-        return result
-    grad_x, grad_weight, grad_bias = _gradients(grad_out, grad_total, total, weight, mean, rstd, bias)
-    shape = native.rows_and_width(total)
-    kernels.layer_norm_backward(
-        grad_out.view(shape), None if grad_total is None else grad_total.view(shape), total.view(shape), weight, mean,
-        rstd, grad_x.view(shape), grad_weight, grad_bias if bias else None, native.execution(backend, total),
+    grad_x, grad_weight, grad_bias = _gradients(grad_out, grad_residual_out, x, weight, mean, rstd, bias)
+    shape = native.rows_and_width(x)
+    grad_residual_out = None if grad_residual_out is None else grad_residual_out.view(shape)
+    kernel(
+        grad_out.view(shape), grad_residual_out, x.view(shape), weight, mean, rstd, grad_x.view(shape), grad_weight,
+        grad_bias if bias else None,
     )  # fmt: skip
     return grad_x, grad_weight, grad_bias
 
 
 def _gradients(
     grad_out: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
+    grad_residual_out: Tensor | None,
+    x: Tensor,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
     bias: bool,
-    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(total), torch.empty_like(weight), weight.new_empty(weight.shape if bias else (0,))
+    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape if bias else (0,))
 
 
-# Dense, weight and bias in float32. Outputs have x's shape: autograd lets no one modify a view that a Function returns.
 _forward = native.define(
-    "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, str backend) "
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    _forward_body,
+    native.compiled("layer_norm_forward", _forward_native) | native.triton("layer_norm", "forward"),
     _outputs,
 )
+# x is what was normalised: residual_out where there is a residual.
 _backward = native.define(
-    "layer_norm_backward(Tensor grad_out, Tensor? grad_total, Tensor total, Tensor weight, Tensor mean, Tensor rstd, "
-    "bool bias, str backend) -> (Tensor, Tensor, Tensor)",
-    _backward_body,
+    "layer_norm_backward(Tensor grad_out, Tensor? grad_residual_out, Tensor x, Tensor weight, Tensor mean, "
+    "Tensor rstd, bool bias) -> (Tensor, Tensor, Tensor)",
+    native.compiled("layer_norm_backward", _backward_native) | native.triton("layer_norm", "backward"),
     _gradients,
 )
 
@@ -189,9 +167,8 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, backend: str
     ) -> tuple[Tensor, Tensor | None]:
-        x = x.contiguous()
-        wide = weight.float().contiguous()
-        out, total, mean, rstd = _forward(
+        x, wide = x.contiguous(), weight.float().contiguous()
+        out, residual_out, mean, rstd = _forward(
             x,
             wide,
             None if bias is None else bias.float().contiguous(),
@@ -199,22 +176,22 @@ class _LayerNorm(torch.autograd.Function):
             eps,
             backend,
         )
-        ctx.save_for_backward(x if residual is None else total, wide, mean, rstd)
+        ctx.save_for_backward(x if residual is None else residual_out, wide, mean, rstd)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.has_residual, ctx.backend = residual is not None, backend
         ctx.set_materialize_grads(False)
-        return out, None if residual is None else total
+        return out, None if residual is None else residual_out
 
     @staticmethod
     @native.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
-        total, weight, mean, rstd = ctx.saved_tensors
+    def backward(ctx: Any, grad_out: Tensor | None, grad_residual_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        normalised, weight, mean, rstd = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        grad_out = torch.zeros_like(total) if grad_out is None else grad_out.contiguous()
-        if grad_total is not None:
-            grad_total = grad_total.contiguous()
+        grad_out = torch.zeros_like(normalised) if grad_out is None else grad_out.contiguous()
+        if grad_residual_out is not None:
+            grad_residual_out = grad_residual_out.contiguous()
         grad, grad_weight, grad_bias = _backward(
-            grad_out, grad_total, total, weight, mean, rstd, bias_dtype is not None, ctx.backend
+            grad_out, grad_residual_out, normalised, weight, mean, rstd, bias_dtype is not None, ctx.backend
         )
         return (
             grad.to(x_dtype),
@@ -226,5 +203,16 @@ class _LayerNorm(torch.autograd.Function):
         )
 
 
-registry.BACKENDS["torch"].implementations["layer_norm"] = _layer_norm_torch
-native.implement("layer_norm", _LayerNorm)
+_SHAPES: dict[str, tuple[int, ...]] = {"x": (3, 5, 12), "weight": (12,), "bias": (12,)}
+registry.register(
+    Operation(
+        "layer_norm",
+        {"torch": _layer_norm_torch, **native.differentiable(_LayerNorm)},
+        samples=[
+            Sample("residual", layer_norm, {**_SHAPES, "residual": (3, 5, 12)}, {"eps": 1e-3}),
+            Sample("plain", layer_norm, _SHAPES),
+            Sample("without bias", layer_norm, {"x": (5, 12), "weight": (12,)}),
+        ],
+        first_use=lambda _: Sample("first use", layer_norm, {"x": (70, 776), "weight": (776,), "bias": (776,)}),
+    )
+)

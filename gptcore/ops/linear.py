@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore import _C
-from gptcore.ops import native, registry
+from gptcore.ops import arguments, native, registry
+from gptcore.ops.operation import Operation, Sample
 
 FASTER_ON = "avx512_bf16"  # the instruction set; where there is AMX, PyTorch's matmuls are several times as fast
 FASTER_FROM = 256  # rows; with fewer, packing a large weight takes longer than what is saved
@@ -40,8 +41,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         TypeError: an argument that must be a tensor is none.
         RuntimeError: the backend that was asked for cannot serve the call.
     """
-    native.check_tensors(x=x, weight=weight)
-    native.check_tensors(optional=True, bias=bias)
+    arguments.check_tensors(x=x, weight=weight)
+    arguments.check_tensors(optional=True, bias=bias)
     dtype = _check(x, weight, bias)
     if backend is None and registry.in_use() in (None, "cpu") and not _is_faster(x, weight, bias, dtype):
         backend = "torch"
@@ -64,7 +65,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},) like weight's rows")
     others = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     dtype, autocast = x.dtype, None
-    if dtype != torch.float64 and (autocast := native.autocast_dtype(x)) is not None:
+    if dtype != torch.float64 and (autocast := arguments.autocast_dtype(x)) is not None:
         dtype = autocast
     for name, other in others.items():
         if other.device != x.device:
@@ -103,9 +104,11 @@ def _output(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
-def _forward_body(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _forward_native(
+    kernel: native.Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     out = _output(x, weight, bias, dtype)
-    _C.linear_forward(x, weight, bias, out, torch.get_num_threads())
+    kernel(x, weight, bias, out)
     return out
 
 
@@ -127,23 +130,24 @@ def _gradients(
     return grad_x, grad_weight, grad_bias
 
 
-def _backward_body(
-    grad_out: Tensor, x: Tensor | None, weight: Tensor | None, *settings: Any
+def _backward_native(
+    kernel: native.Kernel, grad_out: Tensor, x: Tensor | None, weight: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _gradients(grad_out, x, weight, *settings)
-    grad_x, grad_weight, grad_bias = (g if need else None for g, need in zip(gradients, settings[-1], strict=True))
-    _C.linear_backward(grad_out, x, weight, grad_x, grad_weight, grad_bias, torch.get_num_threads())
+    kernel(grad_out, x, weight, *(g if need else None for g, need in zip(gradients, settings[-1], strict=True)))
     return gradients
 
 
 # All dense. x is needed for the gradient of weight, weight for that of x; gradients that are not needed are empty.
 _forward = native.define(
-    "linear_forward(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor", _forward_body, _output
+    "linear_forward(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor",
+    native.compiled("linear_forward", _forward_native, ["cpu"]),
+    _output,
 )
 _backward = native.define(
     "linear_backward(Tensor grad_out, Tensor? x, Tensor? weight, SymInt in_features, ScalarType x_dtype, "
     "ScalarType weight_dtype, ScalarType bias_dtype, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    _backward_body,
+    native.compiled("linear_backward", _backward_native, ["cpu"]),
     _gradients,
 )
 
@@ -156,16 +160,24 @@ class _Linear(torch.autograd.Function):
         bias = None if bias is None else bias.contiguous()
         ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
         ctx.settings = x.shape[-1], x.dtype, weight.dtype, dtype if bias is None else bias.dtype, needs
-        return _forward(x, weight, bias, dtype)
+        ctx.backend = backend
+        return _forward(x, weight, bias, dtype, backend)
 
     @staticmethod
     @native.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.settings[-1]
-        gradients = _backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.settings)
+        gradients = _backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.settings, ctx.backend)
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None
 
 
-for _name in registry.WITH_TORCH:
-    registry.BACKENDS[_name].implementations["linear"] = _linear_torch
-native.implement("linear", _Linear, ["cpu"])
+registry.register(
+    Operation(
+        "linear",
+        {**dict.fromkeys(registry.WITH_TORCH, _linear_torch), **native.differentiable(_Linear, ["cpu"])},
+        samples=[
+            Sample("with bias", linear, {"x": (3, 5, 12), "weight": (7, 12), "bias": (7,)}),
+            Sample("plain", linear, {"x": (5, 12), "weight": (7, 12)}),
+        ],
+    )
+)

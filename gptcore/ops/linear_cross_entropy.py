@@ -11,14 +11,14 @@ import mmap
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptcore import _C
-from gptcore.ops import native, registry
+from gptcore.ops import arguments, native, registry
+from gptcore.ops.operation import Operation, Sample
 
 CHUNK = 512  # tokens whose logits exist at once: of fewer, matmuls are slower, and weight's gradient is added up often;
 CHUNK_BYTES = 32 << 20  # and more of them, while their logits have at most so many bytes
@@ -52,7 +52,7 @@ def linear_cross_entropy(
         TypeError: an argument that must be a tensor is none.
         RuntimeError: the backend that was asked for cannot serve the call.
     """
-    native.check_tensors(x=x, weight=weight, targets=targets)
+    arguments.check_tensors(x=x, weight=weight, targets=targets)
     dtype = _check(x, weight, targets)
     loss: Tensor = registry.select("linear_cross_entropy", backend, x)(x, weight, targets, dtype, ignore_index)
     return loss
@@ -73,7 +73,7 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor) -> torch.dtype:
             f"x is on {x.device}, weight on {weight.device}, targets on {targets.device}; expected one device"
         )
     dtypes = [tensor.dtype for tensor in (x, weight)]
-    if (lower := native.autocast_dtype(x)) is not None:
+    if (lower := arguments.autocast_dtype(x)) is not None:
         dtypes = [dtype if dtype == torch.float64 else lower for dtype in dtypes]
     if dtypes[0] != dtypes[1]:
         raise ValueError(f"weight is {weight.dtype}, expected {x.dtype} like x")
@@ -113,9 +113,10 @@ def _linear_cross_entropy_torch(
 # ---- cpu: kernels/cpu/cross_entropy.cpp, and PyTorch's matmul --------------------------------------------------------
 
 
-def _forward_body(
-    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, ignore_index: int, need_x: bool, need_weight: bool
+def _forward_native(
+    cross_entropy: native.Kernel, x: Tensor, weight: Tensor, targets: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, ignore_index, need_x, need_weight = settings
     vocab = weight.shape[0]
     counted = (targets != ignore_index).nonzero().flatten()
     count, everything = len(counted), len(counted) == len(targets)
@@ -143,7 +144,7 @@ def _forward_body(
         chunk = slice(begin, begin + size)
         part = rows[chunk]
         logits = torch.mm(part, narrow.t(), out=buffer[: len(part)])  # `out`: autocast leaves such alone
-        total += _C.cross_entropy(logits, targets[chunk], need_x or need_weight, torch.get_num_threads())
+        total += cross_entropy(logits, targets[chunk], need_x or need_weight)
         if need_x:
             torch.mm(logits, narrow, out=grad_rows[chunk])
         if need_weight:
@@ -193,9 +194,8 @@ def _add_product(grad_weight: Tensor, logits: Tensor, rows: Tensor, scale: float
             block.add_(wide[: len(block)].copy_(part), alpha=scale)
 
 
-def _outputs(
-    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, ignore_index: int, need_x: bool, need_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(x: Tensor, weight: Tensor, targets: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_x, need_weight = settings[2:]
     return (
         x.new_empty((), dtype=torch.float32),
         x.new_empty(x.shape if need_x else (0, x.shape[1])),
@@ -207,26 +207,25 @@ def _outputs(
 _forward = native.define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, int ignore_index, bool need_x, "
     "bool need_weight) -> (Tensor, Tensor, Tensor)",
-    _forward_body,
+    native.compiled("cross_entropy", _forward_native, ["cpu"]),
     _outputs,
 )
 
 
+class Settings(NamedTuple):
+    """The arguments that are not tensors, and the gradients that are needed."""
+
+    dtype: torch.dtype  # of the logits
+    ignore_index: int
+    need_x: bool
+    need_weight: bool
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        dtype: torch.dtype,
-        ignore_index: int,
-        need_x: bool,
-        need_weight: bool,
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        loss, *gradients = _forward(rows, weight, targets.reshape(-1), dtype, ignore_index, need_x, need_weight)
-        ctx.shape, ctx.settings = x.shape, (dtype, ignore_index, need_x, need_weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, settings: Settings) -> Tensor:
+        loss, *gradients = _forward(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), *settings, "cpu")
+        ctx.shape, ctx.settings = x.shape, settings
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*gradients)
         else:
@@ -244,25 +243,44 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:
                 x, weight, targets = ctx.saved_tensors
-                _, *gradients = _forward(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), *ctx.settings)
+                _, *gradients = _forward(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), *ctx.settings, "cpu")
             if native.is_batched(grad_loss):
                 ctx.gradients = gradients
                 gradients = [gradient * grad_loss for gradient in gradients]
             elif grad_loss != 1:  # 1 is usual, and GPT-2's grad_weight has 150 MB
                 gradients = [gradient.mul_(grad_loss) for gradient in gradients]
-        (grad_x, grad_weight), (*_, need_x, need_weight) = gradients, ctx.settings
-        return (grad_x.view(ctx.shape) if need_x else None, grad_weight if need_weight else None, *[None] * 5)
+        grad_x, grad_weight = gradients
+        return (
+            grad_x.view(ctx.shape) if ctx.settings.need_x else None,
+            grad_weight if ctx.settings.need_weight else None,
+            None,
+            None,
+        )
 
 
 def _linear_cross_entropy_cpu(
     x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, ignore_index: int
 ) -> Tensor:
-    need_x, need_weight = (tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight))
-    args: Any = (x, weight, targets, dtype, ignore_index, need_x, need_weight)
+    needs = (tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight))
+    args: Any = (x, weight, targets, Settings(dtype, ignore_index, *needs))
     loss: Tensor = _LinearCrossEntropy.apply(*(native.distinct(args) if torch.compiler.is_compiling() else args))
     return loss
 
 
-for _name in registry.WITH_TORCH:
-    registry.BACKENDS[_name].implementations["linear_cross_entropy"] = _linear_cross_entropy_torch
-registry.BACKENDS["cpu"].implementations["linear_cross_entropy"] = _linear_cross_entropy_cpu
+registry.register(
+    Operation(
+        "linear_cross_entropy",
+        {
+            **dict.fromkeys(registry.WITH_TORCH, _linear_cross_entropy_torch),
+            "cpu": _linear_cross_entropy_cpu,
+        },
+        samples=[
+            Sample(
+                "with ignored targets",
+                linear_cross_entropy,
+                {"x": (6, 8), "weight": (9, 8)},
+                {"targets": torch.tensor([1, 2, -100, 0, 3, 4], device="cpu")},
+            )
+        ],
+    )
+)

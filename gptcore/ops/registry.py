@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
 import re
 from collections.abc import Callable
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,36 +19,52 @@ from torch.autograd import forward_ad
 
 from gptcore import _C
 from gptcore.ops import verify
+from gptcore.ops.operation import Operation
+
+
+def _no_problem() -> None:
+    return None
 
 
 @dataclass
 class Backend:
-    """One way to run the operations. `implementations` is filled in by the file of each operation."""
+    """One way to run the operations. `implementations` is filled in by `register`."""
 
     name: str
     devices: tuple[str, ...]  # device types of the tensors that it takes; () means all
     dtypes: tuple[torch.dtype, ...]
-    unusable: str | None = None  # why this machine cannot use it, and what to do about it
+    problem: Callable[[], str | None] = _no_problem  # why this machine cannot use it, and what to do about it
     implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
+    def takes(self, op: str, tensor: torch.Tensor) -> bool:
+        """Return whether it has `op` for tensors of this device and dtype."""
+        device = "cpu" if tensor.is_cpu else tensor.device.type  # asking for the type takes longer
+        return (
+            op in self.implementations and (device in self.devices or not self.devices) and tensor.dtype in self.dtypes
+        )
+
     def refusal(self, op: str, tensor: torch.Tensor) -> str | None:
-        """Why this backend cannot run `op` on such a tensor, or None."""
-        if self.unusable:
-            return self.unusable
-        if op not in self.implementations:
-            return f"it has no {op}"
-        if self.devices and tensor.device.type not in self.devices:
-            return f"it takes tensors on {' or '.join(self.devices)}, not on {tensor.device}"
-        if tensor.dtype not in self.dtypes:
+        """Return why this backend cannot run `op` on such a tensor, or None. Asks CUDA only about its tensors."""
+        if not self.takes(op, tensor):
+            if op not in self.implementations:
+                return f"it has no {op}"
+            if self.devices and tensor.device.type not in self.devices:
+                return f"it takes tensors on {' or '.join(self.devices)}, not on {tensor.device}"
             return f"it takes {', '.join(map(str, self.dtypes))}, not {tensor.dtype}"
-        if is_transformed() and self.implementations[op] is not BACKENDS["torch"].implementations[op]:
+        return self.obstacle(op, tensor)
+
+    def obstacle(self, op: str, tensor: torch.Tensor) -> str | None:
+        """Return why this backend cannot run here what it takes, or None."""
+        if (reason := self.problem()) is not None:
+            return reason
+        formula = BACKENDS["torch"].implementations[op]
+        if self.implementations[op] is not formula and is_transformed():
             return (
                 "its kernels do not work inside torch.func (grad, vmap, jvp, ...), forward-mode AD and "
                 "torch.jit.trace; backend 'torch' does"
             )
-        if self.name in VERIFIED and op in verify.OPS:
-            formula = BACKENDS["torch"].implementations[op]
-            return verify.failure(self.name, op, tensor, self.implementations[op], formula)
+        if self.name in VERIFIED and op in OPERATIONS:
+            return verify.failure(self.name, OPERATIONS[op], tensor)
         return None
 
 
@@ -61,6 +80,17 @@ def is_transformed() -> bool:
 # Those that leave to PyTorch what gptcore has a kernel for on the CPU alone: the loss and the optimizer.
 WITH_TORCH = ("torch", "cuda", "triton", "simt")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _asked_once(why: Callable[[], str | None]) -> Callable[[], str | None]:
+    """Return `why` with its answer kept. torch.compile takes the answer as a constant."""
+    answer = functools.cache(why)
+
+    @torch.compiler.assume_constant_result
+    def ask() -> str | None:
+        return answer()
+
+    return ask
 
 
 def _why_no_triton() -> str | None:
@@ -96,17 +126,99 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cuda", devices=("cuda",), dtypes=FLOATS, unusable=_C.cuda_problem()),
+        Backend("cuda", devices=("cuda",), dtypes=FLOATS, problem=_asked_once(_C.cuda_problem)),
         Backend("cpu", devices=("cpu",), dtypes=FLOATS),
-        Backend("triton", devices=("cpu",) if INTERPRETED else ("cuda",), dtypes=FLOATS, unusable=_why_no_triton()),
+        Backend(
+            "triton", devices=("cpu",) if INTERPRETED else ("cuda",), dtypes=FLOATS, problem=_asked_once(_why_no_triton)
+        ),
         Backend("torch", devices=(), dtypes=(*FLOATS, torch.float64)),
-        Backend("simt", devices=("cpu",), dtypes=FLOATS, unusable=_why_no_simt()),
+        Backend("simt", devices=("cpu",), dtypes=FLOATS, problem=_asked_once(_why_no_simt)),
     )
 }
 
 VERIFIED = [name for name, backend in BACKENDS.items() if backend.devices == ("cuda",)]  # before a kernel's first use
 
-_in_use: str | None = None
+OPERATIONS: dict[str, Operation] = {}
+
+
+def register(operation: Operation) -> Operation:
+    """Add an operation to OPERATIONS, and its implementations to the backends."""
+    OPERATIONS[operation.name] = operation
+    for backend, implementation in operation.implementations.items():
+        BACKENDS[backend].implementations[operation.name] = implementation
+    return operation
+
+
+# ---- the choice of a backend -----------------------------------------------------------------------------------------
+
+_UNSET = ""
+_default: str | None = None  # of the process
+_in_context: ContextVar[str | None] = ContextVar("gptcore backend", default=_UNSET)
+# What in_use() became with the last change in any thread: torch.compile can guard on this, but not on a ContextVar.
+_latest: str | None = None
+
+
+class use:
+    """Run the operations on this backend; None chooses for each call.
+
+    `with ops.use("torch"):` holds inside the block, for the current thread or asyncio task alone. `ops.use("torch")`
+    without `with` sets the default of the process, for all threads that are not inside such a block.
+    A function compiled by torch.compile follows the last change, whichever thread made it.
+
+    Raises ValueError for an unknown name and RuntimeError for a backend that is not usable here.
+    """
+
+    _token: Token[str | None] | None = None  # while this object decides what the context uses
+    _is_block = False
+
+    def __init__(self, backend: str | None) -> None:
+        if backend is not None and (reason := _known(backend).problem()):
+            raise RuntimeError(f"backend {backend!r} is not usable here: {reason}")
+        self.backend = backend
+        self._token = _in_context.set(backend)
+        _note_change()
+
+    def __enter__(self) -> use:
+        self._is_block = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def __del__(self) -> None:
+        """Become the process's default if there was no block: until here, another thread must not see a change."""
+        if self._token is not None and not self._is_block:
+            global _default
+            _default = self.backend
+            self._release()
+
+    def _release(self) -> None:
+        token, self._token = self._token, None
+        if token is not None:
+            with contextlib.suppress(ValueError):  # the last reference was dropped in another context
+                _in_context.reset(token)
+        _note_change()
+
+
+def _note_change() -> None:
+    global _latest
+    name = _in_context.get()
+    _latest = _default if name == _UNSET else name
+
+
+def in_use() -> str | None:
+    """Return the backend set by `use`, or None if each call chooses."""
+    if torch.compiler.is_compiling():
+        return _latest
+    name = _in_context.get()
+    return _default if name == _UNSET else name
+
+
+def backends() -> dict[str, str | None]:
+    """Return every backend by name, with the reason why it is not usable on this machine, or None where it is."""
+    return {backend.name: backend.problem() for backend in BACKENDS.values()}
 
 
 def _known(name: str) -> Backend:
@@ -116,66 +228,35 @@ def _known(name: str) -> Backend:
 
 
 def select(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., Any]:
-    """The implementation of `op` for such a tensor: of `backend`, else of that set by `use`, else the first that can.
+    """Return the implementation of `op` for such a tensor: of `backend`, else as set by `use`, else the first able.
 
-    Raises ValueError if the name is unknown, RuntimeError if the backend that was asked for cannot serve the call.
+    Raises ValueError if the name is unknown, RuntimeError if the backend that was asked for cannot run the call.
     """
-    name = backend if backend is not None else _in_use
-    if name is not None:
-        reason = _known(name).refusal(op, tensor)
-        if reason:
-            raise RuntimeError(f"backend {name!r} cannot run {op}: {reason}")
-        return BACKENDS[name].implementations[op]
-    for candidate in BACKENDS.values():
-        if candidate.refusal(op, tensor) is None:
-            return candidate.implementations[op]
-    return BACKENDS[chosen(op, tensor)[0]].implementations[op]  # raises
+    name = backend if backend is not None else in_use()
+    if name is None:
+        return _first_able(op, tensor).implementations[op]
+    asked = _known(name)
+    if (reason := asked.refusal(op, tensor)) is not None:
+        raise RuntimeError(f"backend {name!r} cannot run {op}: {asked.problem() or reason}")
+    return asked.implementations[op]
 
 
 def chosen(op: str, tensor: torch.Tensor) -> tuple[str, str]:
-    """The backend that runs `op` on such a tensor when the call asks for none, and why none before it for this device.
+    """Return the backend that runs `op` on such a tensor when the call asks for none, and why not one before it.
 
     Raises RuntimeError, with every reason, where none can.
     """
-    if _in_use is not None:
-        return _in_use, "set by ops.use"
-    passed: dict[str, str] = {}
+    if (name := in_use()) is not None:
+        return name, "set by ops.use"
+    able = _first_able(op, tensor)
+    before = list(BACKENDS.values())[: list(BACKENDS).index(able.name)]
+    passed = [f"not {b.name}: {b.refusal(op, tensor)}" for b in before if tensor.device.type in b.devices]
+    return able.name, "; ".join(passed) or "the first choice for this device and dtype"
+
+
+def _first_able(op: str, tensor: torch.Tensor) -> Backend:
     for backend in BACKENDS.values():
-        if (reason := backend.refusal(op, tensor)) is None:
-            near = [why for name, why in passed.items() if tensor.device.type in BACKENDS[name].devices]
-            return backend.name, "; ".join(near) or "the first choice for this device and dtype"
-        passed[backend.name] = f"not {backend.name}: {reason}"
-    raise RuntimeError(f"no backend can run {op}: {'; '.join(passed.values())}")
-
-
-class use:
-    """Run the operations on this backend from now on, or within a `with` block; None chooses for each call again.
-
-    Raises ValueError for an unknown name and RuntimeError for a backend that is not usable here.
-    """
-
-    def __init__(self, backend: str | None) -> None:
-        global _in_use
-        if backend is not None and (reason := _known(backend).unusable):
-            raise RuntimeError(f"backend {backend!r} is not usable here: {reason}")
-        self._before = _in_use
-        _in_use = backend
-
-    def __enter__(self) -> use:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        global _in_use
-        _in_use = self._before
-
-
-def backends() -> dict[str, str | None]:
-    """Every backend by name, with the reason why it is not usable on this machine, or None where it is."""
-    return {backend.name: backend.unusable for backend in BACKENDS.values()}
-
-
-def in_use() -> str | None:
-    """The backend set by `use`, or None if each call chooses."""
-    return _in_use
+        if backend.takes(op, tensor) and backend.obstacle(op, tensor) is None:
+            return backend
+    reasons = "; ".join(f"not {backend.name}: {backend.refusal(op, tensor)}" for backend in BACKENDS.values())
+    raise RuntimeError(f"no backend can run {op}: {reasons}")

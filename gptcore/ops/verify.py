@@ -11,7 +11,6 @@ import ctypes
 import functools
 import json
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,36 +18,37 @@ from torch import Tensor
 
 from gptcore import _C
 from gptcore.files import atomic_file, cache_folder, naming, open_file
+from gptcore.ops.operation import Operation, Sample
 
-OPS = ("attention", "layer_norm", "gelu")
 _results: dict[tuple[Any, ...], str | None] = {}  # of this process: why a kernel is not to be trusted, or None
 
 
-def failure(backend: str, op: str, tensor: Tensor, run: Callable[..., Any], formula: Callable[..., Any]) -> str | None:
-    """Why `run`, the kernel of `op` for such tensors, is not to be trusted here, or None. Warns when it finds out."""
-    kernel = (backend, op, tensor.dtype, tensor.shape[-1] if op == "attention" else None, tensor.device)
-    if kernel not in _results and not _busy(tensor):
-        _results[kernel] = None  # so that the calls from here are not checked in turn
-        _results[kernel] = _first_use(backend, op, tensor, run, formula)
-    return _results.get(kernel)
+def failure(backend: str, operation: Operation, tensor: Tensor) -> str | None:
+    """Return why this backend's kernel for such tensors is not to be trusted here, or None. Warns when it finds out."""
+    if operation.first_use is None:
+        return None
+    head_dim = tensor.shape[-1] if operation.per_head_dim else None
+    key = (backend, operation.name, tensor.dtype, head_dim, tensor.device)
+    if key not in _results and not _is_recording(tensor):
+        _results[key] = None  # the calls from here are not checked in turn
+        kernel = f"{backend} {operation.name} {tensor.dtype}" + (f" head_dim {head_dim}" if head_dim else "")
+        _results[key] = _first_use(kernel, backend, operation.first_use(head_dim or 0), tensor)
+    return _results.get(key)
 
 
-def _busy(tensor: Tensor) -> bool:
-    """Whether a call now would end up in somebody's recording."""
+def _is_recording(tensor: Tensor) -> bool:
+    """Return whether torch.compile or a CUDA graph would record a call made now."""
     return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _first_use(
-    backend: str, op: str, tensor: Tensor, run: Callable[..., Any], formula: Callable[..., Any]
-) -> str | None:
-    """What failure() says of a kernel that this process has not used yet."""
-    kernel = f"{backend} {op} {tensor.dtype}" + (f" head_dim {tensor.shape[-1]}" if op == "attention" else "")
+def _first_use(kernel: str, backend: str, sample: Sample, tensor: Tensor) -> str | None:
+    """Return what failure() says of a kernel that this process has not used yet."""
     gpu = _gpu(tensor.device)
     key = f"{gpu}: {kernel}"
     if key in _verified():
         return None
     with torch.cuda.device_of(tensor):
-        reason = _compare(op, tensor, run, formula)
+        reason = _compare(backend, sample, tensor)
     if reason is None:
         _remember(key)
     else:
@@ -74,13 +74,13 @@ def _driver() -> int | None:
 
 
 def _remember(key: str) -> None:
-    """Adds to the file on disk; without one, the next process checks again."""
+    """Add to the file on disk; without one, the next process checks again."""
     with contextlib.suppress(OSError), atomic_file(cache_folder() / "verified.json") as file:
         file.write_text(json.dumps(sorted({*_verified(), key}), indent=1))
 
 
 def _verified() -> set[str]:
-    """Return the keys of the file on disk; none of a file that is absent or damaged."""
+    """Return the keys of the file on disk; an empty set if it is absent or damaged."""
     with contextlib.suppress(OSError, ValueError):
         path = cache_folder() / "verified.json"
         with open_file(path) as file, naming(path):
@@ -88,41 +88,24 @@ def _verified() -> set[str]:
     return set()
 
 
-def _inputs(op: str, tensor: Tensor) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """Small random tensors of the kind of `tensor`, and the other arguments of the implementation."""
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32)
-
-    generator = torch.Generator().manual_seed(0)
-    if op == "attention":  # more than one tile, grouped queries, a ragged end
-        q, k, v = randn(1, 4, 150, tensor.shape[-1]), *(randn(1, 2, 150, tensor.shape[-1]) for _ in range(2))
-        return [q, k, v], (None, None, None, tensor.shape[-1] ** -0.5, True, 100, -1, 0.0)
-    x, weight, bias = randn(70, 776), 1 + randn(776), randn(776)
-    return ([x, weight, bias], (None, 1e-5)) if op == "layer_norm" else ([x, bias], (True,))
-
-
-def _gradients(run: Callable[..., Any], inputs: list[Tensor], settings: tuple[Any, ...]) -> list[Tensor]:
-    """The first output and the gradients of the inputs, in float64 on the CPU."""
+def _gradients(backend: str, sample: Sample, inputs: list[Tensor]) -> list[Tensor]:
+    """Return the first output and the gradients of the inputs, in float64 on the CPU."""
     inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     with torch.enable_grad():
-        out = run(*inputs, *settings)
-        out = out[0] if isinstance(out, tuple) else out
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        out = sample.run(inputs, backend=backend)[0]
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(out)
         gradients = torch.autograd.grad(out, inputs, grad)
     return [tensor.detach().to("cpu", torch.float64) for tensor in (out, *gradients)]
 
 
-def _compare(op: str, tensor: Tensor, run: Callable[..., Any], formula: Callable[..., Any]) -> str | None:
-    inputs, settings = _inputs(op, tensor)
-    # Vectors stay float32, as the kernels take them; what is rounded is rounded before the formula sees it, too.
-    inputs = [part if part.dim() == 1 else part.to(tensor.dtype) for part in inputs]
+def _compare(backend: str, sample: Sample, tensor: Tensor) -> str | None:
+    inputs = sample.tensors(tensor.dtype)
     try:
-        got = _gradients(run, [part.to(tensor.device) for part in inputs], settings)
+        got = _gradients(backend, sample, [part.to(tensor.device) for part in inputs])
     except RuntimeError as error:
         return str(error)
-    expected = _gradients(formula, [part.double() for part in inputs], settings)
-    theirs = _gradients(formula, inputs, settings)
+    expected = _gradients("torch", sample, [part.double() for part in inputs])
+    theirs = _gradients("torch", sample, inputs)
     for a, ref, same_dtype in zip(got, expected, theirs, strict=True):
         off, usual = (float((part - ref).norm() / ref.norm()) for part in (a, same_dtype))
         if not off <= 4 * usual + 4 * torch.finfo(tensor.dtype).eps:

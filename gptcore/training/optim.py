@@ -17,6 +17,7 @@ from torch.optim.adamw import adamw
 
 from gptcore import _C
 from gptcore.ops import registry
+from gptcore.ops.operation import Operation
 
 Group = dict[str, Any]
 Implementation = Callable[..., Any]
@@ -257,6 +258,8 @@ def _adamw_cpu(
     torch.autograd.graph.increment_version(parameters)  # so that a backward pass that needs the old ones says so
 
 
-registry.BACKENDS["cpu"].implementations |= {"grad_norm": _grad_norm_cpu, "adamw": _adamw_cpu}
-for name in registry.WITH_TORCH:
-    registry.BACKENDS[name].implementations |= {"grad_norm": _grad_norm_torch, "adamw": _adamw_torch}
+for name, torch_formula, cpu_kernel in (
+    ("grad_norm", _grad_norm_torch, _grad_norm_cpu),
+    ("adamw", _adamw_torch, _adamw_cpu),
+):
+    registry.register(Operation(name, {**dict.fromkeys(registry.WITH_TORCH, torch_formula), "cpu": cpu_kernel}, []))

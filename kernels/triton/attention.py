@@ -520,28 +520,14 @@ def _constants(q: Tensor) -> dict[str, Any]:
     }
 
 
-def _like_heads(tensor: Tensor) -> Tensor:
-    """An empty tensor of the same shape whose heads lie side by side in memory: merging them is a view."""
-    _, heads, length, head_dim = shape = tensor.shape
-    return tensor.new_empty_strided(shape, (length * heads * head_dim, head_dim, heads * head_dim, 1))
+# The fields of gptcore.ops.attention.Settings, where they are checked.
+Settings = tuple[Tensor | None, Tensor | None, Tensor | None, float, bool, int, int, float]
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    causal: bool,
-    left: int,
-    right: int,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """out and lse; the arguments are those of the operator in gptcore.ops.attention, and checked there."""
+def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, settings: Settings) -> None:
+    """Write out and lse."""
+    cu_q, cu_k, seed, scale, causal, left, right, dropout_p = settings
     batch, heads, query_len, _ = q.shape
-    out, lse = _like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     lengths, limits = (query_len, k.shape[2]), _limits(causal, left, right)
     launch(
         _forward_kernel, tiles("forward", q), ("QUERIES", "KEYS"),
@@ -549,7 +535,6 @@ def forward(
         view(q), view(k), view(v), view(out), lse, _spans(cu_q, cu_k, batch, lengths, limits), *lengths, *limits,
         *_dropout(seed, dropout_p), *_heads(q, k), scale, like=q, **_constants(q),
     )  # fmt: skip
-    return out, lse
 
 
 def backward(
@@ -563,32 +548,24 @@ def backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    causal: bool,
-    left: int,
-    right: int,
-    dropout_p: float,
+    settings: Settings,
 ) -> None:
-    """Writes dq, dk and dv."""
+    """Write dq, dk and dv."""
+    cu_q, cu_k, seed, scale, causal, left, right, dropout_p = settings
     batch, heads, query_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
-    if grad_out.stride(3) != 1:
-        grad_out = grad_out.contiguous()
     delta = torch.empty_like(lse)
     lengths, limits, dropout = (query_len, kv_len), _limits(causal, left, right), _dropout(seed, dropout_p)
-    settings = (*lengths, *limits, *dropout)
+    bounds = (*lengths, *limits, *dropout)
     launch(
         _dq_kernel, tiles("dq", q), ("QUERIES", "KEYS"), lambda tile: batch * heads * triton.cdiv(query_len, tile.rows),
         view(grad_out), grad_lse, view(q), view(k), view(v), view(out), lse, view(dq), delta,
-        _spans(cu_q, cu_k, batch, lengths, limits), *settings, *_heads(q, k), scale, like=q, **_constants(q),
+        _spans(cu_q, cu_k, batch, lengths, limits), *bounds, *_heads(q, k), scale, like=q, **_constants(q),
     )  # fmt: skip
     launch(
         _dkdv_kernel, tiles("dkdv", q), ("QUERIES", "KEYS"),
         lambda tile: batch * kv_heads * triton.cdiv(kv_len, tile.columns),
         view(grad_out), view(q), view(k), view(v), lse, delta, view(dk), view(dv),
-        _spans(cu_k, cu_q, batch, lengths[::-1], limits[::-1]), *settings, *_heads(q, k, keys=True), scale,
+        _spans(cu_k, cu_q, batch, lengths[::-1], limits[::-1]), *bounds, *_heads(q, k, keys=True), scale,
         like=q, **_constants(q),
     )  # fmt: skip
