@@ -344,6 +344,10 @@ def test_tuning_takes_the_fastest_and_remembers_it(monkeypatch: pytest.MonkeyPat
     launch._chosen.clear()
     assert choose(tiles=[slow, fast]) == fast
     assert json.loads(file.read_text()) == {"a kernel": list(fast)}
+    file.unlink()
+    os.mkfifo(file)  # neither read nor replaced, and no reason to fail
+    launch._chosen.clear()
+    assert choose(tiles=[slow, fast]) == fast
 
 
 def test_few_lanes_idle() -> None:

@@ -7,18 +7,19 @@ tile of its table, for some seconds, and keeps the best in a file, from which la
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from gptcore.files import atomic_file, cache_folder
+from gptcore.files import atomic_file, cache_folder, read_json
 
+CACHE = "triton-tiles.json"
 INTERPRETED: bool = triton.knobs.runtime.interpret
 OPTIONS = {"enable_fp_fusion": True}  # Triton's versions differ in the default
 
@@ -97,10 +98,11 @@ def launch(
 # ---- tuning ----------------------------------------------------------------------------------------------------------
 
 
-def _read(file: Path) -> dict[str, Tile]:
+def _read() -> dict[str, Tile]:
+    """Return the tiles in the cache; none where it is absent or damaged."""
     try:
-        return {key: Tile(*tile) for key, tile in json.loads(file.read_text()).items()}
-    except (FileNotFoundError, ValueError, TypeError):  # none yet, or not ours: tuned anew
+        return {key: Tile(*tile) for key, tile in read_json(cache_folder() / CACHE).items()}
+    except (OSError, ValueError, TypeError):
         return {}
 
 
@@ -118,11 +120,10 @@ _chosen: dict[str, Tile] = {}
 def tuned(key: str, tiles: Sequence[Tile], run: Callable[[Tile], None]) -> Tile:
     """The fastest of these tiles, from the file if it is there, else measured and added to it."""
     if key not in _chosen:
-        file = cache_folder() / "triton-tiles.json"
-        known = _read(file)
+        known = _read()
         if known.get(key) not in tiles:
             known[key] = min(dict.fromkeys(tiles), key=lambda tile: milliseconds(lambda: run(tile)))
-            with atomic_file(file) as aside:
+            with contextlib.suppress(OSError), atomic_file(cache_folder() / CACHE) as aside:
                 aside.write_text(json.dumps(known, indent=1))
         _chosen[key] = known[key]
     return _chosen[key]
