@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,18 @@ from gptcore.config import IGNORED, GPTConfig
 
 if TYPE_CHECKING:
     from gptcore.generation.cache import KVCache
+
+
+def check_one_dtype(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, with their names, for weights of another dtype than most have."""
+    dtypes = [tensor.dtype for tensor in state.values()]
+    most = max(dtypes, key=dtypes.count)
+    odd = [f"{name} {tensor.dtype}" for name, tensor in state.items() if tensor.dtype != most]
+    if odd:
+        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+        raise ValueError(
+            f"weights that are not {most} as most are: {', '.join(odd[:5])}{more}; model.to({most}) converts them"
+        )
 
 
 def cu_seqlens_of(attention_mask: Tensor) -> Tensor:

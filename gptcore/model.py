@@ -33,6 +33,7 @@ from gptcore.config import GELU_FORMS, IGNORED, GPTConfig
 from gptcore.generation.cache import KVCache
 from gptcore.hf import pretrained
 from gptcore.inputs import check_outputs, check_shapes, check_values, cu_seqlens_of, positions_in, targets_of
+from gptcore.memory import check_fits
 
 
 class GPTOutput(NamedTuple):
@@ -142,6 +143,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        check_fits(config.num_parameters, torch.get_default_dtype(), torch.get_default_device())
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         learned = config.position_embedding == "learned"

@@ -196,7 +196,7 @@ def test_absurd_sizes_are_refused_before_any_work(words, model_folder, tmp_path,
 
 
 def test_a_model_that_memory_cannot_hold_is_refused(words, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_command, "_memory", lambda device: 10**6)
+    monkeypatch.setattr(train_command, "total_memory", lambda device: 10**6)
     assert main("train", words, "--output-dir", tmp_path / "out", *TINY, "--n-embd", 128) == 1
     assert "parameters need" in capsys.readouterr().err
 

@@ -327,3 +327,58 @@ def test_transformers_refuses_what_it_would_compute_otherwise(tmp_path: Path) ->
     GPT(GPTConfig(**GPT2_SIZES["small"], attention_window=4)).save_pretrained(tmp_path)
     with pytest.raises((ValueError, KeyError), match="gptcore"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["inverse layer", "gpt1 odd"])
+def test_forward_hooks_see_the_hidden_states_of_transformers(size: str, tmp_path: Path) -> None:
+    """The residual stream, attention outputs and MLP outputs, where the head of gptcore/model.py says they are."""
+    model, ours = both(size, tmp_path)
+    seen: dict[str, Tensor] = {}
+
+    def record(name: str, module: nn.Module, output: int | None = None) -> None:
+        module.register_forward_hook(
+            lambda _module, _input, result: seen.__setitem__(name, result if output is None else result[output])
+        )
+
+    post = size in GPT1_SIZES
+    record("stream 0", ours.drop)
+    for layer, block in enumerate(ours.h):
+        record(f"attention {layer}", block.attn)
+        record(f"mlp {layer}", block.mlp)
+        if post:
+            record(f"stream {layer + 1}", block.ln_2, 0)
+            record(f"middle {layer}", block.ln_1, 0)
+        else:
+            record(f"stream {layer}", block.ln_1, 1)
+            record(f"middle {layer}", block.ln_2, 1)
+    if not post:
+        record(f"stream {len(ours.h)}", ours.ln_f, 0)
+        record("last", ours.ln_f, 1)
+    blocks = model.transformer.h
+    expected: dict[str, Tensor] = {}
+    for layer, block in enumerate(blocks):
+        for name, module in (("attention", block.attn), ("mlp", block.mlp)):
+            module.register_forward_hook(
+                lambda _module, _input, result, key=f"{name} {layer}": expected.__setitem__(
+                    key, result[0] if isinstance(result, (tuple, list)) else result
+                )
+            )
+        after = block.ln_1 if post else block.ln_2
+        take = (lambda _i, result: result) if post else (lambda given, _r: given[0])
+        after.register_forward_hook(
+            lambda _m, given, result, key=f"middle {layer}", take=take: expected.__setitem__(key, take(given, result))
+        )
+    ids = torch.randint(0, ours.config.vocab_size, (2, 13))
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states
+        ours(ids)
+    expected |= {f"stream {layer}": state for layer, state in enumerate(states)}
+    if not post:
+        blocks_out = seen.pop("last")
+        expected_last = seen["stream 0"] + sum(
+            seen[f"{part} {layer}"] for layer in range(len(blocks)) for part in ("attention", "mlp")
+        )
+        torch.testing.assert_close(blocks_out, expected_last, rtol=1e-4, atol=1e-4)
+    assert seen.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(seen[name], tensor, rtol=1e-3, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}")

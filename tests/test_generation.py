@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptcore import ops
 from gptcore.config import GPTConfig
+from gptcore.generation import Batch, KVCache, Settings
 from gptcore.generation.sampling import sample
 from gptcore.model import GPT
 
@@ -269,3 +272,249 @@ def test_padding_does_not_count_against_the_positions() -> None:
     mask = torch.tensor([[0] * 30 + [1]])
     model = small()
     assert torch.equal(model.generate(ids, 20, attention_mask=mask)[:, 30:], model.generate([[5]], 20))
+
+
+# ---- rows that come and go
+
+
+MIXED = [
+    Settings(12),
+    Settings(9, do_sample=True, seed=5),
+    Settings(15, do_sample=True, seed=5, top_k=7, temperature=0.7),
+    Settings(7, do_sample=True, seed=6, top_p=0.8, repetition_penalty=1.3),
+    Settings(14, no_repeat_ngram_size=2),
+    Settings(3, do_sample=True, seed=7, top_k=7),
+]
+
+
+def run_alone(model: GPT, prompt: list[int], settings: Settings) -> list[int]:
+    batch, tokens = Batch(model), []
+    batch.add(prompt, settings)
+    while len(batch):
+        tokens += [token.token for token in batch.step()]
+    return tokens
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "gpt1", "gpt3"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_row_gets_the_tokens_that_it_gets_alone_whatever_comes_and_goes(variant: str, use_cache: bool) -> None:
+    model = small(**VARIANTS[variant], eos_token_id=None)
+    prompts = [*PROMPTS, [3, 1, 4], [2]]
+    batch, rows, got = Batch(model, use_cache=use_cache), {}, {}
+    arrivals = {0: [0, 1], 2: [2], 3: [3, 4], 8: [5]}  # step -> prompts
+    step = 0
+    while len(batch) or step <= max(arrivals):
+        for index in arrivals.get(step, []):
+            rows[batch.add(prompts[index], MIXED[index])] = index
+        for token in batch.step():
+            got.setdefault(rows[token.row], []).append(token.token)
+        if step == 5:
+            gone = next(row for row, index in rows.items() if index == 2)
+            batch.drop(gone)
+            with pytest.raises(KeyError, match="is not in this batch"):
+                batch.drop(gone)
+        step += 1
+    for index, settings in enumerate(MIXED):
+        alone = run_alone(model, prompts[index], settings)
+        assert got[index] == (alone[:4] if index == 2 else alone), index
+        assert len(alone) == settings.max_new_tokens
+
+
+def test_stream_yields_what_generate_collects_as_it_comes() -> None:
+    model = small()
+    eos = int(model.generate(PROMPTS[:1], 5, eos_token_id=-1)[0, -1])
+    options = {"do_sample": True, "seed": 3, "num_return_sequences": 2, "eos_token_id": eos}
+    whole = model.generate(PROMPTS, 12, **options)
+    tokens = model.stream(PROMPTS, 12, **options)
+    calls: list[int] = []
+    hook = model.register_forward_pre_hook(lambda _module, _args: calls.append(1))
+    first = [next(tokens) for _ in range(8)]
+    assert [token.row for token in first] == list(range(8))
+    assert len(calls) == 1  # the first tokens come after one pass
+    rows: list[list] = [[] for _ in range(8)]
+    for token in [*first, *tokens]:
+        rows[token.row].append(token)
+    hook.remove()
+    for index, row in enumerate(rows):
+        assert [token.token for token in row] == whole[index, 8 : 8 + len(row)].tolist()
+        assert all(token.finish_reason is None for token in row[:-1])
+        assert row[-1].finish_reason == ("stop" if row[-1].token == eos else "length")
+        assert (whole[index, 8 + len(row) :] == eos).all()
+    assert rows[0] != rows[1]  # each row has a seed of its own
+    with pytest.raises(ValueError, match="top_k should be"):
+        model.stream(PROMPTS, 3, do_sample=True, top_k=0)  # at the call, before the first token
+
+
+def test_a_row_draws_by_its_seed_alone_and_as_torch_multinomial_does() -> None:
+    logits = 3 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    together = sample(logits, [torch.Generator().manual_seed(n) for n in range(4)], [0.7] * 4, 20, [0.9] * 4)
+    for n in range(4):
+        values, candidates = logits[n].topk(20)
+        probabilities = ((values - values[0]) / 0.7).softmax(-1)
+        probabilities[1:][probabilities.cumsum(-1)[:-1] >= 0.9] = 0
+        drawn = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(n))
+        assert together[n] == candidates[drawn]
+    model = small()
+    first, more = (model.generate([PROMPTS[0]] * n, 10, do_sample=True, seed=8) for n in (1, 3))
+    assert torch.equal(first, more[:1])
+    assert len({tuple(row) for row in more.tolist()}) == 3
+
+
+def test_one_damaged_row_ends_with_an_error_and_the_others_go_on() -> None:
+    model = small(eos_token_id=None)
+    expected = [run_alone(model, prompt, Settings(5)) for prompt in ([5, 3], [7, 7, 11])]
+    unused = next(t for t in range(97) if t not in {5, 3, 7, 11} | {t for row in expected for t in row})
+    with torch.no_grad():
+        model.wte.weight[unused] = torch.nan
+    batch = Batch(model)
+    rows = [batch.add(prompt, Settings(5)) for prompt in ([5, 3], [4, unused], [7, 7, 11])]
+    got: dict[int, list] = {row: [] for row in rows}
+    while len(batch):
+        for token in batch.step():
+            got[token.row].append(token)
+    assert [token.token for token in got[rows[0]]] == expected[0]
+    assert [token.token for token in got[rows[2]]] == expected[1]
+    (bad,) = got[rows[1]]
+    assert (bad.token, bad.finish_reason) == (-1, "error")
+    assert isinstance(bad.error, FloatingPointError)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what reads the value of a tensor, and so would wait for a GPU."""
+
+    READING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "item", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.partition(".")[0]
+        if name in self.READING:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_value_from_the_device_but_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tolist of the chosen tokens does not dispatch; check_values runs on the CPU alone."""
+    model = small(eos_token_id=None).eval()
+    monkeypatch.setattr("gptcore.model.check_values", lambda *arguments: None)
+    batch = Batch(model)
+    for prompt, settings in zip([*PROMPTS, [2]], MIXED, strict=False):
+        batch.add(prompt, settings)
+    batch.step()
+    with Reads() as reads:
+        batch.step()
+        batch.step()
+    assert reads.names == []
+    with Reads() as reads:
+        bool(torch.ones(1) > 0)
+    assert reads.names, "this mode notices a read"
+
+
+def test_a_cache_takes_in_rows_and_drops_them() -> None:
+    model = small().eval()
+    texts = [[5, 3, 8], [4], [7, 7, 11, 2, 9]]
+    with torch.no_grad():
+        caches = []
+        for text in texts:
+            caches.append(KVCache(7))
+            model(torch.tensor([text]), cache=caches[-1])
+        cache = caches[0]
+        for other in caches[1:]:
+            cache.extend(other)
+        assert cache.lengths == [3, 1, 5]
+        cache.drop(0)  # the last row takes its place
+        assert cache.lengths == [5, 1]
+        logits = model(torch.tensor([[6, 1], [2, 8]]), cache=cache).logits
+    assert cache.lengths == [7, 3]
+    for row, text in enumerate(([7, 7, 11, 2, 9, 6, 1], [4, 2, 8])):
+        torch.testing.assert_close(logits[row], model(torch.tensor([text])).logits[0, -2:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="input_ids has 3 rows, but the cache holds 2"):
+        model(torch.tensor([[6], [2], [1]]), cache=cache)
+
+
+# ---- what callers give
+
+
+def test_a_prompt_as_long_as_the_model_is_continued_by_a_token() -> None:
+    model, prompt = small(), [[t % 97 for t in range(32)]]
+    ids = model.generate(prompt, 1)
+    assert torch.equal(ids, model.generate(prompt, 1, use_cache=False))
+    assert ids[0, -1] == model.eval()(torch.tensor(prompt)).logits[0, -1].argmax()
+    with pytest.raises(
+        ValueError, match="a prompt of 32 tokens and 2 new ones need 33 positions, but this model has 32"
+    ):
+        model.generate(prompt, 2)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [torch.tensor(prompt) for prompt in PROMPTS],
+        [np.array(prompt) for prompt in PROMPTS],
+        [tuple(np.int64(token) for token in prompt) for prompt in PROMPTS],
+        (torch.tensor(prompt, dtype=torch.int32) for prompt in PROMPTS),
+        [[torch.tensor(token) for token in prompt] for prompt in PROMPTS],
+    ],
+    ids=["tensors", "arrays", "NumPy numbers", "iterator", "scalars"],
+)
+def test_prompts_and_numbers_of_pytorch_and_numpy(prompts: object) -> None:
+    model = small()
+    whole = {"max_new_tokens": np.int64(6), "no_repeat_ngram_size": np.int32(2), "min_new_tokens": torch.tensor(2)}
+    expected = model.generate(PROMPTS, 6, no_repeat_ngram_size=2, min_new_tokens=2)
+    assert torch.equal(model.generate(prompts, **whole), expected)  # type: ignore[arg-type]
+    drawn = model.generate(
+        np.array([PROMPTS[0]]), 6, do_sample=True, seed=np.int64(3), top_k=np.int64(5), temperature=np.float32(0.5),
+        eos_token_id=np.int64(3), vocab_size=np.int64(90), num_return_sequences=np.int64(2),
+    )  # fmt: skip
+    assert torch.equal(
+        drawn, model.generate([PROMPTS[0]], 6, do_sample=True, seed=3, top_k=5, temperature=0.5, eos_token_id=3,
+                              vocab_size=90, num_return_sequences=2)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-39, 1e39, 1e300, 10**400])
+@pytest.mark.parametrize("top_p", [None, 1e-46, 1 - 1e-9])
+def test_extreme_temperatures_are_their_limits(temperature: float, top_p: float | None) -> None:
+    model = small()
+    drawn = model.generate(
+        PROMPTS, 5, do_sample=True, temperature=temperature, top_p=top_p, seed=1, no_repeat_ngram_size=2
+    )
+    greedy = model.generate(PROMPTS, 5, no_repeat_ngram_size=2)
+    assert torch.equal(drawn, greedy) == (temperature < 1 or top_p == 1e-46)
+
+
+@pytest.mark.parametrize("penalty", [1e-320, 1e-46, 1e39, 1e300])
+def test_extreme_penalties_leave_logits_finite(penalty: float) -> None:
+    new = small().generate([[5, 3, 8]], 6, do_sample=True, seed=1, repetition_penalty=penalty)[0, 3:]
+    assert ((new >= 0) & (new < 97)).all()
+
+
+def test_neither_default_dtype_nor_default_device_matters() -> None:
+    models = [small(**VARIANTS[variant]) for variant in ("gpt2", "sinusoidal")]
+    options = [{}, {"do_sample": True, "seed": 1, "top_p": 0.9, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3}]
+    expected = [model.generate(PROMPTS, 6, **some) for model in models for some in options]
+
+    def loss(model: GPT, ids: Tensor) -> Tensor:
+        model.train()(ids, labels=ids, return_logits=False)  # dropout draws a seed
+        return model.eval()(ids, labels=ids).loss
+
+    losses = [loss(model, ids) for model, ids in zip(models, expected[::2], strict=True)]
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    try:
+        again = [model.generate(PROMPTS, 6, **some) for model in models for some in options]
+        later = [loss(model, ids) for model, ids in zip(models, again[::2], strict=True)]
+    finally:
+        torch.set_default_device(None)  # type: ignore[arg-type]
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(losses, later, strict=True))
+
+
+def test_a_weight_of_another_dtype_is_named() -> None:
+    model = small()
+    model.h[1].mlp.c_fc.weight.data = model.h[1].mlp.c_fc.weight.double()
+    with pytest.raises(ValueError, match=r"not torch.float32 as most are: h.1.mlp.c_fc.weight torch.float64; model.to"):
+        model.generate(PROMPTS, 3)

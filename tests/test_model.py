@@ -517,3 +517,41 @@ def test_a_cache_takes_no_mask_after_its_first_tokens() -> None:
     model(ids(2, 6), cache=cache)
     with pytest.raises(ValueError, match="12 \\+ 1 tokens do not fit into a KV cache of 12"):
         model(ids(2, 1), cache=cache)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_losses_masks_and_packing_on_the_meta_device(tied: bool) -> None:
+    with torch.device("meta"):
+        model, x = GPT(dataclasses.replace(SMALL, tie_word_embeddings=tied)), ids(2, 6)
+        mask, cu_seqlens = torch.ones(2, 6, dtype=torch.int64), torch.arange(0, 13, 6)
+    for more in ({}, {"attention_mask": mask}, {"cu_seqlens": cu_seqlens}):
+        for return_logits in (True, False):
+            out = model(x, labels=x, return_logits=return_logits, **more)
+            out.loss.backward()
+            assert out.loss.is_meta
+            assert out.logits.shape == (2, 6 if return_logits else 0, 97)
+            assert model.h[0].attn.c_attn.weight.grad.is_meta
+
+
+@pytest.mark.parametrize("sizes", [{"vocab_size": 2 * 10**9}, {"n_positions": 2**31 - 1}, {"n_embd": 2**20}])
+def test_a_model_that_memory_cannot_hold_is_refused_with_numbers(sizes: dict) -> None:
+    config = dataclasses.replace(SMALL, **{"n_embd": 2**17, "n_head": 2**13, **sizes})
+    with pytest.raises(
+        ValueError, match=r"parameters take [\d,.]+ GB in float32, but cpu has [\d,.]+ GB; use a smaller"
+    ):
+        GPT(config)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"n_layer": 10**6}, "n_layer should be at most 10,000, not 1,000,000"),
+        ({"n_positions": 10**20}, "n_positions should be at most"),
+        ({"n_embd": 2**62}, "n_embd should be at most"),
+        ({"attention_window": 2**62}, "attention_window should be at most"),
+    ],
+)
+def test_sizes_of_no_model_are_refused(sizes: dict, message: str) -> None:
+    for make in (GPTConfig, lambda **values: GPTConfig.from_dict({"model_type": "gpt2", **values})):
+        with pytest.raises(ValueError, match=message):
+            make(**sizes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from gptcore.cli.options import (
 from gptcore.config import GPTConfig
 from gptcore.data.collator import DataCollatorForLanguageModeling
 from gptcore.data.datasets import TextDataset, split
+from gptcore.memory import total_memory
 from gptcore.model import GPT
 from gptcore.text.tokenizer import Tokenizer
 from gptcore.training.arguments import TrainingArguments
@@ -183,19 +183,12 @@ def _check(args: argparse.Namespace) -> None:
         refuse_without_effect(args, f"--init-from {args.init_from} sets it", *fields)
         return
     config = GPTConfig(**pick(args, GPTConfig))  # before the tokenizer says how many tokens there are
-    needed, there = config.num_parameters * BYTES_PER_PARAMETER, _memory(args.device)
+    needed, there = config.num_parameters * BYTES_PER_PARAMETER, total_memory(args.device)
     if needed > there:
         raise ValueError(
             f"{config.num_parameters:,} parameters need {needed / 1e9:,.1f} GB to train (weights, gradients and two "
             f"moments in float32), but {args.device} has {there / 1e9:,.1f} GB; use a smaller model"
         )
-
-
-def _memory(device: torch.device) -> int:
-    """Return the bytes of memory of a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _tokenizer(args: argparse.Namespace, checkpoint: Path | None) -> Tokenizer:

@@ -12,6 +12,7 @@ from torch import Tensor
 from gptcore.generation.cache import KVCache
 from gptcore.generation.prompts import EMPTY
 from gptcore.generation.sampling import Settings, limit_repetition, sample, whole_number
+from gptcore.inputs import check_one_dtype
 from gptcore.modes import module_mode
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Batch:
         limit = model.config.vocab_size
         if vocab_size is not None and not 1 <= (vocab_size := whole_number("vocab_size", vocab_size, 1)) <= limit:
             raise ValueError(f"vocab_size {vocab_size} should be between 1 and the model's {limit} tokens")
+        check_one_dtype(dict(model.named_parameters()))
         self.model, self.vocab_size, self.use_cache = model, vocab_size, use_cache
         self._modules, self._device = list(model.modules()), next(model.parameters()).device
         self._rows: list[_Row] = []  # in the order of the cache's

@@ -29,6 +29,7 @@ from gptcore.hf.weight_files import (
     open_weights,
     weight_files,
 )
+from gptcore.inputs import check_one_dtype
 from gptcore.tensor_file import TensorFile, parts, save_tensors
 
 if TYPE_CHECKING:
@@ -49,11 +50,12 @@ def save_pretrained(model: GPT, directory: PathLike) -> None:
     any other model, such as a GPT-3 with its banded attention, config.json says model_type "gptcore", which
     transformers refuses, and a warning says so. Each file is whole at any moment, and old files in the folder are
     replaced only when the new ones are on the disk. Raises ValueError, having written nothing, if a weight is not
-    finite.
+    finite or has another dtype than most.
     """
     directory, config = Path(directory), model.config
     state = model.state_dict()
     _refuse("weights that are not finite", (name for name, tensor in state.items() if not tensor.isfinite().all()))
+    check_one_dtype(state)
     if not (config.is_gpt1 or config.is_gpt2):
         warnings.warn(
             f"{directory} is saved as a model of gptcore's own: transformers has no model that computes the same from "

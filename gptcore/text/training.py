@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, trainers
 
+from gptcore.memory import total_memory
 from gptcore.text.pretokenize import (
     BROKEN,
     BYTE_OF,
@@ -59,7 +59,7 @@ def learn_merges(paths: Sequence[Path], vocab_size: int | None, special: Sequenc
             f"not {vocab_size}; 8192 suits a few megabytes of text"
         )
     most = base + sum(path.stat().st_size for path in paths)  # a merge needs a byte more of text
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = total_memory()
     if min(vocab_size, most) > memory // _TOKEN_MEMORY:
         raise ValueError(
             f"vocab_size={vocab_size} would take {min(vocab_size, most) * _TOKEN_MEMORY >> 30} GiB, but this machine "
