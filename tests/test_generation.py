@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -360,6 +361,34 @@ def test_a_row_draws_by_its_seed_alone_and_as_torch_multinomial_does() -> None:
     assert len({tuple(row) for row in more.tolist()}) == 3
 
 
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_free_space_of_the_cache_reaches_no_row(backend: str | None) -> None:
+    """Neither uninitialised memory nor what a damaged row left behind."""
+    model = small(eos_token_id=None)
+    with ops.use(backend):
+        expected = [run_alone(model, prompt, Settings(8)) for prompt in ([5, 3], [7, 7, 11, 2, 9, 4])]
+        unused = next(t for t in range(97) if t not in {5, 3, 7, 11, 2, 9, 4} | {t for row in expected for t in row})
+        with torch.no_grad():
+            model.wte.weight[unused] = torch.nan
+        batch, got, rows = Batch(model), {}, []
+        arrivals = [[7, 7, 11, 2, 9, 4], [4] * 20 + [unused], [5, 3]]
+        while len(batch) or arrivals:
+            if arrivals:
+                rows.append(batch.add(arrivals.pop(0), Settings(8)))
+            for token in batch.step():
+                got.setdefault(token.row, []).append(token.token)
+    assert [got[row] for row in rows] == [expected[1], [-1], expected[0]]
+
+
 def test_one_damaged_row_ends_with_an_error_and_the_others_go_on() -> None:
     model = small(eos_token_id=None)
     expected = [run_alone(model, prompt, Settings(5)) for prompt in ([5, 3], [7, 7, 11])]
@@ -426,6 +455,7 @@ def test_a_cache_takes_in_rows_and_drops_them() -> None:
         assert cache.lengths == [3, 1, 5]
         cache.drop(0)  # the last row takes its place
         assert cache.lengths == [5, 1]
+        assert all((layer[:, 1, :, 1:] == 0).all() and (layer[:, 2] == 0).all() for layer in cache.layers)
         logits = model(torch.tensor([[6, 1], [2, 8]]), cache=cache).logits
     assert cache.lengths == [7, 3]
     for row, text in enumerate(([7, 7, 11, 2, 9, 6, 1], [4, 2, 8])):

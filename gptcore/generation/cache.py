@@ -17,7 +17,8 @@ class KVCache:
     The first forward pass with a cache fills it: each row of the batch, or each document of cu_seqlens, becomes a row.
     Every later pass adds T tokens to each row. `extend` takes in the rows of another cache; `drop` removes a row.
 
-    A layer has one tensor (2, rows, H, capacity, D), in the dtype and on the device of its first keys.
+    A layer has one tensor (2, rows, H, capacity, D), in the dtype and on the device of its first keys. Free space holds
+    zeros: kernels may multiply masked values by 0, and 0 x NaN is NaN.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -61,7 +62,7 @@ class KVCache:
         new = qkv[:, :, 1:]  # keys and values: (B, T, 2, H, D)
         if not self.lengths:
             if layer == len(self.layers):
-                self.layers.append(qkv.new_empty(2, len(self._added), H, self.capacity, D))
+                self.layers.append(qkv.new_zeros(2, len(self._added), H, self.capacity, D))
             texts = new if cu_seqlens is None else new.flatten(0, 1).split(self._added)
             for row, text in enumerate(texts):
                 self.layers[layer][:, row, :, : len(text)] = text.permute(1, 2, 0, 3)
@@ -91,7 +92,7 @@ class KVCache:
         for layer, theirs in enumerate(other.layers):
             ours = self.layers[layer] if self.layers else theirs[:, :0]
             if ours.shape[1] < rows or ours.shape[3] < capacity:  # twice the rows, so that copies stay rare
-                larger = theirs.new_empty(2, max(rows, 2 * used), theirs.shape[2], capacity, theirs.shape[4])
+                larger = theirs.new_zeros(2, max(rows, 2 * used), theirs.shape[2], capacity, theirs.shape[4])
                 larger[:, :used, :, : self.length] = ours[:, :used, :, : self.length]
                 ours = larger
             ours[:, used:rows, :, : other.length] = theirs[:, : len(other.lengths), :, : other.length]
@@ -101,11 +102,14 @@ class KVCache:
 
     def drop(self, row: int) -> None:
         """Remove a row. The last row takes its place."""
-        length = self.lengths.pop()
-        if row < len(self.lengths):
-            self.lengths[row] = length
-            for layer in self.layers:
-                layer[:, row, :, :length] = layer[:, len(self.lengths), :, :length]
+        last, gone = len(self.lengths) - 1, self.lengths[row]
+        length = self.lengths[row] = self.lengths[last]
+        for layer in self.layers:
+            if row < last:
+                layer[:, row, :, :length] = layer[:, last, :, :length]
+                layer[:, row, :, length:gone] = 0
+            layer[:, last, :, :length] = 0
+        del self.lengths[last]
         if not self.lengths:
             self.layers = []
         self._set_lengths(self.lengths)
