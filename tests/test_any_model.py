@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import collate, losses, rows, same, tiny_model, tiny_trainer, weights
+from tiny import losses, rows, same, tiny_model, tiny_trainer, weights
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptcore import ops
 from gptcore.config import GPTConfig
+from gptcore.data.collator import DataCollatorForLanguageModeling
 from gptcore.model import GPT
 from gptcore.tensor_file import load_tensors
 from gptcore.training import optim
@@ -354,6 +355,7 @@ def test_found_inf_skips_an_update_on_the_device(dtype: torch.dtype) -> None:
 
 def test_no_tensor_depends_on_the_default_dtype_or_device(tmp_path: Path) -> None:
     plain, other = tiny_trainer(tmp_path / "plain", eval_steps=3, save_steps=3), tiny_model()
+    plain.data_collator = DataCollatorForLanguageModeling()
     plain.train()
     data, more = rows(22), rows(10, seed=9)
     torch.set_default_dtype(torch.bfloat16)
@@ -361,7 +363,7 @@ def test_no_tensor_depends_on_the_default_dtype_or_device(tmp_path: Path) -> Non
     try:
         args: Any = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_steps": 3}
         arguments = TrainingArguments(str(tmp_path / "other"), **args, eval_steps=3, logging_steps=1, disable_tqdm=True)
-        trainer = Trainer(other, arguments, data, more, collate)
+        trainer = Trainer(other, arguments, data, more)
         trainer.callbacks.append(PowerCut(5))
         with pytest.raises(RuntimeError, match="power cut"):
             trainer.train()

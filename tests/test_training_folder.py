@@ -334,7 +334,7 @@ def test_data_with_randomness_of_its_own_is_named_at_the_first_save(tmp_path: Pa
             return self.examples[i].roll(int(torch.randint(2, (), generator=generator)))
 
     data = [torch.arange(i, i + 8) for i in range(22)]
-    with pytest.warns(UserWarning, match=r"other batches for the same indices .* cannot be resumed") as caught:
+    with pytest.warns(UserWarning, match=r"different batches for the same indices.* cannot be resumed") as caught:
         tiny_trainer(tmp_path / "own", data=Noisy(data, "x"), save_steps=2).train()
     assert len(caught) == 1
     with warnings.catch_warnings():

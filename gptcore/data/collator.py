@@ -51,7 +51,7 @@ class DataCollatorForLanguageModeling:
             raise ValueError(f"each window has input_ids, and all or none labels or document_starts, but not {found}")
         rows = [_ids(w["input_ids"]) for w in windows]
         length = max(map(len, rows))
-        input_ids = torch.full((len(rows), length), self.pad_token_id)
+        input_ids = torch.full((len(rows), length), self.pad_token_id, device="cpu")
         labels = torch.full_like(input_ids, IGNORED)
         attention_mask = torch.zeros_like(input_ids)
         boundaries = {0}
@@ -61,7 +61,7 @@ class DataCollatorForLanguageModeling:
             attention_mask[r, : len(row)] = _beside(windows[r], "attention_mask", row, torch.ones_like(row))
             boundaries |= {r * length + len(row), (r + 1) * length}
             if "document_starts" in keys:
-                starts = torch.as_tensor(windows[r]["document_starts"], dtype=torch.int64)
+                starts = torch.as_tensor(windows[r]["document_starts"], dtype=torch.int64, device="cpu")
                 if ((starts < 0) | (starts >= len(row))).any():
                     raise ValueError(f"document_starts must be from 0 to {len(row) - 1}, but are {starts.tolist()}")
                 if not attention_mask[r, : len(row)].all():
@@ -71,7 +71,7 @@ class DataCollatorForLanguageModeling:
         labels[attention_mask == 0] = IGNORED
         batch = {"input_ids": input_ids, "labels": labels}
         if "document_starts" in keys:
-            batch["cu_seqlens"] = torch.tensor(sorted(boundaries))
+            batch["cu_seqlens"] = torch.tensor(sorted(boundaries), device="cpu")
         elif not attention_mask.all():
             batch["attention_mask"] = attention_mask
         return batch
@@ -85,7 +85,7 @@ def _beside(window: Mapping[str, Any], key: str, ids: torch.Tensor, default: tor
 
 
 def _ids(row: Any, key: str = "input_ids") -> torch.Tensor:
-    ids = torch.as_tensor(row)
+    ids = torch.as_tensor(row, device="cpu")
     if ids.dim() != 1 or len(ids) == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"{key} must be a row of token ids, but are {ids.dtype} of shape {tuple(ids.shape)}")
     return ids.to(torch.int64)

@@ -1,4 +1,4 @@
-"""The arguments of a training run, checked when they are made, and the learning rate that follows from them."""
+"""The arguments of a training run, checked when they are made; its learning rates and number of steps."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-MOST = 10**12  # steps, epochs and all other counts: more is a slip of the keyboard
+MOST = 10**12  # of steps, epochs and all other counts
 
 
 def _arg(default: Any, help: str, resume: Literal["same", "warn", "free"] = "warn") -> Any:
-    """A field with its line of help, and what happens if a resumed run has another value than its checkpoint:
+    """Return a field with its line of help, and the rule if a resumed run has another value than its checkpoint:
 
     "same": an error, because the position in the data would mean something else; "warn": a warning, because the run
     differs from the one that was begun; "free": nothing.
@@ -97,10 +97,10 @@ def _plain_number(value: Any, kind: Any) -> Any:
 
 
 def lr_at(step: int, args: TrainingArguments, total_steps: int) -> float:
-    """The learning rate of the update that follows `step` updates, for step = 0 ... total_steps - 1.
+    """Return the learning rate of the update that follows `step` updates, for step = 0 ... total_steps - 1.
 
-    Rises in equal steps to args.learning_rate, which update `warmup_steps` has, and falls to what would be 0 at
-    total_steps. No update has a learning rate of 0, the first and the last included.
+    Warmup rises in equal steps to args.learning_rate at step `warmup_steps`; the decay would reach 0 at total_steps. So
+    no update has a learning rate of 0, the first and the last included.
     """
     if step < args.warmup_steps:
         return args.learning_rate * (step + 1) / (args.warmup_steps + 1)
@@ -111,7 +111,7 @@ def lr_at(step: int, args: TrainingArguments, total_steps: int) -> float:
 
 
 def total_steps(args: TrainingArguments, steps_per_epoch: int) -> int:
-    """The step at which training ends. Raises ValueError for a number of epochs that takes too many."""
+    """Return the step at which training ends. Raises ValueError for epochs of more than 10**12 steps."""
     if args.max_steps > 0:
         return args.max_steps
     steps = args.num_train_epochs * steps_per_epoch

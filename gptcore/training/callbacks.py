@@ -1,4 +1,4 @@
-"""What is told while training runs: log.jsonl, the progress line, and whatever a callback of yours does."""
+"""Output of training: log.jsonl, the progress line, and callbacks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LINE_LIMIT = 1 << 20  # bytes of a line in log.jsonl
 
 
 class TrainerCallback:
-    """Methods that the trainer calls; override what you need. `trainer` has model, args, state and the datasets.
+    """Methods that the trainer calls; override some. `trainer` has model, args, state and the datasets.
 
     An exception from a callback stops training. Training stays reproducible as long as a callback leaves the weights
     and the global random generators alone (`model.generate` draws from a generator of its own).
@@ -43,13 +43,13 @@ class TrainerCallback:
         """After a line was written to log.jsonl."""
 
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """After an evaluation, whether training asked for it or you did."""
+        """After each evaluation, also one outside of training."""
 
     def on_save(self, trainer: Trainer, checkpoint: Path) -> None:
-        """After a checkpoint was written, whole."""
+        """After a checkpoint was written."""
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """When training is over, be it by an error or an interrupt."""
+        """When training ends, also by an error or an interrupt."""
 
 
 def read_log(path: PathLike, skip_damage: bool = False) -> list[dict[str, Any]]:
@@ -81,7 +81,10 @@ def read_log(path: PathLike, skip_damage: bool = False) -> list[dict[str, Any]]:
 
 
 class LogFile:
-    """log.jsonl, open for appending after the entries of steps up to `last_step`; later ones are dropped."""
+    """log.jsonl, opened for appending; entries of steps after `last_step` are dropped.
+
+    If it is deleted during the run, it is made anew, with a warning.
+    """
 
     def __init__(self, path: PathLike, last_step: int) -> None:
         self.path = Path(path)
@@ -95,7 +98,7 @@ class LogFile:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for as long as the run)
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Write one line, so that readers and a kill of this process find it whole."""
+        """Write one line with one write, so that no reader and no kill finds a part of it."""
         self._reopen_if_deleted(entry["step"])
         try:
             self._file.write(_line(entry))
@@ -130,7 +133,7 @@ def _line(entry: Mapping[str, Any]) -> str:
 class ProgressLine(TrainerCallback):
     """On a terminal one live line with step, loss, learning rate, tokens/s and time left; else a line per log entry.
 
-    Output that cannot be written, to a closed pipe or a full disk, ends the output and never the run.
+    If the output cannot be written, as to a closed pipe or a full disk, the run continues without it.
     """
 
     REFRESH = 0.25  # seconds

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan(trainer: Trainer) -> str:
-    """What trainer.train() is about to do, in numbers, a line each."""
+    """Return what trainer.train() is about to do, in numbers, a line each."""
     args, model = trainer.args, trainer.own_model
     decayed, undecayed = (sum(p.numel() for p in group["params"]) for group in trainer.optimizer.param_groups)
     first = trainer.first_batch().get("input_ids")
@@ -45,13 +45,14 @@ def plan(trainer: Trainer) -> str:
                       f"{args.warmup_steps} steps of warmup, {clipped}"),
         ("dtype", _describe_dtype(next(model.parameters()).dtype, args.bf16)),
         ("device", f"{trainer.device}, {torch.get_num_threads()} threads"),
-        ("kernels", ": ".join(ops.chosen("attention", next(model.parameters())))),
     ]  # fmt: skip
+    if any(type(module).__module__.startswith("gptcore.") for module in model.modules()):
+        lines += [("kernels", ": ".join(ops.chosen("attention", next(model.parameters()))))]
     return "\n".join(f"{name:<11} {text}" for name, text in lines)
 
 
 def flops_per_token(model: Any, length: int) -> int:
-    """FLOPs of forward and backward for one token in a sequence of `length`, as GPT.estimate_flops counts them."""
+    """Return the FLOPs of forward and backward for one token in a sequence of `length`, by model.estimate_flops."""
     return int(model.estimate_flops(length, backward=True)) // length
 
 

@@ -1,4 +1,4 @@
-"""Resuming: which checkpoint, whether the run still is the one that was begun, and what output_dir may hold."""
+"""Rules of resuming: which checkpoint, whether the run has changed, and what output_dir may hold at the start."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SAMPLED = 64  # examples that stand for a dataset without a fingerprint
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone. A folder that did not exist is removed again if nothing was written."""
+    """Lock `folder` for this process. A folder that did not exist is removed again if nothing was written."""
     new = not folder.exists()
     try:
         with checkpoint.exclusive(folder):
@@ -47,9 +47,9 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def choose_checkpoint(folder: Path, resume_from: Literal[True] | PathLike) -> Path:
-    """The verified checkpoint to resume from: the newest whole one in `folder` for True, else the one at a path.
+    """Return the verified checkpoint to resume from: for True the newest in `folder`, else the one at a path.
 
-    Raises CheckpointError if there is none, if it is damaged, or if `folder` has a newer one that is whole.
+    Raises CheckpointError if there is no checkpoint, if it is damaged, or if `folder` has a newer one.
     """
     if resume_from is True:
         return checkpoint.newest_checkpoint(folder)
@@ -57,17 +57,17 @@ def choose_checkpoint(folder: Path, resume_from: Literal[True] | PathLike) -> Pa
     checkpoint.verify_checkpoint(path)
     if is_in(path, folder) and path.name != (newest := checkpoint.newest_checkpoint(folder)).name:
         raise CheckpointError(
-            f"{path} is not the newest checkpoint of its run, {newest} is whole: two courses of one run would "
-            "be mixed up; choose another output_dir, or delete the newer checkpoints"
+            f"{path} is not the newest checkpoint of its run, {newest} is whole: the log would hold two courses of one "
+            "run; choose another output_dir, or delete the newer checkpoints"
         )
     return path
 
 
 def earlier_run(folder: Path, resumed: Path | None, overwrite: bool) -> list[Path]:
-    """What another run or model left in `folder`, to be deleted before this run starts.
+    """Return checkpoints and log of another run in `folder`, to be deleted before this run starts.
 
-    Raises FileExistsError if there are any without `overwrite`, or a foreign checkpoint-N or a log.jsonl that is not a
-    regular file is in the way.
+    Raises FileExistsError without `overwrite` if there are any, or a model; and for a checkpoint-N of another program,
+    and a log.jsonl that is not a regular file.
     """
     check_replaceable(folder / "log.jsonl")
     inside = resumed is not None and is_in(resumed, folder)
@@ -88,7 +88,7 @@ def earlier_run(folder: Path, resumed: Path | None, overwrite: bool) -> list[Pat
 
 
 def model_files(folder: PathLike) -> list[Path]:
-    """The files by which a folder holds a model, whoever wrote it."""
+    """Return the config and weight files in a folder, of gptcore or another program."""
     names = ["config.json", "hparams.json", *SAFETENSORS, *PICKLES]
     return [path for name in names if os.path.lexists(path := Path(folder, name))]
 
@@ -106,7 +106,7 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> None:
 
 
 def check_room(folder: Path, model: nn.Module, saves: bool) -> None:
-    """Raise CheckpointError if a checkpoint will not fit on the disk; warn if none may have to be saved."""
+    """Raise CheckpointError if a checkpoint does not fit on the disk; without `saves`, warn."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moments = sum(parameter.numel() * (12 if parameter.itemsize == 2 else 8) for parameter in trained)
     needed = moments + sum(tensor.nbytes for tensor in checkpoint.named_tensors(model).values())
@@ -148,7 +148,7 @@ def is_in(path: Path, folder: Path) -> bool:
 def describe_run(
     args: TrainingArguments, model: nn.Module, data: dict[str, Any], total_steps: int, device: torch.device
 ) -> Description:
-    """What decides the course of a run beside its state: stored in each checkpoint, and compared on resuming."""
+    """Return all that determines a run beside its state; each checkpoint stores it, and resuming compares it."""
     to_dict = getattr(getattr(model, "config", None), "to_dict", lambda: {"class": type(model).__qualname__})
     description: Description = {
         "args": dataclasses.asdict(args),
@@ -167,7 +167,7 @@ def describe_run(
 
 
 def read_state(path: Path) -> tuple[TrainerState, Description]:
-    """The state and the description in a verified checkpoint. Raises CheckpointError if they are not what was saved."""
+    """Return state and description of a verified checkpoint. Raises CheckpointError if they were edited."""
     saved, where = checkpoint.read_state(path), path / "trainer_state.json"
     try:
         for part in ("args", "data", "schedule", "model", "environment"):
@@ -182,7 +182,7 @@ def read_state(path: Path) -> tuple[TrainerState, Description]:
 
 
 def compare(path: Path, saved: Description, now: Description, args: TrainingArguments) -> None:
-    """CheckpointError for other data or batches; one warning for all else that changes the course of the run."""
+    """Raise CheckpointError if data or batches differ; warn of all else that changes the course of the run."""
     rules = {field.name: field.metadata["resume"] for field in dataclasses.fields(args)}
     rules |= dict.fromkeys(now["data"], "same")
     if args.lr_scheduler_type == "constant":
@@ -210,7 +210,7 @@ def compare(path: Path, saved: Description, now: Description, args: TrainingArgu
 
 
 def digest(batches: Iterable[Mapping[str, Any]]) -> str:
-    """SHA-256 of the values of some batches."""
+    """Return the SHA-256 of the values of some batches."""
     sha = hashlib.sha256()
     for batch in batches:
         for key in sorted(batch):
@@ -223,7 +223,7 @@ def digest(batches: Iterable[Mapping[str, Any]]) -> str:
 
 
 def fingerprint(dataset: Any, collate: Callable[[list[int]], Mapping[str, Any]]) -> str:
-    """What tells a dataset from another of its length: its own fingerprint, or else SHA-256 of up to 64 examples.
+    """Return the dataset's own fingerprint, or else the SHA-256 of up to 64 examples.
 
     Examples come in batches of one from `collate`.
     """
@@ -235,5 +235,5 @@ def fingerprint(dataset: Any, collate: Callable[[list[int]], Mapping[str, Any]])
 
 
 def is_sampled(fingerprint: str) -> bool:
-    """Whether a fingerprint does not cover every example."""
+    """Return whether a fingerprint leaves out examples."""
     return fingerprint.startswith(f"{SAMPLED} of ") and not fingerprint.startswith(f"{SAMPLED} of {SAMPLED} ")

@@ -16,14 +16,14 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     def __init__(self, path: Path) -> None:
         self.checkpoint = path
-        super().__init__(f"interrupted; go on with trainer.train(resume_from_checkpoint={str(path)!r})")
+        super().__init__(f"interrupted; resume with trainer.train(resume_from_checkpoint={str(path)!r})")
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list into which the first SIGINT or SIGTERM goes instead of taking effect; the second one has its old effect.
+    """Yield a list that records the first SIGINT or SIGTERM, which has no other effect; a second one has its usual one.
 
-    Only in the main thread, the only one that Python lets handle signals; in others the list stays empty.
+    Python handles signals in the main thread only; in others the list stays empty.
     """
     received: list[int] = []
     previous: dict[int, Any] = {}

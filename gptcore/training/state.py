@@ -1,4 +1,4 @@
-"""The numbers of a run: what the loop carries from step to step, and what of it is still on the device."""
+"""The numbers that a run carries from step to step, and the results of steps that are still on the device."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TrainerState:
 
 
 class TrainOutput(NamedTuple):
-    """What training returns: the training loss is the mean over all targets since step 0."""
+    """Result of Trainer.train; training_loss is the mean over all targets since step 0."""
 
     global_step: int
     training_loss: float
@@ -69,33 +69,34 @@ class StepResult(NamedTuple):
 
 
 class UnreadSteps:
-    """The results of the last steps, which one device-to-host synchronisation reads together."""
+    """Results of the last steps, read together by one device-to-host synchronisation."""
 
     LIMIT = 100  # steps: the progress line shows numbers that are at most this old
 
     def __init__(self, device: torch.device) -> None:
         self.steps: list[StepResult] = []
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)  # 1 from the first bad step on
-        self.at_once = device.type == "cpu"  # reading costs nothing there, so that an error names its step at once
+        self.at_once = device.type == "cpu"  # where reading does not synchronise
 
     def start(self) -> None:
-        """Start the clock of a step, which goes on where earlier steps are unread."""
+        """Start the clock, unless it runs since an earlier step that is unread."""
         if not self.steps:
             self._started = time.perf_counter()
 
     def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """A flag on the device, for an optimizer to skip its update: 1 if a number of this or an earlier step is bad.
+        """Return found_inf for the optimizer: 1 from the first step whose loss or gradient norm is not finite, else 0.
 
-        So the weights stay those before the first bad step until `read` raises.
+        So later updates are skipped as well, and the weights stay those before that step until it is read.
         """
         self.found_inf = torch.maximum(self.found_inf, 1.0 - torch.isfinite(loss + grad_norm).float())
         return self.found_inf
 
     def due(self) -> bool:
+        """Return whether the results should be read even if nothing is logged."""
         return self.at_once or len(self.steps) >= self.LIMIT
 
     def read(self) -> list[tuple[StepResult, Sums, float, float]]:
-        """Each unread step with its sums, loss and gradient norm, as numbers of the host; the list is empty then."""
+        """Return each unread step with its sums, loss and gradient norm as Python numbers."""
         steps, self.steps = self.steps, []
         if not steps:
             return []

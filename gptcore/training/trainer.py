@@ -89,11 +89,12 @@ class Trainer:
         self.state = TrainerState()
         self.last_step: dict[str, float] = {}
         self._newest: Path | None = None  # the checkpoint of this step
-        self._checked = False  # whether batches are the same the second time
+        self._fingerprint: str | None = None  # of train_dataset, from the first save on
+        self._checked = False  # that batches are the same the second time
 
     @property
     def own_model(self) -> nn.Module:
-        """The model inside the wrapper of torch.compile: names in files are its own."""
+        """The model without the wrapper of torch.compile. Files have its names."""
         inner = getattr(self.model, "_orig_mod", self.model)
         assert isinstance(inner, nn.Module)
         return inner
@@ -105,20 +106,21 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        """The step at which training ends."""
+        """Return the step at which training ends."""
         return arguments.total_steps(self.args, self.steps_per_epoch)
 
     def train(self, resume_from_checkpoint: bool | str | os.PathLike[str] | None = None) -> TrainOutput:
-        """Train to the end, and return; saving the result is `save_model`'s.
+        """Train to the end and return the losses; save_model saves the result.
 
         resume_from_checkpoint: None or False starts at step 0. True resumes from the newest whole checkpoint in
         output_dir, with a warning for each damaged one that is passed over; a path resumes from that one.
 
-        Raises TrainingInterrupted after SIGINT or SIGTERM, when the step is finished and a checkpoint saved (a second
-        signal does what it does without a trainer: stops at once); NonFiniteError before an update by a loss or
-        gradient that is not finite; FileExistsError if output_dir holds another run and is not to be overwritten;
-        CheckpointError if a checkpoint is damaged, does not fit or cannot be written, as on a full disk: training
-        stops then, as going on would spend compute on what cannot be kept.
+        Nothing is written before every check has passed. Raises
+            TrainingInterrupted  after SIGINT or SIGTERM, when the step is finished and a checkpoint is saved; a second
+                signal stops at once, as without a trainer
+            NonFiniteError  before an update by a loss or gradient that is not finite
+            FileExistsError  if output_dir holds another run or a model, and overwrite_output_dir is False
+            CheckpointError  if a checkpoint is damaged, does not fit or cannot be written, as on a full disk
         """
         self._check()
         with resume.claimed(self.folder), stop_signals() as signals, module_mode(self.model, training=True):
@@ -192,9 +194,9 @@ class Trainer:
                 raise TrainingInterrupted(path)
 
     def evaluate(self) -> dict[str, float]:
-        """{"eval_loss": mean over all targets of eval_dataset, "perplexity": its exponential}.
+        """Return {"eval_loss": mean over all targets of eval_dataset, "perplexity": its exponential}.
 
-        In eval mode, without gradients, and without a trace in the random generators or the modes of the modules.
+        Runs in eval mode without gradients; random generators and modes of modules are afterwards as before.
         """
         if self.eval_dataset is None:
             raise ValueError("evaluate() needs an eval_dataset")
@@ -227,11 +229,11 @@ class Trainer:
                 self.tokenizer.save_pretrained(folder)
 
     def plan(self) -> str:
-        """What train() is about to do, in numbers."""
+        """Return what train() is about to do, in numbers."""
         return plan(self)
 
     def count_targets(self, batch: Mapping[str, Any]) -> int:
-        """How many targets the model's loss of a batch is a mean over, by the rule in the description of the class."""
+        """Return the number of targets that the loss of a batch is a mean over, by the rule in the class docstring."""
         if "num_targets" in batch:
             return int(batch["num_targets"])
         count = getattr(self.own_model, "count_targets", _count_shifted_labels)
@@ -246,7 +248,7 @@ class Trainer:
     # ---- parts of the above, in the order of their use
 
     def _check(self) -> None:
-        """ValueError or TypeError for what can be told to be wrong before anything is read or written."""
+        """Raise ValueError or TypeError for arguments that do not fit each other, before any file is touched."""
         args, model = self.args, self.model
         if self.train_dataset is None:
             raise ValueError("train() needs a train_dataset")
@@ -266,13 +268,11 @@ class Trainer:
             raise ValueError(f"warmup_steps is {args.warmup_steps}, but the run has only {self.total_steps} steps")
 
     def _start(self, resume_from: bool | str | os.PathLike[str] | None) -> None:
-        """Make state, optimizer and random generators as they are before the first step to do.
-
-        Nothing is written before every check has passed.
-        """
+        """Put state, optimizer and random generators at the first step to do, then delete a run to be overwritten."""
         path = None
         self.state, self.optimizer = TrainerState(), make_optimizer(self.model, self.args)
-        self.unread, self.last_step, self._newest = UnreadSteps(self.device), {}, None
+        self.unread, self.last_step = UnreadSteps(self.device), {}
+        self._newest, self._fingerprint, self._checked = None, None, False
         if resume_from:
             path = resume.choose_checkpoint(self.folder, resume_from)
             state, saved = resume.read_state(path)
@@ -290,6 +290,10 @@ class Trainer:
         self._rotate()  # which a kill may have prevented
 
     def _description(self, step: int) -> resume.Description:
+        if self._fingerprint is None:
+            with own_randomness(self.args.seed):
+                collate = functools.partial(self._collate, self.train_dataset)
+                self._fingerprint = resume.fingerprint(self.train_dataset, collate)
         data = {
             "examples": len(self.train_dataset),
             "fingerprint": self._fingerprint,
@@ -297,28 +301,23 @@ class Trainer:
         }
         return resume.describe_run(self.args, self.own_model, data, self.total_steps, self.device)
 
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        with own_randomness(self.args.seed):
-            return resume.fingerprint(self.train_dataset, functools.partial(self._collate, self.train_dataset))
-
     def _digest(self, step: int) -> str:
-        """SHA-256 of the batches of a step, without a trace in the random generators."""
+        """Return the SHA-256 of the batches of a step; random generators are afterwards as before."""
         with own_randomness(self.args.seed):
             return resume.digest(self._micro_batches(step))
 
     def _check_repeatable(self, step: int) -> None:
-        """Warn at the first save if the batches of a step are others the second time."""
+        """Warn if collating the batches of a step twice gives different batches."""
         if self._digest(step) != self._digest(step):
             warnings.warn(
-                "train_dataset or data_collator returns other batches for the same indices the second time, as with a "
-                "random generator of its own: this run's checkpoints cannot be resumed. Draw from the global "
-                "generators of PyTorch, NumPy or Python, whose state checkpoints hold",
+                "train_dataset or data_collator returns different batches for the same indices, as with a random "
+                "generator of its own: this run's checkpoints cannot be resumed. Use the global generators of PyTorch, "
+                "NumPy or Python, whose state checkpoints hold",
                 stacklevel=4,
             )
 
     def _micro_batches(self, step: int) -> list[Batch]:
-        """The batches of one update: a pure function of the step, the seed and the dataset."""
+        """Return the batches of one update, a pure function of the step, the seed and the dataset."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         size = self.args.per_device_train_batch_size
         count = size * self.args.gradient_accumulation_steps
@@ -329,12 +328,12 @@ class Trainer:
         return self.data_collator([dataset[index] for index in indices])
 
     def first_batch(self) -> Batch:
-        """The first example as a batch of its own, without a trace in the random generators."""
+        """Return the first example as a batch; random generators are afterwards as before."""
         with own_randomness(self.args.seed):
             return self._collate(self.train_dataset, [0])
 
     def _loss(self, batch: Batch) -> Tensor:
-        """The model's mean loss over the targets of a batch, a scalar."""
+        """Return the model's mean loss over the targets of a batch, a scalar in float32 or float64."""
         inputs = {
             name: value.to(self.device) if isinstance(value, Tensor) else value
             for name, value in batch.items()
@@ -381,7 +380,7 @@ class Trainer:
             raise ValueError(f"step {step} has {tokens} tokens, but not one label that counts; nor has any step before")
 
     def _log_entry(self) -> dict[str, Any]:
-        """Means since the last line in the log, and the rest of the last step."""
+        """Return the means since the last log entry, and learning rate and gradient norm of the last step."""
         numbers, self.state.window = self.last_step | self.state.window.means(), Sums()
         entry: dict[str, Any] = {name: value for name, value in numbers.items() if not math.isnan(value)}
         if self.state.skipped_steps:
@@ -389,7 +388,7 @@ class Trainer:
         return entry
 
     def _due(self, step: int, every: int | None) -> bool:
-        """Whether something that is done every so many steps, and after the last, is due; never for None and 0."""
+        """Return whether `step` is the last or a multiple of `every`; False for None and 0."""
         return bool(every) and (step % every == 0 or step == self.total_steps)  # type: ignore[operator]
 
     def _save_checkpoint(self, eval_loss: float | None) -> Path:
@@ -421,9 +420,9 @@ class Trainer:
 
 
 def make_optimizer(model: nn.Module, args: TrainingArguments) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) that decays matrices only, embeddings included, as GPT-2's and nanoGPT's does.
+    """Return AdamW (Loshchilov & Hutter 2019) over the parameters with requires_grad, a tied one once.
 
-    A tied parameter is in it once. Biases and the weights of norms, which have one dimension, do not decay.
+    Matrices decay, embeddings included; biases and the weights of norms do not, as in nanoGPT.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() >= 2]
@@ -438,7 +437,7 @@ def make_optimizer(model: nn.Module, args: TrainingArguments) -> AdamW:
 
 
 def clip_factor(grad_norm: Tensor, max_grad_norm: float) -> Tensor | float:
-    """What gradients of this norm are to be multiplied with, as torch.nn.utils.clip_grad_norm_ does; 0: no limit."""
+    """Return the factor that limits gradients of this norm, as in torch.nn.utils.clip_grad_norm_; 0: no limit."""
     return (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0) if max_grad_norm > 0 else 1.0
 
 
@@ -448,7 +447,7 @@ def _count_shifted_labels(batch: Mapping[str, Any]) -> int:
 
 
 def count_tokens(batch: Mapping[str, Any]) -> int:
-    """Tokens of a batch, padding included: elements of input_ids, or else of its largest tensor."""
+    """Return the number of elements of input_ids, padding included, or else of the largest tensor of a batch."""
     if "input_ids" in batch:
         return int(batch["input_ids"].numel())
     return max((value.numel() for value in batch.values() if isinstance(value, Tensor)), default=0)
