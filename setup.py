@@ -1,4 +1,4 @@
-"""Builds gptcore._C and gptcore._simt by running CMake. All else that a package needs to say is in pyproject.toml."""
+"""Builds gptcore._C and gptcore._simt with CMake. Everything else about the package is in pyproject.toml."""
 
 import os
 import subprocess
@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """CMake writes the module straight to where setuptools wants it: the wheel, or this folder for `pip install -e`."""
+    """Runs CMake, which writes the modules where setuptools expects them: in the wheel, or here for pip install -e."""
 
     def build_extensions(self) -> None:  # one run builds both
         target = Path(self.get_ext_fullpath("gptcore._C")).resolve().parent
-        # A folder that lasts makes the second build quick; its name keeps different Pythons apart.
+        # Kept between builds, so that the second one is fast; one folder for each version of Python.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
-        (build / "CMakeCache.txt").unlink(missing_ok=True)  # it may name the tools of a build environment that is gone
+        (build / "CMakeCache.txt").unlink(missing_ok=True)  # may name tools of a deleted environment
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
@@ -35,7 +35,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    # Some compilers cannot build the model of a GPU; the package works without it.
+    # Some compilers cannot build the GPU simulator; the package works without it.
     ext_modules=[Extension("gptcore._C", sources=[]), Extension("gptcore._simt", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

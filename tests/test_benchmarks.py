@@ -268,6 +268,7 @@ def python(*arguments: str, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_benchmark_runs(tmp_path: Path) -> None:
     text = python("-m", "benchmarks", "--toy", "--output", str(tmp_path), "--deselect", "benchmarks/bench_memory.py")
     results = tables.load(tmp_path / "results.json")
@@ -291,6 +292,7 @@ def test_every_benchmark_runs(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text().count("\n| toy ") == len(results["rows"])
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import bench_memory
 

@@ -47,6 +47,7 @@ def run(capsys, *argv):
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_train_learns_and_the_rest_uses_what_it_leaves(text, tmp_path, capsys):
     """The demo at small size: the validation loss falls below 60 % of where it began."""
     out = tmp_path / "out"
@@ -86,6 +87,7 @@ def test_train_learns_and_the_rest_uses_what_it_leaves(text, tmp_path, capsys):
     assert float(re.search(r"-> ([\d.]+)", printed)[1]) == after
 
 
+@pytest.mark.slow
 def test_interrupted_it_prints_the_command_that_goes_on(text, tmp_path):
     out = tmp_path / "out"
     command = ["train", text, "--output-dir", out, "--cache-dir", tmp_path, *TINY, "--max-steps", "1000000",

@@ -226,6 +226,7 @@ def test_a_prompt_that_is_not_utf8_is_refused_before_the_model_is_loaded(capsys)
     assert error.isascii()
 
 
+@pytest.mark.slow
 def test_ascii_output_and_python_without_docstrings(words, tmp_path):
     """Everything that a run prints goes to an ASCII stdout, with -OO, which removes docstrings and assertions."""
     out = tmp_path / "é"
@@ -238,6 +239,7 @@ def test_ascii_output_and_python_without_docstrings(words, tmp_path):
     assert "---- sample 1" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_never_ends_training(words, tmp_path):
     out = tmp_path / "out"
     end, stdout = os.pipe()

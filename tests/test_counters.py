@@ -9,6 +9,8 @@ import pytest
 
 from gptcore import cli, counters
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def counts() -> dict[str, counters.Count]:

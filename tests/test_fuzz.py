@@ -37,6 +37,8 @@ from gptcore.training.checkpoint import CheckpointError
 from gptcore.training.optim import AdamW
 from gptcore.training.state import TrainerState
 
+pytestmark = pytest.mark.slow
+
 SECONDS = float(os.environ.get("GPTCORE_FUZZ_SECONDS", 0))
 MEMORY = 256 << 20  # bytes that reading one of these files, of some kilobytes, may add to the most that was ever taken
 CONFIG = GPTConfig(vocab_size=11, n_positions=4, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)

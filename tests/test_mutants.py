@@ -10,6 +10,8 @@ import pytest
 
 from tools import mutants
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("kind", "call"),

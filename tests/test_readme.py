@@ -22,6 +22,7 @@ def test_attention():
     torch.testing.assert_close(names["out"], ops.attention(q, k, v, causal=True, backend="torch"))
 
 
+@pytest.mark.slow
 def test_training_and_generation(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPTCORE_CACHE", str(tmp_path))
@@ -31,6 +32,7 @@ def test_training_and_generation(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.rstrip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_from_gpt2_and_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPTCORE_CACHE", str(tmp_path))

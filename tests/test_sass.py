@@ -7,6 +7,8 @@ import pytest
 from gptcore import _C
 from tools import sass
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def table() -> sass.Table:
