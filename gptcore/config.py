@@ -256,7 +256,7 @@ class GPTConfig:
         if value >= self.vocab_size:
             if value != GPTConfig.__dataclass_fields__[name].default:
                 raise ValueError(f"{name} {value} is outside the vocabulary of {self.vocab_size} tokens")
-            # GPT-2's own id, which everybody who sets only vocab_size still has, and transformers writes
+            # GPT-2's own id: the default where only vocab_size is set, and what transformers writes
             object.__setattr__(self, name, None)
 
     def _check_choice(self, name: str, choices: Any) -> None:

@@ -181,7 +181,7 @@ def test_what_is_no_gpt2_of_gelus_is_refused_and_left_alone() -> None:
     with pytest.raises(TypeError, match="not for llama"):
         apply(llama)
     model = gpt2(activation_function="relu")
-    with pytest.raises(ValueError, match="'relu' is none of gelu_new"):
+    with pytest.raises(ValueError, match="'relu' is not supported; it should be one of gelu_new"):
         apply(model)
     assert type(model.transformer.ln_f) is nn.LayerNorm
     assert model.config._attn_implementation == "sdpa"

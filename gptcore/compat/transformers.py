@@ -102,7 +102,7 @@ class GPT2LMHeadModel(GPT):
 
         max_length: tokens in all, or max_new_tokens: tokens to add.
         min_length: tokens in all before which no text ends, or the option min_new_tokens.
-        pad_token_id: what stands after a text that has ended; None means as in GPT.generate.
+        pad_token_id: the token that fills up a text after its end; None means as in GPT.generate.
         options: do_sample, repetition_penalty, no_repeat_ngram_size and all others of GPT.generate. As in transformers,
             top_k is 50 unless given, 0 means no limit, and draws follow set_seed. Other than in transformers,
             a token does not count as repeated because it is the padding.

@@ -1,11 +1,11 @@
 """gptcore's attention, layer norm and GELU in models of Hugging Face's transformers.
 
-`apply(model)` puts all three into a GPT-2, in place, and `restore(model)` takes them out again. `register()` adds the
+`apply(model)` replaces all three in a GPT-2, in place, and `restore(model)` undoes it. `register()` adds the
 attention under the name "gptcore", for any causal model: from_pretrained(..., attn_implementation="gptcore").
 
 There is no dense mask in our attention, so a mask is read once per forward pass into segments (see `segments_of`).
-Padding before a text sees nothing, and its output is 0, as with transformers' "sdpa" (its "eager" takes the mean of all
-values there). Padding after a text sees the text; these few queries PyTorch's attention does.
+Padding before a text attends to no key, and its output is 0, as with transformers' "sdpa" (its "eager" takes the mean
+of all values there). Padding after a text attends to the text; PyTorch's attention computes these few queries.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Reading = tuple[Segments, tuple[int, int] | None, Tensor | None]
 
 
 def register() -> None:
-    """Make attn_implementation="gptcore" known to transformers; once or more often is the same.
+    """Make attn_implementation="gptcore" known to transformers. Repeated calls change nothing.
 
-    transformers' GPT-2 drops output_attentions=True without a word unless its attention is "eager"; `apply` refuses it.
+    transformers' GPT-2 silently drops output_attentions=True unless its attention is "eager"; `apply` refuses it.
     """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_mask)
@@ -46,8 +46,8 @@ def apply(model: PreTrainedModel) -> PreTrainedModel:
     """Put our attention, layer norm and GELU into a GPT-2 of transformers, in place; returns the model.
 
     Parameters, buffers and hooks are left alone. From then on output_attentions=True is a ValueError: our attention has
-    no weights to show. Raises TypeError for a model that is no GPT-2, ValueError for one whose activation is no GELU or
-    that has been changed already.
+    no weights to show. Raises TypeError for a model that is not a GPT-2, ValueError for one whose activation is not a
+    GELU or that has been changed already.
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if not isinstance(model, PreTrainedModel) or kind != "gpt2":
@@ -59,7 +59,8 @@ def apply(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError("this model has gptcore's operations already")
     if model.config.activation_function not in _ACTIVATIONS:
         raise ValueError(
-            f"activation_function {model.config.activation_function!r} is none of {', '.join(_ACTIVATIONS)}"
+            f"activation_function {model.config.activation_function!r} is not supported; "
+            f"it should be one of {', '.join(_ACTIVATIONS)}"
         )
     register()
     before = model.config._attn_implementation
@@ -83,7 +84,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _refuse_weights(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A GPT-2 of transformers would drop the argument without a word, but for its eager attention."""
+    """Raise ValueError for output_attentions, which transformers' GPT-2 would silently drop."""
     if kwargs.get("output_attentions") or model.config.output_attentions:
         raise ValueError("gptcore's attention has no output_attentions: restore(model), and use 'eager' for this")
 
@@ -191,11 +192,11 @@ def _read_once(mask: Tensor, causal: bool, B: int, Q: int, K: int) -> Reading:
 def segments_of(mask: Tensor, causal: bool) -> Reading:
     """How ops.attention does what a mask says: cu_seqlens of queries and of keys, the window, and what it leaves out.
 
-    mask: (B, H, Q, K), bool with True for what is seen; or float with 0 for that, and minus infinity or the lowest
-    number of its dtype for all else.
+    mask: (B, H, Q, K), bool with True where a query attends to a key; or float with 0 for that, and minus infinity or
+    the lowest number of its dtype for all else.
 
     A causal mask can hold documents one after another, padding anywhere between and around them, and a sliding window.
-    A token is padding if its own key is seen by no query. Without causal, all queries of a row see one run of keys.
+    A token is padding if no query attends to its key. Without causal, all queries of a row see one run of keys.
     What ops.attention then leaves out are the queries (B, Q) of padding that sees the text before it: `after`, or None.
 
     Raises ValueError for any other mask.
@@ -235,12 +236,12 @@ def segments_of(mask: Tensor, causal: bool) -> Reading:
         if wrong.any():
             raise _refused("without causal, queries of one row see different keys", wrong)
         real, goes_on, width = count > 0, (count > 0) & (query > 0), K
-    cu_q, cu_k = [0], [0]
+    cu_seqlens_q, cu_seqlens_k = [0], [0]
 
     def segment(to_q: int, to_k: int) -> None:
-        if (to_q, to_k) != (cu_q[-1], cu_k[-1]):
-            cu_q.append(to_q)
-            cu_k.append(to_k)
+        if (to_q, to_k) != (cu_seqlens_q[-1], cu_seqlens_k[-1]):
+            cu_seqlens_q.append(to_q)
+            cu_seqlens_k.append(to_k)
 
     longest = 0
     for b in range(B):
@@ -250,15 +251,15 @@ def segments_of(mask: Tensor, causal: bool) -> Reading:
             ends = (~goes_on[b, end:]).nonzero()
             end = end + int(ends[0]) if len(ends) else Q
             first, last = int(low[b, start]), int(high[b, end - 1]) + 1
-            if b * K + first < cu_k[-1]:
+            if b * K + first < cu_seqlens_k[-1]:
                 raise _refused("documents share keys", real & (query == start) & (torch.arange(B)[:, None] == b))
-            segment(b * Q + start, cu_k[-1])  # padding sees nothing
-            segment(cu_q[-1], b * K + first)  # and nobody sees it
+            segment(b * Q + start, cu_seqlens_k[-1])  # padding attends to no key
+            segment(cu_seqlens_q[-1], b * K + first)  # no query attends to padding
             segment(b * Q + end, b * K + last)
             longest = max(longest, last - first)
-        segment((b + 1) * Q, cu_k[-1])
-        segment(cu_q[-1], (b + 1) * K)
-    segments = torch.tensor(cu_q, device=mask.device), torch.tensor(cu_k, device=mask.device)
+        segment((b + 1) * Q, cu_seqlens_k[-1])
+        segment(cu_seqlens_q[-1], (b + 1) * K)
+    segments = torch.tensor(cu_seqlens_q, device=mask.device), torch.tensor(cu_seqlens_k, device=mask.device)
     window = (width - 1, 0) if causal and width < longest else None
     after = (count > 0) & ~real
     return segments, window, after if after.any() else None
