@@ -25,7 +25,7 @@ namespace gptcore {
   }
 
 GPTCORE_ISA_KERNELS(baseline)
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(GPTCORE_BASELINE_ONLY)
 GPTCORE_ISA_KERNELS(avx2)
 GPTCORE_ISA_KERNELS(avx512)
 GPTCORE_ISA_KERNELS(avx512_bf16)
@@ -63,7 +63,7 @@ bool may_use_amx() {
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
     std::vector<Isa> found = {{baseline::all_kernels(), true}};
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(GPTCORE_BASELINE_ONLY)
     __builtin_cpu_init();  // its answers include whether the operating system saves the registers
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
