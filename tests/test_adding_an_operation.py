@@ -50,6 +50,7 @@ def carry_out(tree: Path) -> set[str]:
     return touched
 
 
+@pytest.mark.slow
 def test_the_page_adds_an_operation_that_works(tmp_path: Path) -> None:
     cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     pybind11 = pytest.importorskip("pybind11", reason="pip install pybind11 cmake ninja")

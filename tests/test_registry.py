@@ -114,6 +114,7 @@ def test_every_operation_has_a_formula_and_samples() -> None:
             assert registry.BACKENDS[backend].implementations[name] is implementation
 
 
+@pytest.mark.slow
 def test_importing_and_running_on_the_cpu_do_not_ask_cuda() -> None:
     """A forked child, and CUDA_VISIBLE_DEVICES set after the import, would otherwise come too late."""
     done = python("""
