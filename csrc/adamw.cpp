@@ -60,7 +60,7 @@ double grad_norm(const Views& grads, int64_t num_threads) {
 
 void adamw(const Views& params, const Views& copies, const Views& grads, const Views& exp_avgs,
            const Views& exp_avg_sqs, const Views& steps, double lr, double beta1, double beta2, double eps,
-           double weight_decay, double grad_scale, int64_t num_threads) {
+           double weight_decay, double grad_scale, int64_t num_threads, bool check_only) {
   const size_t count = params.size();
   for (const Views* views : {&copies, &grads, &exp_avgs, &exp_avg_sqs, &steps})
     if (views->size() != count && !(views == &copies && copies.empty()))
@@ -110,6 +110,7 @@ void adamw(const Views& params, const Views& copies, const Views& grads, const V
   args.decay = static_cast<float>(1 - lr * weight_decay);
   args.grad_scale = static_cast<float>(grad_scale);
   args.num_threads = threads_for(pieces, num_threads);
+  if (check_only) return;
   for (const TensorView& step : steps) *step.as<float>() += 1;  // nothing can be refused from here on
   py::gil_scoped_release release;
   cpu_kernels().adamw(args);
@@ -121,7 +122,7 @@ void bind_adamw(py::module_& m) {
   m.def("grad_norm", &grad_norm, py::arg("grads"), py::arg("num_threads"));
   m.def("adamw", &adamw, py::arg("params"), py::arg("copies"), py::arg("grads"), py::arg("exp_avgs"),
         py::arg("exp_avg_sqs"), py::arg("steps"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-        py::arg("weight_decay"), py::arg("grad_scale"), py::arg("num_threads"));
+        py::arg("weight_decay"), py::arg("grad_scale"), py::arg("num_threads"), py::arg("check_only") = false);
 }
 
 }  // namespace gptcore

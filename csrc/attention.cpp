@@ -48,8 +48,19 @@ struct type_caster<gptcore::AttentionSettings> {
 namespace gptcore {
 namespace {
 
-// The boundaries as 64-bit numbers, checked: they rise from 0 to batch x length.
-std::vector<int64_t> read_boundaries(const TensorView& cu, const char* name, int64_t batch, int64_t length) {
+// The boundaries of the documents as 64-bit numbers, of the whole batch or of one row for every row.
+struct Boundaries {
+  std::vector<int64_t> bounds;
+  int64_t rows, length;  // how often they count, one row after the other
+
+  int64_t documents() const { return static_cast<int64_t>(bounds.size()) - 1; }  // of `bounds`
+  int64_t size() const { return rows * documents() + 1; }
+  int64_t begin(int64_t i) const { return i / documents() * length + bounds[i % documents()]; }
+  int64_t end(int64_t i) const { return i / documents() * length + bounds[i % documents() + 1]; }
+};
+
+// Checks that they rise from 0 to batch x length.
+Boundaries read_boundaries(const TensorView& cu, const char* name, int64_t batch, int64_t length) {
   check_cpu(cu, name);
   if (cu.ndim != 1 || cu.shape[0] < 1 || cu.shape[0] > INT32_MAX)
     refuse(name, " has shape ", shape_text(cu.shape, cu.ndim), ", expected 1-D, of 1 to 2^31 - 1 boundaries");
@@ -63,15 +74,11 @@ std::vector<int64_t> read_boundaries(const TensorView& cu, const char* name, int
       refuse(name, " decreases from ", bounds[i - 1], " to ", bounds[i], " at index ", i, "; boundaries must not");
   }
   if (bounds.front() != 0) refuse(name, " begins with ", bounds.front(), ", expected 0");
-  if (batch > 1 && bounds.back() == length) {  // the boundaries of one row, for every row
-    const size_t of_one_row = bounds.size();
-    for (int64_t b = 1; b < batch; ++b)
-      for (size_t i = 1; i < of_one_row; ++i) bounds.push_back(b * length + bounds[i]);
-  }
-  if (bounds.back() != batch * length)
+  const bool of_one_row = batch > 1 && bounds.back() == length;
+  if (!of_one_row && bounds.back() != batch * length)
     refuse(name, " ends at ", bounds.back(), ", expected length = ", length, " or batch x length = ", batch, " x ",
            length, " = ", batch * length);
-  return bounds;
+  return {std::move(bounds), of_one_row ? batch : 1, length};
 }
 
 // A dimension of one element is never stepped along; its stride could be anything, and spoil the test for alignment.
@@ -157,7 +164,8 @@ bool attention_takes(py::handle query, py::handle key, py::handle value) {
   try {
     for (py::handle tensor : {query, key, value})
       if (!py::detail::type_caster<TensorView>::is_plain(tensor)) return false;
-    check_inputs(query.cast<TensorView>(), key.cast<TensorView>(), value.cast<TensorView>());
+    pybind11::detail::type_caster<TensorView> q, k, v;
+    check_inputs(q.describe(query), k.describe(key), v.describe(value));
     return true;
   } catch (const py::builtin_exception&) {
   } catch (const py::error_already_set&) {
@@ -178,22 +186,26 @@ std::vector<Segment> make_segments(const OptionalView& cu_seqlens_q, const Optio
     return segments;
   }
   if (!cu_seqlens_q || !cu_seqlens_k) refuse("cu_seqlens_q and cu_seqlens_k must be given together");
-  auto q = read_boundaries(*cu_seqlens_q, "cu_seqlens_q", batch, query_len);
-  auto k = read_boundaries(*cu_seqlens_k, "cu_seqlens_k", batch, kv_len);
+  const Boundaries q = read_boundaries(*cu_seqlens_q, "cu_seqlens_q", batch, query_len);
+  const Boundaries k = read_boundaries(*cu_seqlens_k, "cu_seqlens_k", batch, kv_len);
   if (q.size() != k.size())
     refuse("cu_seqlens_q has ", q.size(), " boundaries and cu_seqlens_k has ", k.size(), ", expected as many");
-  for (size_t i = 0; i + 1 < q.size(); ++i) {
-    int64_t queries = q[i + 1] - q[i], keys = k[i + 1] - k[i];
-    if (queries == 0) continue;  // nobody looks at these keys
-    int64_t row = q[i] / query_len;
-    if (q[i + 1] > (row + 1) * query_len)
-      refuse("cu_seqlens_q: the segment from ", q[i], " to ", q[i + 1], " crosses the end of batch row ", row, " at ",
-             (row + 1) * query_len, "; every row's end must be a boundary");
-    if (keys && (k[i] < row * kv_len || k[i + 1] > (row + 1) * kv_len))
-      refuse("cu_seqlens_k: the segment from ", k[i], " to ", k[i + 1], " is not inside batch row ", row,
-             " of its queries, which holds keys ", row * kv_len, " to ", (row + 1) * kv_len);
-    segments.push_back({row, q[i] - row * query_len, queries, keys ? k[i] - row * kv_len : 0, keys});
-  }
+  std::vector<int64_t> with_queries;  // keys without queries are never read: a batch of empty rows takes no time
+  for (int64_t i = 0; i < q.documents(); ++i)
+    if (q.bounds[i] < q.bounds[i + 1]) with_queries.push_back(i);
+  for (int64_t copy = 0; copy < (with_queries.empty() ? 0 : q.rows); ++copy)
+    for (int64_t document : with_queries) {
+      const int64_t i = copy * q.documents() + document, q_begin = q.begin(i), q_end = q.end(i), k_begin = k.begin(i);
+      const int64_t k_end = k.end(i), row = q_begin / query_len;
+      if (q_end > (row + 1) * query_len)
+        refuse("cu_seqlens_q: the segment from ", q_begin, " to ", q_end, " crosses the end of batch row ", row, " at ",
+               (row + 1) * query_len, "; every row's end must be a boundary");
+      if (k_begin < k_end && (k_begin < row * kv_len || k_end > (row + 1) * kv_len))
+        refuse("cu_seqlens_k: the segment from ", k_begin, " to ", k_end, " is not inside batch row ", row,
+               " of its queries, which holds keys ", row * kv_len, " to ", (row + 1) * kv_len);
+      segments.push_back(
+          {row, q_begin - row * query_len, q_end - q_begin, k_begin < k_end ? k_begin - row * kv_len : 0, k_end - k_begin});
+    }
   return segments;
 }
 
@@ -307,6 +319,12 @@ void bind_attention(py::module_& m) {
         py::arg("key"), py::arg("value"), py::arg("out"), py::arg("lse"), py::arg("grad_query"), py::arg("grad_key"),
         py::arg("grad_value"), py::arg("settings"), py::arg("execution"));
   m.def("attention_takes", &attention_takes, py::arg("query"), py::arg("key"), py::arg("value"));
+  m.def("check_memory", [](const std::vector<TensorView>&) {}, py::arg("tensors"));
+  m.def(
+      "check_segments",
+      [](const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k, int64_t batch, int64_t query_len,
+         int64_t kv_len) { make_segments(cu_seqlens_q, cu_seqlens_k, batch, query_len, kv_len); },
+      py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("batch"), py::arg("query_len"), py::arg("kv_len"));
   m.def("segments", &segments, py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("batch"), py::arg("query_len"),
         py::arg("kv_len"));
 }

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string>
 
 #include "kernels/kernels.h"
@@ -86,12 +87,23 @@ struct type_caster<gptcore::TensorView> {
   PYBIND11_TYPE_CASTER(gptcore::TensorView, const_name("torch.Tensor"));
 
   bool load(handle source, bool) {
+    describe(source);
+    check_memory(source);
+    return true;
+  }
+
+  static handle cast(const gptcore::TensorView&, return_value_policy, handle) = delete;
+
+  // Reads all but what check_memory() reads.
+  const gptcore::TensorView& describe(handle source) {
     const Torch& torch = Torch::get();
     value.tensor = source;
-    if (torch.view && is_plain(source) && load_dlpack(torch, source)) return true;
+    if (torch.view && is_plain(source) && load_dlpack(torch, source)) return value;
     if (!isinstance(source, torch.tensor))
       throw type_error("expected a torch.Tensor, got " + std::string(str(type::handle_of(source).attr("__name__"))));
-    object shape = source.attr(torch.shape), strides = source.attr(torch.stride)();
+    // A subclass may override these, but the kernel reads what the base class has.
+    const NoOverrides no_overrides(torch);
+    object shape = torch.shape(source), strides = torch.stride(source);
     value.ndim = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
     if (value.ndim > gptcore::kMaxDims)
       throw value_error("a tensor of " + std::to_string(value.ndim) + " dimensions, at most " +
@@ -101,26 +113,24 @@ struct type_caster<gptcore::TensorView> {
       value.strides[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i));
     }
     if (PyErr_Occurred()) throw error_already_set();
-    object dtype = source.attr(torch.dtype);
+    object dtype = torch.dtype(source);
     value.dtype = gptcore::DType::other;
     for (int i = 0; i < Torch::kDTypes; ++i)
       if (dtype.is(torch.dtypes[i])) value.dtype = static_cast<gptcore::DType>(i);
-    if (source.attr(torch.is_cpu).ptr() == Py_True) {
+    if (torch.is_cpu(source).ptr() == Py_True) {
       value.device_type = gptcore::Device::cpu;
       value.device_index = -1;
     } else {
-      bool cuda = source.attr(torch.is_cuda).ptr() == Py_True;
+      bool cuda = torch.is_cuda(source).ptr() == Py_True;
       value.device_type = cuda ? gptcore::Device::cuda : gptcore::Device::other;
-      value.device_index = source.attr("get_device")().cast<int64_t>();
+      value.device_index = torch.get_device(source).cast<int64_t>();
     }
-    value.data = reinterpret_cast<void*>(source.attr(torch.data_ptr)().cast<uintptr_t>());
+    value.data = reinterpret_cast<void*>(torch.data_ptr(source).cast<uintptr_t>());
     if (!value.data && value.size() > 0) throw value_error("a tensor without storage: its data pointer is null");
-    return true;
+    return value;
   }
 
-  static handle cast(const gptcore::TensorView&, return_value_policy, handle) = delete;
-
-  // A tensor that is no other subclass: what those hold, and whether it is memory, is for their attributes to say.
+  // A tensor of no other subclass, which DLPack describes.
   static bool is_plain(handle source) { return Torch::get().is_plain(source); }
 
  private:
@@ -128,7 +138,9 @@ struct type_caster<gptcore::TensorView> {
   struct Torch {
     static constexpr int kDTypes = 6;
     object tensor, parameter, dtypes[kDTypes];
-    object shape, stride, dtype, is_cpu, is_cuda, data_ptr;
+    // Getters and methods of torch.Tensor and of its storage, called with the object.
+    object shape, stride, dtype, is_cpu, is_cuda, get_device, data_ptr, is_neg, untyped_storage, nbytes, storage_ptr;
+    object no_torch_function;
 
     decltype(gptcore::dlpack::DLPackExchangeAPI::dltensor_from_py_object_no_sync) view = nullptr;
 
@@ -136,7 +148,6 @@ struct type_caster<gptcore::TensorView> {
       auto type = reinterpret_cast<PyObject*>(Py_TYPE(source.ptr()));
       return type == tensor.ptr() || type == parameter.ptr();
     }
-    static object interned(const char* name) { return reinterpret_steal<object>(PyUnicode_InternFromString(name)); }
     Torch() {
       module_ torch = module_::import("torch");
       tensor = torch.attr("Tensor"), parameter = torch.attr("nn").attr("Parameter");
@@ -147,14 +158,56 @@ struct type_caster<gptcore::TensorView> {
       }
       const char* names[kDTypes] = {"float32", "bfloat16", "float16", "int32", "int64", "uint8"};  // the order of DType
       for (int i = 0; i < kDTypes; ++i) dtypes[i] = torch.attr(names[i]);
-      shape = interned("shape"), stride = interned("stride"), dtype = interned("dtype");
-      is_cpu = interned("is_cpu"), is_cuda = interned("is_cuda"), data_ptr = interned("data_ptr");
+      const auto getter = [&](const char* name) -> object { return tensor.attr(name).attr("__get__"); };
+      shape = getter("shape"), dtype = getter("dtype"), is_cpu = getter("is_cpu"), is_cuda = getter("is_cuda");
+      stride = tensor.attr("stride"), get_device = tensor.attr("get_device"), data_ptr = tensor.attr("data_ptr");
+      is_neg = tensor.attr("is_neg"), untyped_storage = tensor.attr("untyped_storage");
+      nbytes = torch.attr("UntypedStorage").attr("nbytes");
+      storage_ptr = torch.attr("UntypedStorage").attr("data_ptr");
+      no_torch_function = torch.attr("_C").attr("DisableTorchFunctionSubclass");
     }
     static const Torch& get() {
       static const Torch* torch = new Torch();  // never freed: Python may be gone when statics are
       return *torch;
     }
   };
+
+  // Keeps __torch_function__ of subclasses from answering for the base class.
+  struct NoOverrides {
+    object guard;
+    explicit NoOverrides(const Torch& torch) : guard(torch.no_torch_function()) { guard.attr("__enter__")(); }
+    ~NoOverrides() {
+      error_scope errors;  // keeps an exception that is on its way
+      guard.attr("__exit__")(none(), none(), none());
+    }
+  };
+
+  static object call(const object& method, handle self) {
+    PyObject* arguments[] = {self.ptr()};
+    PyObject* result = PyObject_Vectorcall(method.ptr(), arguments, 1, nullptr);
+    if (!result) throw error_already_set();
+    return reinterpret_steal<object>(result);
+  }
+
+  // Refuses what shape, strides and pointer do not show: a storage that was resized, and numbers stored negated.
+  void check_memory(handle source) const {
+    if (value.dtype == gptcore::DType::other || value.device_type == gptcore::Device::other || value.size() == 0) return;
+    const Torch& torch = Torch::get();
+    std::optional<NoOverrides> no_overrides;
+    if (!is_plain(source)) no_overrides.emplace(torch);
+    if (call(torch.is_neg, source).ptr() == Py_True)
+      throw value_error("a tensor whose negative bit is set; call .resolve_neg() on it first");
+    const object storage = call(torch.untyped_storage, source);
+    const int64_t bytes = PyLong_AsLongLong(call(torch.nbytes, storage).ptr());
+    const uintptr_t begin = PyLong_AsSize_t(call(torch.storage_ptr, storage).ptr());
+    if (PyErr_Occurred()) throw error_already_set();
+    int64_t last = 0;
+    for (int i = 0; i < value.ndim; ++i) last += (value.shape[i] - 1) * value.strides[i];
+    const int64_t end = reinterpret_cast<uintptr_t>(value.data) - begin + (last + 1) * gptcore::item_size(value.dtype);
+    if (begin == 0 || end < 0 || end > bytes)
+      throw value_error("a tensor that ends at byte " + std::to_string(end) + " of its storage, which has " +
+                        std::to_string(bytes) + ": the storage was resized; resize it back or make a new tensor");
+  }
 
   // False for what DLPack has no word for; the attributes then say what it is, or why it is refused.
   bool load_dlpack(const Torch& torch, handle source) {

@@ -45,6 +45,12 @@ def attention_backward(
 def attention_takes(query: object, key: object, value: object) -> bool:
     """Whether these are tensors that attention's kernels can read, with shapes that fit. Never raises."""
 
+def check_memory(tensors: collections.abc.Sequence[Tensor]) -> None:
+    """Raises ValueError for a tensor that the memory of its storage does not hold, or holds negated."""
+
+def check_segments(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, batch: int, query_len: int, kv_len: int) -> None:
+    """Raises ValueError for boundaries that are no documents of such a batch."""
+
 def segments(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, batch: int, query_len: int, kv_len: int
 ) -> list[tuple[int, int, int, int, int]]:
@@ -129,8 +135,11 @@ def adamw(
     weight_decay: float,
     grad_scale: float,
     num_threads: int,
+    check_only: bool = False,
 ) -> None:
     """Updates params, exp_avgs and exp_avg_sqs by grad_scale x grads, and adds 1 to steps, which are scalars.
+
+    check_only: checks the arguments and changes nothing.
 
     copies: of params, rounded to the 16 bits that the model has; their gradients have that dtype, too. An element that
     is no longer its param's rounding is what the update begins with. Empty where the model has params.

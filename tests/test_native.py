@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import math
 import os
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -256,6 +258,7 @@ def valid_arguments() -> dict[str, dict[str, Any]]:
             "grad_out": q.clone(), "grad_lse": lse.clone(), "query": q, "key": k, "value": k.clone(), "out": q.clone(),
             "lse": lse, "grad_query": q.clone(), "grad_key": k.clone(), "grad_value": k.clone(), **kind,
         },
+        "check_segments": {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "batch": 2, "query_len": 5, "kv_len": 6},
         "segments": {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "batch": 2, "query_len": 5, "kv_len": 6},
         "layer_norm_forward": {
             "x": x, "residual": x.clone(), "weight": row, "bias": row.clone(), "out": x.clone(),
@@ -270,6 +273,16 @@ def valid_arguments() -> dict[str, dict[str, Any]]:
         "gelu_backward": {
             "grad_out": x.clone(), "x": x, "bias": row, "grad_x": x.clone(), "grad_bias": row.clone(),
             "tanh_form": True, "execution": 2,
+        },
+        "linear_forward": {
+            "x": x, "weight": x[:4].clone(), "bias": rows[:4], "out": torch.ones(6, 4), "num_threads": 2,
+        },
+        "linear_backward": {
+            "grad_out": torch.ones(6, 4), "x": x, "weight": x[:4].clone(), "grad_x": x.clone(),
+            "grad_weight": x[:4].clone(), "grad_bias": rows[:4], "num_threads": 2,
+        },
+        "cross_entropy": {
+            "logits": x.clone(), "targets": torch.arange(6), "gradient": True, "num_threads": 2,
         },
         "use_cpu_isa": {"name": _C.cpu_isa()},
     }  # fmt: skip
@@ -400,6 +413,119 @@ def test_what_attention_takes() -> None:
         assert not _C.attention_takes(q, wrong, k)
     for wrong in (q.half(), q[:, :3], q[:1], q[..., :0], torch.zeros(2, 4, 5, 257), None):
         assert not _C.attention_takes(wrong, k, k)
+
+
+def behind(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers at the end of a larger storage."""
+    return torch.cat((t.new_zeros(64), t.flatten()))[64:].view(t.shape)
+
+
+@pytest.mark.parametrize("size", [0, 1, -1], ids=["to nothing", "to one byte", "by one byte"])
+@pytest.mark.parametrize("name", calls())
+def test_a_storage_that_was_resized_is_refused(name: str, size: int) -> None:
+    for argument, value in calls()[name].items():
+        if isinstance(value, torch.Tensor):
+            arguments = calls()[name]
+            for kind in (torch.Tensor, Named):
+                arguments[argument] = cut = behind(value).as_subclass(kind)  # type: ignore[arg-type]
+                storage = cut.untyped_storage()
+                storage.resize_(storage.nbytes() - 1 if size < 0 else size)
+                with pytest.raises(ValueError, match=r"storage, which has \d+: the storage was resized"):
+                    call(name, dict(arguments))
+
+
+@pytest.mark.parametrize("name", calls())
+def test_numbers_stored_negated_are_refused(name: str) -> None:
+    for argument, value in calls()[name].items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            for negated in (torch._neg_view(value), torch._neg_view(value).as_subclass(Named)):  # type: ignore[arg-type]
+                with pytest.raises(ValueError, match=r"negative bit is set; call .resolve_neg\(\)"):
+                    call(name, {**calls()[name], argument: negated})
+
+
+class Liar(torch.Tensor):
+    """Says of itself what is not so."""
+
+    shape = torch.Size((10**6, 10**6))  # type: ignore[assignment]
+    dtype, is_cpu, is_cuda = torch.float64, False, True  # type: ignore[assignment]
+
+    def stride(self, *_: Any) -> Any:
+        return (10**9, 10**9)
+
+    def data_ptr(self) -> int:
+        return 1 << 40
+
+    def get_device(self) -> int:
+        return 7
+
+    def is_neg(self) -> bool:
+        return True
+
+    def untyped_storage(self) -> Any:
+        raise AssertionError
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        return 1 << 40
+
+
+@pytest.mark.parametrize("name", calls())
+def test_a_subclass_cannot_lie_about_its_memory(name: str) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        for argument, value in calls()[name].items():
+            if isinstance(value, torch.Tensor):
+                arguments = {**calls()[name], argument: value.as_subclass(Liar)}  # type: ignore[arg-type]
+                with torch.enable_grad():
+                    call(name, arguments)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "simt", "triton", "torch"])
+def test_operations_on_memory_that_is_not_there_raise(backend: str) -> None:
+    if ops.backends()[backend] is not None:
+        pytest.skip(str(ops.backends()[backend]))
+
+    class Wide(torch.Tensor):
+        @property
+        def shape(self) -> torch.Size:  # type: ignore[override]
+            return torch.Size((*super().shape[:-2], 10**6, super().shape[-1]))
+
+    q, row = torch.randn(2, 4, 6, 8), torch.ones(8)
+    for run in (
+        lambda t: ops.attention(q, t, q, backend=backend),
+        lambda t: ops.attention(t, q, q, backend=backend),
+        lambda t: ops.layer_norm(t, row, backend=backend),
+        lambda t: ops.gelu(t, bias=row, backend=backend),
+    ):
+        with contextlib.suppress(*GOOD_REFUSALS):
+            run(q.as_subclass(Wide))  # type: ignore[arg-type]
+        cut = behind(q)
+        cut.untyped_storage().resize_(0)
+        if backend != "torch":  # whose functions do not check it
+            with pytest.raises(ValueError, match="storage was resized"):
+                run(cut)
+            with pytest.raises(ValueError, match="negative bit is set"):
+                run(torch._neg_view(q))
+
+
+def test_a_batch_of_empty_rows_takes_no_memory() -> None:
+    """A thousand empty documents in each of a million rows: as a list of boundaries, eight gigabytes."""
+    rows, cu = 10**6, torch.zeros(1001, dtype=torch.int64)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _C.check_segments(cu, cu, rows, 0, 0)
+    _C.check_segments(cu, cu, rows, 0, 5 * 0)
+    x = torch.zeros(rows, 1, 0, 8)
+    for backend in (None, "torch"):
+        assert ops.attention(x, x, x, cu_seqlens=cu, backend=backend).shape == x.shape
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+def test_boundaries_of_one_row_count_for_every_row() -> None:
+    one_q, one_k = torch.tensor([0, 2, 2, 5]), torch.tensor([0, 1, 3, 6])
+    all_q, all_k = torch.tensor([0, 2, 2, 5, 7, 7, 10]), torch.tensor([0, 1, 3, 6, 7, 9, 12])
+    expected = [(0, 0, 2, 0, 1), (0, 2, 3, 3, 3), (1, 0, 2, 0, 1), (1, 2, 3, 3, 3)]
+    for q in (one_q, all_q):
+        for k in (one_k, all_k):
+            assert _C.segments(q, k, 2, 5, 6) == expected
 
 
 def test_a_fake_tensor_is_refused() -> None:

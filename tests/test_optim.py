@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from grid import BACKENDS, BF16, F16, F32, F64, running, threads
+from grid import BACKENDS, BF16, F16, F32, F64, randn, running, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -210,11 +210,14 @@ def test_the_norm_equals_pytorchs(backend: str) -> None:
     assert AdamW(params, backend=backend).grad_norm() == pytest.approx(exact, rel=1e-6)
 
 
-def test_squares_neither_overflow_nor_vanish(kernel: None) -> None:
+@pytest.mark.parametrize("value", [1e30, 1e-30, 3e38])
+def test_squares_neither_overflow_nor_vanish(backend: str, value: float) -> None:
     p = nn.Parameter(torch.zeros(100))
-    for value in (1e30, 1e-30):
-        p.grad = torch.full((100,), value)
-        assert AdamW([p], backend="cpu").grad_norm() == pytest.approx(10 * value, rel=1e-6)
+    p.grad = torch.full((100,), value)
+    assert AdamW([p], backend=backend).grad_norm() == pytest.approx(10 * value, rel=1e-6)
+    other = nn.Parameter(torch.zeros(100, dtype=BF16))
+    other.grad = p.grad.to(BF16)
+    assert AdamW([p, other], backend=backend).grad_norm() == pytest.approx(math.sqrt(200) * value, rel=1e-2)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -374,6 +377,87 @@ def test_what_it_does_not_have_is_refused(backend: str) -> None:
     for call in (optimizer.step, optimizer.grad_norm):
         with pytest.raises(RuntimeError, match=r"no sparse gradients, but that of a parameter \(5, 3\) is one"):
             call()
+
+
+def two_groups(backend: str | None) -> tuple[list[nn.Parameter], AdamW]:
+    """Of which the second is refused, once its state or itself is spoiled."""
+    params = [nn.Parameter(torch.ones(4, 3)) for _ in range(3)]
+    optimizer = AdamW([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}], lr=0.1, backend=backend)
+    for p in params:
+        p.grad = torch.ones(4, 3)
+    optimizer.step()
+    return params, optimizer
+
+
+def transpose(params: list[nn.Parameter], optimizer: AdamW) -> None:
+    params[2].data = torch.ones(3, 4).t()
+
+
+SPOILED: dict[str, tuple[Any, str]] = {
+    "strides": (transpose, r"strides \(1, 4\)|contiguous"),
+    "shape": (lambda params, o: o.state[params[2]].update(exp_avg=torch.ones(5)), r"shapes? .*expected"),
+    "setting": (lambda params, o: o.param_groups[1].update(lr=math.nan), "lr is nan"),
+    "negated": (lambda params, o: setattr(params[2], "grad", torch._neg_view(torch.ones(4, 3))), "negative bit"),
+    "storage": (lambda params, o: params[2].grad.untyped_storage().resize_(8), "storage was resized"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_nothing_is_updated_if_one_parameter_is_refused(backend: str, name: str) -> None:
+    params, optimizer = two_groups(backend)
+    SPOILED[name][0](params, optimizer)
+    if backend != "cpu" and name in ("strides", "negated", "storage"):
+        return  # PyTorch's functions take the first two, and read beyond the storage of the last
+    before = copy.deepcopy([p.detach() for p in params]), copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises((ValueError, RuntimeError), match=SPOILED[name][1]):
+        optimizer.step()
+    assert all(map(torch.equal, params, before[0]))
+    for number, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before[1][number][key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_without_a_backend_parameters_of_any_strides_are_updated(dtype: torch.dtype) -> None:
+    params = [nn.Parameter(randn(6, 5, seed=s).to(dtype)) for s in range(2)]
+    params.append(nn.Parameter(randn(2, 3, 4, 5).to(dtype).to(memory_format=torch.channels_last)))
+    params[1].data = params[1].data.t().contiguous().t()
+    dense = [nn.Parameter(p.detach().contiguous()) for p in params]
+    assert [p.is_contiguous() for p in params] == [True, False, False]
+    for some in (params, dense):
+        optimizer = AdamW([{"params": some[:1]}, {"params": some[1:]}], lr=0.1)
+        for step in range(2):
+            for p in some:
+                p.grad = torch.sin(p.detach() + step)
+            optimizer.step()
+    for ours, theirs in zip(params, dense, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = AdamW(params, backend="cpu")
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot run adamw: a parameter of shape \(6, 5\) has strides"):
+        optimizer.step()
+
+
+def test_default_dtype_and_device_change_no_step(backend: str) -> None:
+    results = []
+    for device in (None, "meta"):
+        params = [nn.Parameter(torch.ones(40)), nn.Parameter(torch.ones(40, dtype=BF16))]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer = AdamW(params, lr=1e-3, backend=backend)
+        try:
+            torch.set_default_dtype(F32 if device is None else BF16)
+            torch.set_default_device(device)
+            norm = optimizer.grad_norm()
+            for _ in range(3):
+                optimizer.step(grad_scale=0.5)
+        finally:
+            torch.set_default_dtype(F32)
+            torch.set_default_device(None)
+        results.append([torch.tensor(norm), *params, *(t for s in optimizer.state.values() for t in s.values())])
+    for ours, plain in zip(*results, strict=True):
+        assert ours.dtype == plain.dtype
+        assert torch.equal(ours, plain)
 
 
 @QUICK

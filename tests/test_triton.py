@@ -208,6 +208,16 @@ def test_packed_attention(settings: dict[str, Any]) -> None:
     attention_grid.check_packed("triton", settings)
 
 
+def test_no_query_heads() -> None:
+    q, k, v = leaves(torch.randn(2, 0, 5, 8), *(torch.randn(2, 3, 5, 8) for _ in range(2)))
+    out, lse = ops.attention(q, k, v, return_lse=True, backend="triton")
+    out.sum().backward()
+    assert out.shape == q.shape
+    assert lse.shape == (2, 0, 5)
+    assert not k.grad.any()
+    assert not v.grad.any()
+
+
 @pytest.mark.parametrize("far", [0, 1, 2], ids=["batch", "head", "token"])
 def test_more_than_2_to_the_31_elements(far: int, tmp_path: Path) -> None:
     """Offsets are int64: the third batch row, head or token lies 2^31 elements behind the first. The file is sparse."""

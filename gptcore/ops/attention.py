@@ -249,7 +249,7 @@ def _check_values(cu_q: Tensor, cu_k: Tensor, q: Tensor, k: Tensor) -> None:
     if registry.is_transformed():  # torch.func's wrappers have no memory to read
         cu_q, cu_k = (torch.from_numpy(np.array(cu.tolist(), np.int64)) for cu in (cu_q, cu_k))
     with torch._C._DisableFuncTorch():
-        _C.segments(cu_q.cpu(), cu_k.cpu(), q.shape[0], q.shape[2], k.shape[2])
+        _C.check_segments(cu_q.cpu(), cu_k.cpu(), q.shape[0], q.shape[2], k.shape[2])
 
 
 # ---- torch: the formula in plain PyTorch -----------------------------------------------------------------------------

@@ -29,9 +29,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         x: (..., in_features).
         weight: (out_features, in_features), in x's dtype; inside torch.autocast in any.
         bias: (out_features,), in weight's dtype.
-        backend: `torch` is F.linear, also on other devices. `cpu` is differentiable once; under autocast it reads the
-            weights, and writes their gradients, in the dtype that they have. If this call asks for none, also where
-            ops.use("cpu") did, it is taken where it is faster, which is in bfloat16 alone.
+        backend: `torch` is F.linear, also on other devices; its last bits may depend on the number of threads. `cpu` is
+            differentiable once; under autocast it reads the weights, and writes their gradients, in the dtype that
+            they have. If this call asks for none, also where ops.use("cpu") did, it is taken where it is faster, which
+            is in bfloat16 alone.
 
     Returns:
         (..., out_features), in x's dtype, or autocast's.

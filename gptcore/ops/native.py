@@ -92,7 +92,7 @@ def define(schema: str, kernels: Mapping[str, Kernel], fake: Callable[..., Any])
         return kernels[args[-1]](*args[:-1])
 
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, body, key)
+        LIBRARY.impl(name, lambda *args: body(*map(_without_subclass, args)), key)
     torch.library.register_fake(f"gptcore::{name}", lambda *args: fake(*args[:-1]), lib=LIBRARY)
     operator = getattr(torch.ops.gptcore, name).default
     torch.library.register_vmap(f"gptcore::{name}", functools.partial(_vmap, operator), lib=LIBRARY)
@@ -105,6 +105,20 @@ def define(schema: str, kernels: Mapping[str, Kernel], fake: Callable[..., Any])
         return kernels[args[-1]](*args[:-1])
 
     return run
+
+
+def _without_subclass(arg: Any) -> Any:
+    """Return a tensor of a subclass as a torch.Tensor, whose shape is that of its memory."""
+    if not isinstance(arg, torch.Tensor) or type(arg) in _PLAIN:
+        return arg
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = torch.Tensor.as_subclass(arg, torch.Tensor)
+    if arg.shape != plain.shape:
+        raise ValueError(
+            f"a {type(arg).__name__} says that its shape is {tuple(arg.shape)}, but that of its memory is "
+            f"{tuple(plain.shape)}; expected the same"
+        )
+    return plain
 
 
 def is_batched(*tensors: torch.Tensor | None) -> bool:
@@ -145,6 +159,8 @@ def differentiable(
     def run(backend: str, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return function.apply(*distinct(args), backend)
+        if backend == "triton":  # which takes pointers unseen, as native functions do not
+            _C.check_memory([arg for arg in args if type(arg) in (torch.Tensor, torch.nn.Parameter)])
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return apply(*args, backend)
         return function.forward(_NothingToKeep(), *args, backend)

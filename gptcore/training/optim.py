@@ -7,6 +7,7 @@ Micikevicius et al. 2018, "Mixed Precision Training" (arXiv:1710.03740), section
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -130,12 +131,22 @@ class AdamW(torch.optim.Optimizer):
             grad_scale = grad_scale.item()
         if not isinstance(grad_scale, Tensor) and not math.isfinite(grad_scale):
             raise ValueError(f"grad_scale is {grad_scale}, expected a finite number")
-        updates = [(group, alike) for group in self.param_groups for alike in self._alike("adamw", group["params"])]
-        for group, (run, parameters, gradients) in updates:
+        alike = [(group, some) for group in self.param_groups for some in self._alike("adamw", group["params"])]
+        updates = []
+        for group, (run, parameters, gradients) in alike:
             states = [self.init_state(parameter) for parameter in parameters]
             moments = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")]
             masters = [state["master"] for state in states] if _has_master(parameters[0]) else []
-            run(parameters, masters, gradients, *moments, group, grad_scale, found_inf)
+            updates.append(
+                functools.partial(run, parameters, masters, gradients, *moments, group, grad_scale, found_inf)
+            )
+        if len(updates) > 1:  # one checks all before it writes
+            for group in self.param_groups:
+                _check(group)
+            for update in updates:
+                update(check_only=True)
+        for update in updates:
+            update()
         return loss
 
     def _alike(self, op: str, params: list[Tensor]) -> list[tuple[Implementation, list[Tensor], list[Tensor]]]:
@@ -149,7 +160,19 @@ class AdamW(torch.optim.Optimizer):
                 parameters, gradients = alike.setdefault((gradient.device, gradient.dtype), ([], []))
                 parameters.append(parameter)
                 gradients.append(gradient)
-        return [(registry.select(op, self.backend, some[1][0]), *some) for some in alike.values()]
+        return [(self._select(op, *some), *some) for some in alike.values()]
+
+    def _select(self, op: str, parameters: list[Tensor], gradients: list[Tensor]) -> Implementation:
+        run = registry.select(op, self.backend, gradients[0])
+        if run is not _adamw_cpu or all(parameter.is_contiguous() for parameter in parameters):
+            return run
+        if (backend := self.backend or registry.in_use()) is None:
+            return _adamw_torch
+        shape, strides = next((tuple(p.shape), p.stride()) for p in parameters if not p.is_contiguous())
+        raise RuntimeError(
+            f"backend {backend!r} cannot run adamw: a parameter of shape {shape} has strides {strides}, expected a "
+            "contiguous one; backend 'torch' takes it"
+        )
 
     def init_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the state of a parameter, made if it has none yet: a checkpoint is read into it."""
@@ -187,8 +210,8 @@ def _check(group: Group) -> None:
 
 
 def _grad_norm_torch(gradients: list[Tensor]) -> Tensor:
-    wide = torch.promote_types(gradients[0].dtype, torch.float32)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, wide))).double()
+    # In float64, where the squares of float32 numbers neither overflow nor vanish.
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float64)))
 
 
 def _adamw_torch(
@@ -201,7 +224,16 @@ def _adamw_torch(
     group: Group,
     grad_scale: float | Tensor,
     found_inf: Tensor | None,
+    check_only: bool = False,
 ) -> None:
+    for parameter, *moments in zip(parameters, exp_avgs, exp_avg_sqs, strict=True):
+        if any(moment.shape != parameter.shape for moment in moments):
+            shapes = [tuple(moment.shape) for moment in moments]
+            raise ValueError(
+                f"exp_avg and exp_avg_sq have shapes {shapes}, expected {tuple(parameter.shape)} as its parameter"
+            )
+    if check_only:
+        return
     if masters:
         for parameter, master in zip(parameters, masters, strict=True):  # whichever differ have been changed since
             torch.where(master.to(parameter.dtype) == parameter, master, parameter.float(), out=master)
@@ -215,7 +247,9 @@ def _adamw_torch(
     numbers: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay", "eps")}
     numbers |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False}
     # The fused function is three times as fast on a GPU, but needs dense memory; only it can skip on the device
-    if updated[0].device.type in ("cpu", "cuda") and all(t.is_contiguous() for t in (*updated, *gradients)):
+    if updated[0].device.type in ("cpu", "cuda") and all(
+        t.is_contiguous() for t in (*updated, *gradients, *exp_avgs, *exp_avg_sqs)
+    ):
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
             updated, gradients, exp_avgs, exp_avg_sqs, [], steps, **numbers, grad_scale=None, found_inf=found_inf
@@ -247,15 +281,17 @@ def _adamw_cpu(
     group: Group,
     grad_scale: float,
     found_inf: None,
+    check_only: bool = False,
 ) -> None:
     gradients = [gradient.contiguous() for gradient in gradients]
     beta1, beta2 = group["betas"]
     updated, copies = (masters, parameters) if masters else (parameters, [])
     _C.adamw(
         updated, copies, gradients, exp_avgs, exp_avg_sqs, steps, group["lr"], beta1, beta2, group["eps"],
-        group["weight_decay"], grad_scale, torch.get_num_threads(),
+        group["weight_decay"], grad_scale, torch.get_num_threads(), check_only,
     )  # fmt: skip
-    torch.autograd.graph.increment_version(parameters)  # so that a backward pass that needs the old ones says so
+    if not check_only:
+        torch.autograd.graph.increment_version(parameters)  # so that a backward pass that needs the old ones says so
 
 
 for name, torch_formula, cpu_kernel in (

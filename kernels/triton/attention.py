@@ -500,7 +500,7 @@ def _heads(q: Tensor, k: Tensor, keys: bool = False) -> tuple[int, int, int, int
     kv_heads, kv_len = k.shape[1:3]
     group = query_heads // kv_heads
     heads = batch * (kv_heads if keys else query_heads)
-    head_bytes = 2 * head_dim * q.element_size() * (query_len * group if keys else kv_len // group)
+    head_bytes = 2 * head_dim * q.element_size() * (query_len * group if keys else kv_len // max(1, group))
     fit = max(1, cache_bytes(q.device) // 4 // max(1, head_bytes))
     together = triton.cdiv(heads, max(1, triton.cdiv(heads, fit)))
     return batch * query_heads, query_heads, group, max(1, together)
@@ -554,6 +554,9 @@ def backward(
     cu_q, cu_k, seed, scale, causal, left, right, dropout_p = settings
     batch, heads, query_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
+    if heads == 0:  # the kernels divide by the query heads of a key head
+        dk.zero_(), dv.zero_()
+        return
     delta = torch.empty_like(lse)
     lengths, limits, dropout = (query_len, kv_len), _limits(causal, left, right), _dropout(seed, dropout_p)
     bounds = (*lengths, *limits, *dropout)
