@@ -77,11 +77,14 @@ inline void check_like(const TensorView& t, const char* name, const TensorView& 
   check_dense_like(t, name, like);
 }
 
-// A dense 2-D tensor of one of the three float types.
-inline void check_matrix(const TensorView& t, const char* name) {
+// A dense tensor (..., width) of one of the three float types, as a matrix; a scalar has one row of one.
+struct Rows { int64_t rows, width; };
+inline Rows check_rows(const TensorView& t, const char* name) {
   check_float(t, name);
-  if (t.ndim != 2) refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected (rows, width)");
   check_contiguous(t, name);
+  int64_t rows = 1;
+  for (int i = 0; i + 1 < t.ndim; ++i) rows *= t.shape[i];
+  return {rows, t.ndim ? t.shape[t.ndim - 1] : 1};
 }
 
 // The elements of a dense float32 tensor of this shape, on the device of `like`; null for an optional one that is not

@@ -4,11 +4,11 @@ namespace gptcore {
 namespace {
 
 GeluArgs common_args(const TensorView& x, const OptionalView& bias, bool tanh_form, const Execution& execution) {
-  check_matrix(x, "x");
+  const auto [rows, width] = check_rows(x, "x");
   GeluArgs args{};
   args.dtype = x.dtype;
   args.tanh_form = tanh_form;
-  args.rows = x.shape[0], args.width = x.shape[1];
+  args.rows = rows, args.width = width;
   args.x = x.data;
   args.bias = float_array(bias, "bias", x, {args.width});
   args.num_threads = execution.num_threads, args.stream = execution.stream;

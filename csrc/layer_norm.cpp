@@ -6,16 +6,13 @@ namespace {
 void layer_norm_forward(const TensorView& x, const OptionalView& residual, const TensorView& weight,
                         const OptionalView& bias, const TensorView& out, const OptionalView& residual_out,
                         const TensorView& mean, const TensorView& rstd, double eps, const Execution& execution) {
-  check_matrix(x, "x");
-  int64_t rows = x.shape[0], width = x.shape[1];
+  const auto [rows, width] = check_rows(x, "x");
   const TensorView& normalised = residual ? *residual : x;
   const Kernels& kernels = kernels_for(x, execution);
   if (residual) {
     if (residual->dtype != x.dtype && residual->dtype != DType::float32)
       refuse("residual is ", residual->dtype_name(), ", expected ", x.dtype_name(), " like x, or torch.float32");
-    check_matrix(*residual, "residual");
-    check_device(*residual, "residual", x);
-    check_shape(*residual, "residual", {rows, width});
+    check_dense_like(*residual, "residual", x);
   }
   if (residual.has_value() != residual_out.has_value()) refuse("residual and residual_out must be given together");
   if (residual_out) check_like(*residual_out, "residual_out", normalised);
@@ -48,8 +45,7 @@ void layer_norm_backward(const TensorView& grad_out, const OptionalView& grad_re
                          const TensorView& weight, const TensorView& mean, const TensorView& rstd,
                          const TensorView& grad_x, const TensorView& grad_weight, const OptionalView& grad_bias,
                          const Execution& execution) {
-  check_matrix(x, "x");
-  int64_t rows = x.shape[0], width = x.shape[1];
+  const auto [rows, width] = check_rows(x, "x");
   const Kernels& kernels = kernels_for(x, execution);
   check_like(grad_out, "grad_out", x);
   if (grad_residual_out) check_like(*grad_residual_out, "grad_residual_out", x);

@@ -139,7 +139,7 @@ struct type_caster<gptcore::TensorView> {
     static constexpr int kDTypes = 6;
     object tensor, parameter, dtypes[kDTypes];
     // Getters and methods of torch.Tensor and of its storage, called with the object.
-    object shape, stride, dtype, is_cpu, is_cuda, get_device, data_ptr, is_neg, untyped_storage, nbytes, storage_ptr;
+    object shape, stride, dtype, is_cpu, is_cuda, get_device, data_ptr, is_neg, untyped_storage, storage_ptr;
     object no_torch_function;
 
     decltype(gptcore::dlpack::DLPackExchangeAPI::dltensor_from_py_object_no_sync) view = nullptr;
@@ -162,7 +162,6 @@ struct type_caster<gptcore::TensorView> {
       shape = getter("shape"), dtype = getter("dtype"), is_cpu = getter("is_cpu"), is_cuda = getter("is_cuda");
       stride = tensor.attr("stride"), get_device = tensor.attr("get_device"), data_ptr = tensor.attr("data_ptr");
       is_neg = tensor.attr("is_neg"), untyped_storage = tensor.attr("untyped_storage");
-      nbytes = torch.attr("UntypedStorage").attr("nbytes");
       storage_ptr = torch.attr("UntypedStorage").attr("data_ptr");
       no_torch_function = torch.attr("_C").attr("DisableTorchFunctionSubclass");
     }
@@ -198,7 +197,7 @@ struct type_caster<gptcore::TensorView> {
     if (call(torch.is_neg, source).ptr() == Py_True)
       throw value_error("a tensor whose negative bit is set; call .resolve_neg() on it first");
     const object storage = call(torch.untyped_storage, source);
-    const int64_t bytes = PyLong_AsLongLong(call(torch.nbytes, storage).ptr());
+    const int64_t bytes = PyObject_Size(storage.ptr());
     const uintptr_t begin = PyLong_AsSize_t(call(torch.storage_ptr, storage).ptr());
     if (PyErr_Occurred()) throw error_already_set();
     int64_t last = 0;

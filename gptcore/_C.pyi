@@ -68,7 +68,7 @@ def layer_norm_forward(
     eps: float,
     execution: Execution,
 ) -> None:
-    """Fills out, residual_out = x + residual, and float32 mean and rstd of each row; x is (rows, width)."""
+    """Fills out, residual_out = x + residual, and float32 mean and rstd of each row; x is (..., width)."""
 
 def layer_norm_backward(
     grad_out: Tensor,
@@ -85,7 +85,7 @@ def layer_norm_backward(
     """Fills the gradients; x is what was normalised, the sum where there was a residual."""
 
 def gelu_forward(x: Tensor, bias: Tensor | None, out: Tensor, tanh_form: bool, execution: Execution) -> None:
-    """Fills out with GELU(x + bias); x is (rows, width)."""
+    """Fills out with GELU(x + bias); x is (..., width)."""
 
 def gelu_backward(
     grad_out: Tensor,

@@ -177,6 +177,21 @@ def test_large_tensors_are_written_past_the_cache_too(kernel: str) -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dims", [1, 3, 8, 9, 12])
+def test_any_number_of_dimensions(backend: str, dims: int) -> None:
+    results = []
+    for shape in ((*[1] * (dims - 1), 8), (1, 8)):
+        x, residual = leaves(randn(8).view(shape), randn(8, seed=1).view(shape))
+        outs = [
+            *ops.layer_norm(x, ROW, ROW, residual=residual, backend=backend), ops.gelu(x, bias=ROW, backend=backend),
+            ops.linear(x, MATRIX, backend="torch" if dims > 8 else backend),
+        ]  # fmt: skip
+        assert [out.shape[:-1] for out in outs] == [shape[:-1]] * 4
+        results.append([t.flatten() for t in (*outs, *torch.autograd.grad([t.sum() for t in outs], (x, residual)))])
+    assert_same_bits(*results)
+    assert ops.gelu(torch.ones(()), backend=backend).shape == ()
+
+
 def test_merging_the_heads_of_an_output_is_free(backend: str) -> None:
     q = randn(2, 3, 5, 8)
     out = ops.attention(q, q, q, backend=backend)

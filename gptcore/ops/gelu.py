@@ -72,18 +72,16 @@ def _gelu_torch(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
 
 
 def _forward_native(kernel: native.Kernel, x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
-    out, shape = torch.empty_like(x), native.rows_and_width(x)
-    kernel(x.view(shape), bias, out.view(shape), tanh_form)
+    out, readable = torch.empty_like(x), native.readable
+    kernel(readable(x), bias, readable(out), tanh_form)
     return out
 
 
 def _backward_native(
     kernel: native.Kernel, grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh_form: bool
 ) -> tuple[Tensor, Tensor]:
-    (grad_x, grad_bias), shape = _gradients(grad_out, x, bias), native.rows_and_width(x)
-    kernel(
-        grad_out.view(shape), x.view(shape), bias, grad_x.view(shape), None if bias is None else grad_bias, tanh_form
-    )
+    (grad_x, grad_bias), readable = _gradients(grad_out, x, bias), native.readable
+    kernel(readable(grad_out), readable(x), bias, readable(grad_x), None if bias is None else grad_bias, tanh_form)
     return grad_x, grad_bias
 
 

@@ -100,9 +100,9 @@ def _layer_norm_torch(
 def _forward_native(
     kernel: native.Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (out, residual_out, mean, rstd), shape = _outputs(x, weight, bias, residual), native.rows_and_width(x)
-    added = (None, None) if residual is None else (residual.view(shape), residual_out.view(shape))
-    kernel(x.view(shape), added[0], weight, bias, out.view(shape), added[1], mean, rstd, eps)
+    (out, residual_out, mean, rstd), readable = _outputs(x, weight, bias, residual), native.readable
+    added = None if residual is None else readable(residual_out)
+    kernel(readable(x), readable(residual), weight, bias, readable(out), added, mean, rstd, eps)
     return out, residual_out, mean, rstd
 
 
@@ -126,10 +126,9 @@ def _backward_native(
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_weight, grad_bias = _gradients(grad_out, grad_residual_out, x, weight, mean, rstd, bias)
-    shape = native.rows_and_width(x)
-    grad_residual_out = None if grad_residual_out is None else grad_residual_out.view(shape)
+    readable = native.readable
     kernel(
-        grad_out.view(shape), grad_residual_out, x.view(shape), weight, mean, rstd, grad_x.view(shape), grad_weight,
+        readable(grad_out), readable(grad_residual_out), readable(x), weight, mean, rstd, readable(grad_x), grad_weight,
         grad_bias if bias else None,
     )  # fmt: skip
     return grad_x, grad_weight, grad_bias

@@ -74,10 +74,11 @@ def execution(backend: str, tensor: torch.Tensor) -> int | tuple[int, Callable[[
     )
 
 
-def rows_and_width(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the shape of a tensor (..., width) as a matrix; (1, 1) for a scalar."""
-    shape = tensor.shape
-    return math.prod(shape[:-1]), shape[-1] if shape else 1
+def readable(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a dense tensor (..., width) with at most 8 dimensions, which native functions read."""
+    if tensor is None or tensor.dim() <= 8:
+        return tensor
+    return tensor.view(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def is_transformed() -> bool:
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
+        or torch._C._get_tracing_state() is not None
     )
 
 
