@@ -292,7 +292,8 @@ def naming(path: PathLike, what: str = "is damaged") -> Iterator[None]:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         reason = f"there is no {error}" if isinstance(error, KeyError) else f"{error}" or type(error).__name__
-        raise ValueError(f"{path} {what}: {reason}") from error
+        shown = reason if reason.isprintable() else repr(reason)[1:-1]  # an escape code would reach the terminal
+        raise ValueError(f"{path} {what}: {shown}") from error
 
 
 def read_json(path: PathLike) -> dict[str, Any]:

@@ -348,3 +348,9 @@ def test_importing_files_does_not_import_torch() -> None:
     program += "m = u.module_from_spec(s); sys.modules['files'] = m; s.loader.exec_module(m)\n"
     program += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program, files.__file__], check=True)
+
+
+def test_an_error_that_quotes_a_file_has_no_control_characters(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"file is damaged: version \\x1b\[31m") as caught, naming(tmp_path / "file"):
+        raise ValueError("version \x1b[31m")
+    assert str(caught.value).isprintable()
