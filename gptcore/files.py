@@ -304,6 +304,19 @@ def read_json(path: PathLike) -> dict[str, Any]:
         return parse_json(file.read(JSON_LIMIT), path)
 
 
+def read_cache(name: str) -> dict[str, Any]:
+    """Return the JSON object in a file of the cache folder; an empty one if it is absent or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_json(cache_folder() / name)
+    return {}
+
+
+def write_cache(name: str, values: Mapping[str, Any]) -> None:
+    """Replace a file of the cache folder, where that can be written."""
+    with contextlib.suppress(OSError):
+        write_json(cache_folder() / name, values)
+
+
 def parse_json(text: str | bytes, where: PathLike) -> dict[str, Any]:
     """Return the JSON object in `text`. Raises ValueError, naming `where`, for anything else."""
     try:

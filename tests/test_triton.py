@@ -50,6 +50,7 @@ from test_ops import (  # noqa: F401
 from torch import Tensor
 
 from gptcore import GPT, GPTConfig, ops
+from gptcore.ops import native
 
 pytestmark = pytest.mark.skipif(
     ops.backends()["triton"] is not None or os.environ.get("TRITON_INTERPRET") != "1",
@@ -328,8 +329,7 @@ def test_torch_compile_finds_one_graph() -> None:
 
 
 def test_tuning_takes_the_fastest_and_remembers_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from gptcore.kernels import launch
-
+    launch = native.triton_module("launch")
     monkeypatch.setenv("GPTCORE_CACHE", str(tmp_path))
     monkeypatch.setattr(launch, "_chosen", {})
     slow, fast, never = (launch.Tile(n, n, 4, 2) for n in (16, 32, 64))

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from gptcore import _C
+from gptcore.files import read_cache, write_cache
 
 LIBRARY = torch.library.Library("gptcore", "DEF")
+TILES = "triton-tiles.json"
 KERNEL_BACKENDS = ("cuda", "cpu", "triton", "simt")  # all but the formula
 
 Kernel = Callable[..., Any]
@@ -43,9 +45,18 @@ def triton(op: str, name: str, body: Kernel | None = None) -> dict[str, Kernel]:
     """Return the function `name` of gptcore.kernels.<op>, or `body` with it as first argument; imported when called."""
 
     def kernel(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"gptcore.kernels.{op}"), name)(*args)
+        return getattr(triton_module(op), name)(*args)
 
     return {"triton": kernel if body is None else functools.partial(body, kernel)}
+
+
+@functools.cache
+def triton_module(name: str) -> Any:
+    """Return gptcore.kernels.<name>. Tiles that tuning finds are kept in the cache folder."""
+    launch: Any = importlib.import_module("gptcore.kernels.launch")
+    launch.read_tiles = functools.partial(read_cache, TILES)
+    launch.write_tiles = functools.partial(write_cache, TILES)
+    return importlib.import_module(f"gptcore.kernels.{name}")
 
 
 @functools.cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import json
 import warnings
 from typing import Any
 
@@ -17,8 +16,10 @@ import torch
 from torch import Tensor
 
 from gptcore import _C
-from gptcore.files import atomic_file, cache_folder, naming, open_file
+from gptcore.files import read_cache, write_cache
 from gptcore.ops.operation import Operation, Sample
+
+CACHE = "verified.json"  # the kernels that passed, for later processes
 
 _results: dict[tuple[Any, ...], str | None] = {}  # of this process: why a kernel is not to be trusted, or None
 
@@ -45,12 +46,12 @@ def _first_use(kernel: str, backend: str, sample: Sample, tensor: Tensor) -> str
     """Return what failure() says of a kernel that this process has not used yet."""
     gpu = _gpu(tensor.device)
     key = f"{gpu}: {kernel}"
-    if key in _verified():
+    if key in read_cache(CACHE):
         return None
     with torch.cuda.device_of(tensor):
         reason = _compare(backend, sample, tensor)
     if reason is None:
-        _remember(key)
+        write_cache(CACHE, {**read_cache(CACHE), key: True})
     else:
         warnings.warn(f"gptcore: the kernel {kernel} is wrong on {gpu}, and not used: {reason}", stacklevel=5)
     return reason
@@ -71,21 +72,6 @@ def _driver() -> int | None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     return version.value or None
-
-
-def _remember(key: str) -> None:
-    """Add to the file on disk; without one, the next process checks again."""
-    with contextlib.suppress(OSError), atomic_file(cache_folder() / "verified.json") as file:
-        file.write_text(json.dumps(sorted({*_verified(), key}), indent=1))
-
-
-def _verified() -> set[str]:
-    """Return the keys of the file on disk; an empty set if it is absent or damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        path = cache_folder() / "verified.json"
-        with open_file(path) as file, naming(path):
-            return {str(key) for key in json.load(file)}
-    return set()
 
 
 def _gradients(backend: str, sample: Sample, inputs: list[Tensor]) -> list[Tensor]:

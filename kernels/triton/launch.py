@@ -7,8 +7,6 @@ tile of its table, for some seconds, and keeps the best in a file, from which la
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,9 +15,6 @@ import torch
 import triton
 from torch import Tensor
 
-from gptcore.files import atomic_file, cache_folder, read_json
-
-CACHE = "triton-tiles.json"
 INTERPRETED: bool = triton.knobs.runtime.interpret
 OPTIONS = {"enable_fp_fusion": True}  # Triton's versions differ in the default
 
@@ -98,12 +93,13 @@ def launch(
 # ---- tuning ----------------------------------------------------------------------------------------------------------
 
 
-def _read() -> dict[str, Tile]:
-    """Return the tiles in the cache; none where it is absent or damaged."""
-    try:
-        return {key: Tile(*tile) for key, tile in read_json(cache_folder() / CACHE).items()}
-    except (OSError, ValueError, TypeError):
-        return {}
+def read_tiles() -> dict[str, Any]:
+    """Return the tiles that earlier processes found, by kernel. gptcore.ops.native replaces this and write_tiles."""
+    return {}
+
+
+def write_tiles(tiles: dict[str, Any]) -> None:
+    """Keep tiles for later processes."""
 
 
 def milliseconds(run: Callable[[], None]) -> float:
@@ -118,12 +114,11 @@ _chosen: dict[str, Tile] = {}
 
 
 def tuned(key: str, tiles: Sequence[Tile], run: Callable[[Tile], None]) -> Tile:
-    """The fastest of these tiles, from the file if it is there, else measured and added to it."""
+    """Return the fastest of these tiles: the one found earlier, or else measured now and kept."""
     if key not in _chosen:
-        known = _read()
-        if known.get(key) not in tiles:
-            known[key] = min(dict.fromkeys(tiles), key=lambda tile: milliseconds(lambda: run(tile)))
-            with contextlib.suppress(OSError), atomic_file(cache_folder() / CACHE) as aside:
-                aside.write_text(json.dumps(known, indent=1))
-        _chosen[key] = known[key]
+        known = read_tiles()
+        if known.get(key) not in map(list, tiles):
+            known[key] = list(min(dict.fromkeys(tiles), key=lambda tile: milliseconds(lambda: run(tile))))
+            write_tiles(known)
+        _chosen[key] = Tile(*known[key])
     return _chosen[key]
