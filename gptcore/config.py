@@ -1,4 +1,4 @@
-"""The shape of a GPT and all that its mathematics depends on, in one flat dataclass."""
+"""The configuration of a GPT model, in one flat dataclass, and presets of published models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GELU_FORMS = {
     **dict.fromkeys(("gelu", "gelu_python"), "none"),
 }
 MAX_HEAD_DIM = 256  # of the attention kernels
-# Far above any published model. Larger sizes are mistakes, or files that would take all memory before they are refused.
+# Far above any published model. Larger sizes are mistakes, or crafted files that would exhaust memory.
 LARGEST = {
     **dict.fromkeys(("vocab_size", "n_positions", "attention_window"), 2**31 - 1),
     **dict.fromkeys(("n_embd", "n_head", "n_inner"), 2**20),
@@ -24,8 +24,8 @@ LARGEST = {
 }
 IGNORED = -100  # label that the loss leaves out, as in F.cross_entropy
 
-# What else config.json may hold where transformers wrote it. The first have no bearing on the model; the second change
-# what it computes, so that only the value that means GPT-1 or GPT-2 is accepted.
+# Further keys of a config.json that transformers wrote. _BOOKKEEPING has no effect on the model; _FIXED changes what it
+# computes, so only the value of GPT-1 and GPT-2 is accepted.
 _BOOKKEEPING = """
     _attn_implementation_autoset _name_or_path _num_labels architectures attn_implementation bad_words_ids
     begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
@@ -45,7 +45,7 @@ _FIXED = {
     "pruned_heads": {},
 }
 
-# What a config.json leaves out, where that is not what GPT-2 has
+# Defaults of a GPT-1's config.json that differ from GPT-2's
 _OPENAI_GPT = {
     "vocab_size": 40478,
     "n_positions": 512,
@@ -54,9 +54,9 @@ _OPENAI_GPT = {
     "norm_position": "post",
 }
 _GPT1 = {key: _OPENAI_GPT[key] for key in ("vocab_size", "n_positions", "norm_position")}
-# Table 2.1 of Brown et al. 2020 has two misprints: 24 heads of 128 in the 1.3B, whose width is 2048, and a width of
-# 5140 in the 13B, which has 40 heads of 128. 16 heads and a width of 5120 are meant. Every second layer sees a band of
-# tokens, as in the Sparse Transformer (section 2.1), but how wide it is the paper does not say: 256 is GPT-Neo's.
+# Table 2.1 of Brown et al. 2020 has two misprints, corrected here: the 1.3B (width 2048) has 16 heads of 128, not 24;
+# the 13B (40 heads of 128) has a width of 5120, not 5140. The paper does not state the width of the attention band in
+# every second layer (section 2.1): 256 is GPT-Neo's.
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _GPT3 = {"n_positions": 2048, "attention_window": 256, **_NO_DROPOUT}
 _LAPTOP = {"n_positions": 256, **_NO_DROPOUT}
@@ -82,41 +82,42 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def _option(default: Any, text: str) -> Any:
-    """A field whose description becomes its line in --help and in the documentation."""
+    """Return a dataclass field whose description becomes its line in --help and in the documentation."""
     return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Names and defaults are those of transformers' GPT2Config; the last three fields make a GPT-1 or a GPT-3.
+    """Configuration of a GPT, with the names and defaults of transformers' GPT2Config.
 
-    `GPTConfig.preset("gpt2-medium")` is a published model by its name.
+    The last three fields select the variants of GPT-1 and GPT-3. `GPTConfig.preset("gpt2-medium")` returns the
+    configuration of a published model.
 
-    Raises TypeError or ValueError, with the number in question, for a model that could not be built.
+    Raises TypeError or ValueError, with the number in question, for settings that are invalid or contradict each other.
     """
 
     vocab_size: int = _option(50257, "number of tokens in the vocabulary")
     n_positions: int = _option(1024, "longest sequence, in tokens")
     n_embd: int = _option(768, "width of the residual stream")
     n_layer: int = _option(12, "number of blocks")
-    n_head: int = _option(12, "attention heads a block; n_embd is a multiple of it")
-    n_inner: int | None = _option(None, "width inside the MLP; none means 4 * n_embd")
+    n_head: int = _option(12, "attention heads in each block; must divide n_embd")
+    n_inner: int | None = _option(None, "width inside the MLP, or none for 4 * n_embd")
     activation_function: str = _option("gelu_new", "gelu_new (tanh form), gelu (erf form) or a synonym")
-    resid_pdrop: float = _option(0.1, "dropout on what each attention and MLP adds to the residual stream")
+    resid_pdrop: float = _option(0.1, "dropout on the output of each attention and MLP")
     embd_pdrop: float = _option(0.1, "dropout on the sum of token and position embeddings")
     attn_pdrop: float = _option(0.1, "dropout on the attention probabilities")
     layer_norm_epsilon: float = _option(1e-5, "added to the variance in every layer norm")
     initializer_range: float = _option(0.02, "standard deviation of the initial weights")
     tie_word_embeddings: bool = _option(True, "use the token embedding as the output projection too")
     scale_attn_weights: bool = _option(True, "divide attention scores by sqrt(head_dim)")
-    scale_attn_by_inverse_layer_idx: bool = _option(False, "divide attention scores by the layer's number, from 1, too")
-    reorder_and_upcast_attn: bool = _option(False, "transformers' attention in float32; the kernels' softmax always is")
-    bos_token_id: int | None = _option(50256, "token that begins a text; 50256 means none in a smaller vocabulary")
-    eos_token_id: int | None = _option(50256, "token that ends a text; 50256 means none in a smaller vocabulary")
-    pad_token_id: int | None = _option(None, "token that fills up a batch; none means eos_token_id")
+    scale_attn_by_inverse_layer_idx: bool = _option(False, "also divide attention scores by the layer's number, from 1")
+    reorder_and_upcast_attn: bool = _option(False, "no effect: the softmax is always computed in float32")
+    bos_token_id: int | None = _option(50256, "token that begins a text; 50256 is dropped if the vocabulary is smaller")
+    eos_token_id: int | None = _option(50256, "token that ends a text; 50256 is dropped if the vocabulary is smaller")
+    pad_token_id: int | None = _option(None, "token that pads a batch, or none for eos_token_id")
     norm_position: str = _option("pre", "layer norm before attention and MLP (pre: GPT-2, 3) or after (post: GPT-1)")
     position_embedding: str = _option("learned", "learned, or sinusoidal: fixed, as in 'Attention Is All You Need'")
-    attention_window: int | None = _option(None, "keys that a token sees in every second layer (GPT-3); none means all")
+    attention_window: int | None = _option(None, "keys that a query attends to in odd layers (GPT-3), or none for all")
 
     def __post_init__(self) -> None:
         for name, maximum in LARGEST.items():
@@ -153,12 +154,12 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
-        """Dimensions of one attention head."""
+        """Return the number of dimensions of one attention head."""
         return self.n_embd // self.n_head
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters of the model, computed without building it; GPT.num_parameters() counts them."""
+        """Return the number of parameters, without building the model; GPT.num_parameters() counts those of a model."""
         C, inner = self.n_embd, self.n_inner if self.n_inner is not None else 4 * self.n_embd
         block = 4 * C + 4 * (C * C + C) + 2 * C * inner + inner + C  # two norms, c_attn and c_proj, c_fc and c_proj
         positions = self.n_positions if self.position_embedding == "learned" else 0
@@ -167,12 +168,12 @@ class GPTConfig:
 
     @property
     def n_ctx(self) -> int:
-        """n_positions, under the name that it had in old config files and has in old programs."""
+        """Return n_positions; n_ctx is its name in old config files and programs."""
         return self.n_positions
 
     @property
     def is_gpt1(self) -> bool:
-        """Whether transformers' OpenAIGPTLMHeadModel computes the same function from the same weights."""
+        """Return whether transformers' OpenAIGPTLMHeadModel computes the same function from the same weights."""
         return (
             (self.norm_position, self.position_embedding, self.attention_window) == ("post", "learned", None)
             and GELU_FORMS[self.activation_function] == "tanh"
@@ -182,15 +183,15 @@ class GPTConfig:
 
     @property
     def is_gpt2(self) -> bool:
-        """Whether transformers' GPT2LMHeadModel computes the same function from the same weights."""
+        """Return whether transformers' GPT2LMHeadModel computes the same function from the same weights."""
         return (self.norm_position, self.position_embedding, self.attention_window) == ("pre", "learned", None)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GPTConfig:
-        """A published model by its name, such as "gpt2-medium" or "gpt3-1.3b", with some settings replaced.
+        """Return the config of a published model, such as "gpt2-medium" or "gpt3-1.3b"; overrides replace settings.
 
-        gpt; gpt2, gpt2-medium, gpt2-large, gpt2-xl; gpt3-125m, -350m, -760m, -1.3b, -2.7b, -6.7b, -13b, -175b; and for
-        a laptop gpt-nano, gpt-micro, gpt-mini, gpt-baby. GPT-3's dropout is not published: it is 0 here.
+        Names: gpt; gpt2, gpt2-medium, gpt2-large, gpt2-xl; gpt3-125m, -350m, -760m, -1.3b, -2.7b, -6.7b, -13b, -175b;
+        and, for a laptop, gpt-nano, gpt-micro, gpt-mini, gpt-baby. GPT-3's dropout is not published: it is 0 here.
         Raises ValueError for an unknown name, with the nearest known one.
         """
         if name not in PRESETS:
@@ -199,7 +200,7 @@ class GPTConfig:
         return cls(**{**PRESETS[name], **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds. transformers opens it as GPT-1 or GPT-2 where the model is one, else refuses it."""
+        """Return the contents of config.json; transformers loads it if its GPT-1 or GPT-2 computes the same."""
         kind: dict[str, Any] = {"model_type": "gptcore"}
         if self.is_gpt1:
             kind = {"model_type": "openai-gpt", "architectures": ["OpenAIGPTLMHeadModel"], "afn": "gelu"}
@@ -209,16 +210,16 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
-        """The config of a config.json, ours or one that transformers wrote for a GPT-1 or a GPT-2.
+        """Return the config for the contents of a config.json, from gptcore or from transformers' GPT-1 or GPT-2.
 
-        Raises ValueError for an unknown key, naming the nearest known one, and for a setting that GPT does not have.
+        Raises ValueError for an unknown key, naming the nearest known one, and for a setting that GPT does not support.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         kind = values.get("model_type", "gptcore")
         if kind not in ("gpt2", "openai-gpt", "gptcore"):
             raise ValueError(f"model_type {kind!r} is not a GPT; it should be 'gpt2', 'openai-gpt' or 'gptcore'")
         kwargs: dict[str, Any] = dict(_OPENAI_GPT) if kind == "openai-gpt" else {}
-        if "n_ctx" in values:  # old files give the length twice, or under this name only
+        if "n_ctx" in values:  # old files have both names, or this one only
             kwargs["n_positions"] = values["n_ctx"]
         for key, value in values.items():
             if key in known:
@@ -256,7 +257,7 @@ class GPTConfig:
         if value >= self.vocab_size:
             if value != GPTConfig.__dataclass_fields__[name].default:
                 raise ValueError(f"{name} {value} is outside the vocabulary of {self.vocab_size} tokens")
-            # GPT-2's own id: the default where only vocab_size is set, and what transformers writes
+            # GPT-2's id with a smaller vocabulary: the default was not overridden, or transformers wrote the file
             object.__setattr__(self, name, None)
 
     def _check_choice(self, name: str, choices: Any) -> None:

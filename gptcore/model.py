@@ -6,7 +6,7 @@ attn.c_proj ln_2 mlp.c_fc mlp.c_proj ln_f lm_head. Settings of GPTConfig make th
 
 Shapes: B batch, T tokens, C = n_embd, H heads of D dimensions, V vocabulary.
 
-Where forward hooks find what passes through, each (B, T, C); layer norms return (normalised, residual stream):
+Modules whose forward hooks receive each tensor (B, T, C); layer norms return (normalised, residual stream):
 
                                      GPT-2, GPT-3 (norm first)       GPT-1 (norm last)
     token and position embeddings    drop                            drop
@@ -37,7 +37,7 @@ from gptcore.memory import check_fits
 
 
 class GPTOutput(NamedTuple):
-    """What a forward pass returns; `logits, loss = model(...)` works too."""
+    """The result of a forward pass; `logits, loss = model(...)` works too."""
 
     logits: Tensor  # (B, T, V), or fewer tokens with logits_to_keep
     loss: Tensor | None  # (), float32; None without labels
@@ -61,7 +61,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the normalised sum and the sum, which is the residual stream from here on."""
-        if residual is None:  # nothing to add to yet
+        if residual is None:  # the first norm: its input is the residual stream
             return ops.layer_norm(hidden, self.weight, self.bias, eps=self.eps), hidden
         return ops.layer_norm(hidden, self.weight, self.bias, eps=self.eps, residual=residual)
 
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         self.scale = 1 / math.sqrt(config.head_dim) if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
-        # GPT-3 alternates dense and locally banded layers (section 2.1); a query is one of the keys that it sees
+        # GPT-3 alternates dense and locally banded layers (section 2.1); the window includes the query's own position
         self.window: tuple[int, int] | None = None
         if config.attention_window is not None and layer % 2 == 1:
             self.window = (config.attention_window - 1, 0)
@@ -110,7 +110,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each beside a layer norm."""
+    """Attention, then MLP, each with a layer norm before it ("pre") or after it ("post")."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Block(nn.Module):
     def forward(
         self, hidden: Tensor, residual: Tensor | None, cu_seqlens: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the MLP's output and the residual stream that the next norm adds it to; GPT-1 has added it already."""
+        """Return the MLP's output and the residual stream, not yet added; with "post" their normalised sum and None."""
         if self.post_norm:
             hidden, _ = self.ln_1(self.attn(hidden, cu_seqlens, cache), hidden)
             hidden, _ = self.ln_2(self.mlp(hidden), hidden)
@@ -138,7 +138,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A GPT language model with freshly initialised weights, drawn from PyTorch's global generator.
 
-    The same torch.manual_seed gives the same weights. Made on the meta device it has none: to_empty, then init_weights.
+    The same torch.manual_seed gives the same weights. On the meta device, call to_empty and then init_weights.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -151,7 +151,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config) if config.norm_position == "pre" else None
-        tied = config.tie_word_embeddings  # one tensor under one name, which nothing can untie by accident
+        tied = config.tie_word_embeddings  # registered once, as wte: no code can untie it by accident
         self.lm_head = None if tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
 
@@ -163,11 +163,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's initialisation.
+        """Initialise all parameters in place, as GPT-2 does.
 
         layer norms                       weight 1, bias 0
-        attn.c_proj, mlp.c_proj weights   N(0, initializer_range / sqrt(2 n_layer)), as 2 n_layer of them add up in the
-                                          residual stream; not with norm_position "post", which has no such sum
+        attn.c_proj, mlp.c_proj weights   N(0, initializer_range / sqrt(2 n_layer)): the residual stream is the sum of
+                                          2 n_layer of their outputs; not divided with norm_position "post"
         all other weights                 N(0, initializer_range)
         all biases                        0
         """
@@ -182,9 +182,9 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=std / math.sqrt(summed) if "c_proj" in name else std)
 
     def num_parameters(self, non_embedding: bool = False) -> int:
-        """How many numbers the model learns; non_embedding leaves out wte and wpe, as the scaling laws count.
+        """Return the number of parameters; non_embedding excludes wte and wpe (Kaplan et al. 2020, section 2.1).
 
-        A tied wte counts once, or not at all; an untied lm_head always counts.
+        A tied wte is counted once, or not at all with non_embedding; an untied lm_head is always counted.
         """
         looked_up = {id(module.weight) for module in self.modules() if isinstance(module, nn.Embedding)}
         return sum(p.numel() for p in self.parameters() if not (non_embedding and id(p) in looked_up))
@@ -197,13 +197,13 @@ class GPT(nn.Module):
         cu_seqlens: Tensor | Sequence[int] | None = None,
         backward: bool = False,
     ) -> int:
-        """FLOPs of a forward pass over batch_size rows of `length` tokens (None: n_positions), counted from modules.
+        """Return the FLOPs of a forward pass over batch_size rows of `length` tokens (None: n_positions).
 
-        2 for each weight that a token is multiplied with, and 4 * C for each pair of query and key (Chowdhery et al.
-        2022, appendix B): L * L of them in a document of L tokens, L * window in a banded layer, although a causal
-        kernel may spare up to half. Norms, GELU, softmax and lookups are left out. With the boundaries cu_seqlens of
-        packed documents, instead of length and batch_size, their real lengths count. backward adds 2 times as much.
-        Raises ValueError where there is no token, or boundaries fall.
+        Each token costs 2 FLOPs for each weight of a linear layer, and each pair of query and key 4 * C (Chowdhery et
+        al. 2022, appendix B). A document of L tokens has L * L pairs, in a banded layer L * window; causal kernels
+        compute about half of them. Norms, GELU, softmax and embedding lookups are not counted. For packed documents
+        pass cu_seqlens instead of length and batch_size. With backward the result is 3 times as large.
+        Raises ValueError if there are no tokens or if cu_seqlens decreases.
         """
         if cu_seqlens is None:
             ends = [self.config.n_positions if length is None else length] * batch_size
@@ -213,9 +213,7 @@ class GPT(nn.Module):
         else:
             lengths = torch.as_tensor(cu_seqlens, dtype=torch.int64, device="cpu").diff()
         if len(lengths) == 0 or int(lengths.min()) < 0 or int(lengths.sum()) == 0:
-            raise ValueError(
-                f"a pass has a document or more, of a token or more, but their lengths are {lengths.tolist()}"
-            )
+            raise ValueError(f"document lengths are {lengths.tolist()}, expected none below 0 and a sum above 0")
         weights, pairs = 0, 0
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -229,7 +227,7 @@ class GPT(nn.Module):
         return 3 * forward if backward else forward
 
     def count_targets(self, batch: Mapping[str, Any]) -> int:
-        """How many labels the loss of a batch is a mean over: see `labels` of forward."""
+        """Return the number of labels that the loss of a batch is the mean over; see `labels` of forward."""
         targets = targets_of(batch["labels"], batch.get("attention_mask"), batch.get("cu_seqlens"))
         return int((targets != IGNORED).sum())
 
@@ -245,25 +243,25 @@ class GPT(nn.Module):
         return_logits: bool = True,
         logits_to_keep: int | Tensor = 0,
     ) -> GPTOutput:
-        """Logits for the token after each token, and the loss against labels.
+        """Return the logits of the next token at each position, and the loss against labels.
 
         input_ids: (B, T) int64 or int32.
-        attention_mask: (B, T) of 0 and 1; padding on either side, so that each row's ones are in one run.
-        labels: (B, T), shifted here: labels[:, t] is compared with the logits at t - 1, so input_ids is what to pass.
+        attention_mask: (B, T) of 0 and 1; padding may be on both sides, but the ones of a row are contiguous.
+        labels: (B, T), shifted inside: labels[:, t] is compared with the logits at t - 1, so pass input_ids.
             The loss is the mean of the cross entropy over the labels that are not -100, are not padding and have a
-            token before them in the same document; 0 where no label counts.
+            token before them in the same document; 0 if there are no such labels.
         cu_seqlens: boundaries of packed documents in the B * T tokens (see ops.attention): attention stays inside each
             document, and positions begin again at 0.
-        position_ids: (T,) or (B, T), where the positions are not to be counted here.
-        cache: keys and values of earlier tokens, to which those of input_ids are added (see KVCache).
+        position_ids: (T,) or (B, T); by default positions count from the start of each row or document.
+        cache: keys and values of earlier tokens; those of input_ids are appended (see KVCache).
         return_logits: False with labels computes the loss without materialising the (B, T, V) logits; the logits
             returned are then (B, 0, V).
-        logits_to_keep: compute logits for the last so many tokens only, 0 for all; or for the tokens at these indices,
-            a 1-D tensor. As in transformers.
+        logits_to_keep: how many of the last tokens to compute logits for, 0 for all; or a 1-D tensor of the indices
+            of tokens. As in transformers.
 
         Raises ValueError or TypeError, with the numbers in question, for inputs that do not fit the model or
         each other. Values are checked on the CPU outside of torch.compile; on other devices PyTorch's own assertions
-        stop out-of-range reads.
+        catch out-of-range indices.
         """
         config = self.config
         check_shapes(config, input_ids, attention_mask, labels, cu_seqlens, position_ids, cache)
@@ -299,15 +297,15 @@ class GPT(nn.Module):
         return GPTOutput(logits, mean_cross_entropy(logits, targets))
 
     def _output_weight(self) -> Tensor:
-        """Return an alias of the output projection's weight (V, C), to be made before the tokens are looked up.
+        """Return an alias of the output projection's weight (V, C). Call before the embedding lookup.
 
-        Autograd then has the gradient of a tied weight from the projection alone when that of the lookup arrives, and
-        adds its T rows in place.
+        Autograd then computes the projection's gradient of a tied weight first, and adds the T rows of the lookup's
+        gradient to it in place.
         """
         return torch.ops.aten.alias((self.wte if self.lm_head is None else self.lm_head).weight)
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        # A dense gradient of the lookup would be zeros but for T rows; the output projection's is dense anyway
+        # A dense gradient would be zero except for T rows; it is added to the projection's dense gradient anyway
         sparse = self.lm_head is None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         tokens = F.embedding(input_ids, self.wte.weight, sparse=sparse)  # (B, T, C)
         if self.wpe is not None:
@@ -322,7 +320,7 @@ def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def sinusoids(position_ids: Tensor, like: Tensor) -> Tensor:
-    """Vaswani et al. 2017, section 3.5: (..., T) -> (..., T, C), by turns the sine and cosine of C / 2 wavelengths."""
+    """Return position encodings (..., T, C), interleaved sines and cosines (Vaswani et al. 2017, section 3.5)."""
     C = like.shape[-1]
     exponent = torch.arange(0, C, 2, dtype=torch.float32, device=like.device) / C
     rate = 10000.0**-exponent

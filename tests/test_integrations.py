@@ -316,13 +316,13 @@ def test_any_other_mask_is_refused_and_never_done_wrong(bits: list[int], causal:
         mask = seen if kind == torch.bool else torch.zeros(1, 1, 4, 4, dtype=kind).masked_fill(~seen, -torch.inf)
         found, _ = attention_forward(nn.Module(), q, k, v, mask, is_causal=causal)
     except ValueError as error:
-        assert "gptcore's attention cannot do this mask" in str(error)  # noqa: PT017
+        assert "gptcore's attention does not support this mask" in str(error)  # noqa: PT017
         return
     expected = dense(q, k, v, seen).transpose(1, 2)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_masks_that_are_none_of_ours_say_why() -> None:
+def test_unsupported_masks_raise() -> None:
     prefix = torch.ones(1, 1, 5, 5).tril().bool()
     prefix[..., :3, :3] = True
     holes = torch.ones(1, 1, 5, 5).tril().bool()
@@ -330,10 +330,10 @@ def test_masks_that_are_none_of_ours_say_why() -> None:
     heads = torch.ones(1, 2, 5, 5).tril().bool()
     heads[0, 1, :, 0] = False
     for mask, message in [
-        (prefix, "does not see its own key last"),
-        (holes, "not one run .first in row 0, query 2"),
+        (prefix, "the last key that a query attends to is not its own"),
+        (holes, "not contiguous .first in row 0, query 2"),
         (heads, "differs between heads"),
-        (torch.ones(1, 1, 5, 5).tril() - 1.0, "beside 0 and the lowest"),
+        (torch.ones(1, 1, 5, 5).tril() - 1.0, "other values than 0 and the lowest"),
     ]:
         with pytest.raises(ValueError, match=message):
             segments_of(mask, causal=True)

@@ -255,9 +255,9 @@ def test_flops_are_those_that_pytorch_counts() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"length": 0}, r"a document or more, of a token or more, but their lengths are \[0\]"),
-        ({"batch_size": 0}, r"their lengths are \[\]"),
-        ({"cu_seqlens": [0, 4, 2]}, r"their lengths are \[4, -2\]"),
+        ({"length": 0}, r"document lengths are \[0\], expected none below 0 and a sum above 0"),
+        ({"batch_size": 0}, r"lengths are \[\]"),
+        ({"cu_seqlens": [0, 4, 2]}, r"lengths are \[4, -2\]"),
         ({"cu_seqlens": [0, 4], "length": 4}, "leave length and batch_size out"),
     ],
 )

@@ -1,7 +1,7 @@
-"""For programs written for Hugging Face's transformers: `from gptcore.compat.transformers import ...`, and no more.
+"""Lets programs written for Hugging Face's transformers run on gptcore: only the import statement changes.
 
-Names over gptcore's own, for the program that introductions to GPT-2 show: load, train on a text file, save, load
-again, generate. What these do not have raises an error; nothing is accepted and ignored.
+Wraps gptcore's own classes for the usual introduction to GPT-2: load, train on a text file, save, load again, generate.
+Unsupported names and arguments raise; no argument is silently ignored.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class GPT2Config(GPTConfig):
 
     @staticmethod
     def from_pretrained(name_or_path: PathLike, **overrides: Any) -> GPTConfig:
-        """The config in a model folder or on the Hub. Overrides replace its settings."""
+        """Return the config in a model folder or on the Hub; overrides replace its settings."""
         return pretrained.load_config(name_or_path, **overrides)
 
 
 class BatchEncoding(dict[str, Any]):
-    """What a tokenizer returns; batch.input_ids is batch["input_ids"]."""
+    """The result of a tokenizer; batch.input_ids is batch["input_ids"]."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:
@@ -71,22 +71,22 @@ class BatchEncoding(dict[str, Any]):
         return self[name]
 
     def to(self, device: str | torch.device) -> BatchEncoding:
-        """The same with its tensors on a device."""
+        """Return a copy with its tensors on a device."""
         return BatchEncoding({name: value.to(device) for name, value in self.items()})
 
 
 class GPT2Tokenizer(Tokenizer):
-    """Tokenizer, with special tokens in a text read as such."""
+    """Tokenizer that parses special tokens in a text, as transformers does."""
 
     special_in_text = True
 
     def __call__(self, text: str | bytes | Sequence[str | bytes], **options: Any) -> BatchEncoding:
-        """What Tokenizer returns, and its options."""
+        """Return the result of Tokenizer as a BatchEncoding; the options are the same."""
         return BatchEncoding(super().__call__(text, **options))
 
 
 class GPT2LMHeadModel(GPT):
-    """GPT, whose generate has transformers' arguments."""
+    """GPT whose generate takes transformers' arguments."""
 
     def generate(  # type: ignore[override]
         self,
@@ -98,16 +98,16 @@ class GPT2LMHeadModel(GPT):
         pad_token_id: int | None = None,
         **options: Any,
     ) -> Tensor:
-        """Continue prompts (B, T) int64: (B * num_return_sequences, up to max_length), prompts included.
+        """Continue prompts (B, T) int64; return (B * num_return_sequences, at most max_length), prompts included.
 
-        max_length: tokens in all, or max_new_tokens: tokens to add.
-        min_length: tokens in all before which no text ends, or the option min_new_tokens.
-        pad_token_id: the token that fills up a text after its end; None means as in GPT.generate.
+        max_length: maximum length including the prompt; or max_new_tokens: tokens to add.
+        min_length: minimum length including the prompt; or the option min_new_tokens.
+        pad_token_id: the token that pads a text after its end; by default as in GPT.generate.
         options: do_sample, repetition_penalty, no_repeat_ngram_size and all others of GPT.generate. As in transformers,
-            top_k is 50 unless given, 0 means no limit, and draws follow set_seed. Other than in transformers,
-            a token does not count as repeated because it is the padding.
+            top_k defaults to 50, 0 means no limit, and sampling follows set_seed. Unlike in transformers, padding
+            tokens of the prompts do not count as repetitions.
 
-        Raises TypeError for an argument of transformers that gptcore does not have.
+        Raises TypeError for an argument of transformers that gptcore does not support.
         """
         if unknown := sorted(options.keys() - _OPTIONS):
             raise TypeError(
@@ -131,14 +131,14 @@ class GPT2LMHeadModel(GPT):
         ids = super().generate(input_ids if isinstance(input_ids, Tensor) else rows, new, **options)
         eos = options["eos_token_id"] if options.get("eos_token_id") is not None else self.config.eos_token_id
         ends = ids[:, T:].eq(-1 if eos is None else eos).int()
-        ended = ends.cumsum(1) > ends  # after the first end of each text
+        ended = ends.cumsum(1) > ends  # after the first end-of-text token
         if pad_token_id is not None:
             ids[:, T:] = ids[:, T:].masked_fill(ended, pad_token_id)
-        return ids[:, : T + int((~ended).sum(1).max())]  # no further than the longest
+        return ids[:, : T + int((~ended).sum(1).max())]  # cut to the longest text
 
 
 class Trainer(trainer.Trainer):
-    """gptcore's Trainer, that leaves model and tokenizer in output_dir for from_pretrained when training is done."""
+    """gptcore's Trainer, which saves model and tokenizer in output_dir for from_pretrained after training."""
 
     def __init__(self, model: GPT, args: TrainingArguments, *further: Any, **options: Any) -> None:
         super().__init__(model, args, *further, **options)

@@ -3,9 +3,9 @@
 `apply(model)` replaces all three in a GPT-2, in place, and `restore(model)` undoes it. `register()` adds the
 attention under the name "gptcore", for any causal model: from_pretrained(..., attn_implementation="gptcore").
 
-There is no dense mask in our attention, so a mask is read once per forward pass into segments (see `segments_of`).
-Padding before a text attends to no key, and its output is 0, as with transformers' "sdpa" (its "eager" takes the mean
-of all values there). Padding after a text attends to the text; PyTorch's attention computes these few queries.
+ops.attention takes no dense mask, so a mask is converted to segments once per forward pass (see `segments_of`).
+Padding before a text attends to no key, and its output is 0, as with transformers' "sdpa" ("eager" returns the mean of
+all values there). Padding after a text attends to the text; PyTorch's attention computes these few queries.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ def register() -> None:
 
 
 def apply(model: PreTrainedModel) -> PreTrainedModel:
-    """Put our attention, layer norm and GELU into a GPT-2 of transformers, in place; returns the model.
+    """Replace attention, layer norm and GELU in a GPT-2 of transformers, in place; returns the model.
 
-    Parameters, buffers and hooks are left alone. From then on output_attentions=True is a ValueError: our attention has
-    no weights to show. Raises TypeError for a model that is not a GPT-2, ValueError for one whose activation is not a
-    GELU or that has been changed already.
+    Parameters, buffers and hooks do not change. Afterwards output_attentions=True raises ValueError, since our kernels
+    do not materialise the attention weights.
+
+    Raises TypeError for a model that is not a GPT-2, and ValueError if its activation is not a GELU or apply was called
+    on it before.
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if not isinstance(model, PreTrainedModel) or kind != "gpt2":
@@ -141,10 +143,10 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' interface of an attention function: (B, H, Q, D), keys and values (B, H_kv, K, D) -> (B, Q, H, D).
+    """Compute attention as transformers calls it: (B, H, Q, D), keys and values (B, H_kv, K, D) -> (B, Q, H, D).
 
-    Raises ValueError for what our attention does not have: masks that `segments_of` refuses, attention weights, caps,
-    sinks, biases.
+    Raises ValueError for what ops.attention lacks: masks that `segments_of` refuses, attention weights, softcap, sinks,
+    biases.
     """
     for name in ("softcap", "s_aux", "position_bias", "head_mask", "output_attentions", "cache"):
         if kwargs.get(name) is not None and kwargs[name] is not False:
@@ -169,7 +171,7 @@ def attention_forward(
 
 
 def make_mask(**settings: Any) -> Tensor | None:
-    """transformers' mask for SDPA, bool (B, 1, Q, K); None only where it is causal over as many queries as keys."""
+    """Return transformers' mask for SDPA, bool (B, 1, Q, K), or None if it is causal with as many queries as keys."""
     square = settings["q_length"] == settings["kv_length"]
     mask: Tensor | None = sdpa_mask(
         **{**settings, "allow_is_causal_skip": square and settings.get("allow_is_causal_skip", True)}
@@ -178,7 +180,7 @@ def make_mask(**settings: Any) -> Tensor | None:
 
 
 def _read_once(mask: Tensor, causal: bool, B: int, Q: int, K: int) -> Reading:
-    """`segments_of`, kept with the mask, as all layers of a forward pass get the same one."""
+    """Return `segments_of`, cached on the mask, since all layers of a forward pass get the same one."""
     kept = getattr(mask, "_gptcore_segments", None)
     if kept is None or kept[0] != (causal, B, Q, K, mask._version):
         if mask.dim() != 4 or mask.shape[-2:] != (Q, K):
@@ -190,42 +192,45 @@ def _read_once(mask: Tensor, causal: bool, B: int, Q: int, K: int) -> Reading:
 
 
 def segments_of(mask: Tensor, causal: bool) -> Reading:
-    """How ops.attention does what a mask says: cu_seqlens of queries and of keys, the window, and what it leaves out.
+    """Convert a mask to arguments of ops.attention: ((cu_seqlens_q, cu_seqlens_k), window, after).
 
     mask: (B, H, Q, K), bool with True where a query attends to a key; or float with 0 for that, and minus infinity or
     the lowest number of its dtype for all else.
 
-    A causal mask can hold documents one after another, padding anywhere between and around them, and a sliding window.
-    A token is padding if no query attends to its key. Without causal, all queries of a row see one run of keys.
-    What ops.attention then leaves out are the queries (B, Q) of padding that sees the text before it: `after`, or None.
+    A causal mask can describe packed documents, padding between and around them, and a sliding window. A token is
+    padding if no query attends to its key. Without causal, all queries of a row attend to the same contiguous keys.
+    `after` marks the queries (B, Q) of padding that attends to the text before it, or is None; the segments leave these
+    queries out.
 
     Raises ValueError for any other mask.
     """
     if mask.is_floating_point():
         seen = mask == 0
         if ((mask > torch.finfo(mask.dtype).min / 2) & ~seen).any():
-            raise ValueError("gptcore's attention adds nothing to scores: the mask has values beside 0 and the lowest")
+            raise ValueError(
+                "gptcore's attention has no additive bias, but the mask holds other values than 0 and the lowest"
+            )
     else:
         seen = mask.bool()
     if seen.shape[1] > 1 and not torch.equal(seen, seen[:, :1].expand_as(seen)):
-        raise ValueError("gptcore's attention has one mask for all heads, but this one differs between heads")
+        raise ValueError("gptcore's attention needs the same mask in all heads, but this one differs between heads")
     seen = seen[:, 0]  # (B, Q, K)
     B, Q, K = seen.shape
     index = torch.arange(K, device=mask.device)
     count = seen.sum(-1)  # (B, Q)
-    low = torch.where(seen, index, K).amin(-1)  # the first key seen; K if none
-    high = torch.where(seen, index, -1).amax(-1)  # the last; -1 if none
+    low = torch.where(seen, index, K).amin(-1)  # the first key attended to, or K
+    high = torch.where(seen, index, -1).amax(-1)  # the last, or -1
     if ((high - low + 1 != count) & (count > 0)).any():
-        raise _refused("the keys that a query sees are not one run", (high - low + 1 != count) & (count > 0))
+        raise _refused("the keys that a query attends to are not contiguous", (high - low + 1 != count) & (count > 0))
     query = torch.arange(Q, device=mask.device)
     if causal:
-        # A query that is not padding sees its own key last: at a distance that is the same in all of the row
+        # The last key of a query that is not padding is its own, at the same distance in all of the row
         distance = torch.where(count > 0, high - query, -Q).amax(-1, keepdim=True)  # (B, 1)
         real = (count > 0) & (high - query == distance)
         own = query + distance  # (B, Q)
         seen_by_some = seen.any(1).gather(1, own.clamp(0, K - 1)) & (own >= 0) & (own < K)
         if (wrong := ~real & (seen_by_some | ((count > 0) & (own >= K)))).any():
-            raise _refused("a query does not see its own key last, though others see it", wrong)
+            raise _refused("the last key that a query attends to is not its own, though others attend to that", wrong)
         width = max(1, int(count[real].max())) if real.any() else 1
         goes_on = torch.zeros_like(real)
         goes_on[:, 1:] = (
@@ -234,7 +239,7 @@ def segments_of(mask: Tensor, causal: bool) -> Reading:
     else:
         wrong = (low != low[:, :1]) | (high != high[:, :1])
         if wrong.any():
-            raise _refused("without causal, queries of one row see different keys", wrong)
+            raise _refused("without causal, queries of one row attend to different keys", wrong)
         real, goes_on, width = count > 0, (count > 0) & (query > 0), K
     cu_seqlens_q, cu_seqlens_k = [0], [0]
 
@@ -268,6 +273,6 @@ def segments_of(mask: Tensor, causal: bool) -> Reading:
 def _refused(why: str, where: Tensor) -> ValueError:
     row, query = (int(i) for i in where.nonzero()[0])
     return ValueError(
-        f"gptcore's attention cannot do this mask: {why} (first in row {row}, query {query}). It does causal masks of "
-        "documents with padding and a sliding window; for others use attn_implementation='sdpa'"
+        f"gptcore's attention does not support this mask: {why} (first in row {row}, query {query}). It supports "
+        "causal masks of documents with padding and a sliding window; for others use attn_implementation='sdpa'"
     )
