@@ -211,7 +211,7 @@ def test_packed_attention(settings: dict[str, Any]) -> None:
 
 def test_no_query_heads() -> None:
     q, k, v = leaves(torch.randn(2, 0, 5, 8), *(torch.randn(2, 3, 5, 8) for _ in range(2)))
-    out, lse = ops.attention(q, k, v, return_lse=True, backend="triton")
+    out, lse = ops.attention_with_lse(q, k, v, backend="triton")
     out.sum().backward()
     assert out.shape == q.shape
     assert lse.shape == (2, 0, 5)
