@@ -1,1 +1,1 @@
-"""How fast gptcore is, against PyTorch and against this machine: `make bench`, or `python -m benchmarks --help`."""
+"""Benchmarks of gptcore against PyTorch and the machine's limits: `make bench`, or `python -m benchmarks --help`."""

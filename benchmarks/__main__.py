@@ -1,7 +1,7 @@
 """python -m benchmarks: measure, print the table, and write results.json and the charts.
 
-Each file is measured in a process of its own: what a process has allocated before decides how often the next benchmark
-waits for the system to give it memory. Toys need no such care, and starting processes is most of what they take.
+Each file is measured in its own process, because earlier allocations of a process change the page faults of the next
+benchmark. With --toy all files share one process, since starting processes would take most of the time.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ def main() -> int:
         epilog="Other arguments go to pytest: -k 'attention', -x, ...",
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--full", action="store_true", help="more rounds of each, for results that are to be kept")
+    form.add_argument("--full", action="store_true", help="more rounds of each benchmark, for results to commit")
     form.add_argument(
-        "--toy", action="store_true", help="tiny sizes, to see that everything runs; the times mean nothing"
+        "--toy", action="store_true", help="tiny sizes, to test that everything runs; the times are meaningless"
     )
-    parser.add_argument("--compile", action="store_true", help="compare with torch.compile where there is a choice")
+    parser.add_argument("--compile", action="store_true", help="compare with torch.compile where possible")
     parser.add_argument("--output", default="out/benchmarks", metavar="DIR", help="default: %(default)s")
     args, rest = parser.parse_known_args()
-    # the environment, because sizes are parameters of the benchmarks, which pytest wants to know at import
+    # environment variables, because pytest needs the sizes, which are parameters, at import
     os.environ["GPTCORE_BENCH"] = "full" if args.full else "toy" if args.toy else "quick"
     os.environ["GPTCORE_BENCH_COMPILE"] = str(int(args.compile))
     if args.toy:
-        os.environ["OMP_NUM_THREADS"] = "1"  # threads would cost more than they do
+        os.environ["OMP_NUM_THREADS"] = "1"  # starting threads would take longer than the work
     fixed = ["-q", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-p", "no:cacheprovider"]
     status, parts = 0, []
     with tempfile.TemporaryDirectory() as folder:

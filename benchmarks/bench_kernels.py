@@ -1,7 +1,7 @@
-"""The operations one by one, against PyTorch's own, and against the limit that each meets first.
+"""Single operations, against PyTorch's, and against the limit that bounds each: compute or memory.
 
-FLOPs are those of the matrix products, of the half below the diagonal only. Bytes are those of the tensors that must
-be read and written at least: what is computed again or kept in between counts nothing.
+FLOPs count the matrix products of the causal half only. Bytes count each input and output tensor once; recomputation
+and intermediate tensors do not count.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def bench_attention(backward: bool, dtype: torch.dtype, D: int, S: int, compare:
     shape = (1, HEADS, S, D)
     sdpa: Callable[..., Tensor] = reference(F.scaled_dot_product_attention)
     inputs = [torch.randn(shape).to(dtype).requires_grad_(backward) for _ in range(3)]
-    flops = 4 * HEADS * D * S * (S + 1) / 2  # QK^T and PV: 2 each for a query, a key and a dimension
+    flops = 4 * HEADS * D * S * (S + 1) / 2  # QK^T and PV: 2 FLOPs each per query, key and dimension
     elements = math.prod(shape)
-    if backward:  # dV, dP, dQ and dK, and the scores again
+    if backward:  # dV, dP, dQ, dK and the recomputed scores
         flops *= 3.5
         grad = torch.randn(shape).to(dtype)
         ours = forward_backward(ops.attention, inputs, [grad])
@@ -68,7 +68,7 @@ def bench_attention(backward: bool, dtype: torch.dtype, D: int, S: int, compare:
 @pytest.mark.parametrize("D", pick([64], [64, 128]))
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
 def bench_rest_of_attention(backward: bool, D: int, dtype: torch.dtype, S: int, compare: Compare) -> None:
-    """The same scores with a head_dim of 2, where next to nothing is multiplied: the ratio is the share of the rest."""
+    """Time the same scores with head_dim 2, whose products take almost no time: the ratio is the share of the rest."""
 
     def run(head_dim: int) -> Callable[[], Any]:
         inputs = [torch.randn(1, HEADS, S, head_dim).to(dtype).requires_grad_(backward) for _ in "qkv"]
@@ -85,9 +85,9 @@ def bench_rest_of_attention(backward: bool, D: int, dtype: torch.dtype, S: int, 
 @pytest.mark.parametrize("S", pick([16], [256, 1024, 4096]))
 @dtypes
 def bench_attention_products(dtype: torch.dtype, S: int, compare: Compare) -> None:
-    """Without a mask, against the two matrix products alone: below 1, and by how much is what softmax costs.
+    """Time attention without a mask against its two products alone: the ratio is below 1 by the cost of softmax.
 
-    PyTorch's torch.bmm makes them into buffers that exist, so the scores are kept, but nothing is done with them.
+    torch.bmm writes both products into preallocated buffers.
     """
     D = 64
     q, k, v = (torch.randn(HEADS, S, D).to(dtype) for _ in range(3))
@@ -108,7 +108,7 @@ def bench_attention_products(dtype: torch.dtype, S: int, compare: Compare) -> No
 @pytest.mark.parametrize("batch", pick([2], [1, 16]))
 @dtypes
 def bench_decode(dtype: torch.dtype, batch: int, compare: Compare) -> None:
-    """One query against 1024 keys, in so many layers that keys and values come from memory and not from a cache."""
+    """Time one query against 1024 keys, in enough layers that keys and values do not fit in a cache."""
     D, keys = 64, pick(32, 1024)
     one = 2 * batch * HEADS * keys * D * dtype.itemsize
     layers = math.ceil(pick(1, 2**27) / one)
@@ -124,7 +124,7 @@ def bench_decode(dtype: torch.dtype, batch: int, compare: Compare) -> None:
 
 @dtypes
 def bench_decode_native(dtype: torch.dtype, compare: Compare) -> None:
-    """The native function alone, against `ops.attention`: what that takes longer is Python's part of the call."""
+    """Time the native function alone against `ops.attention`: the difference is the Python overhead of a call."""
     keys = pick(32, 1024)
     one = 2 * HEADS * keys * 64 * dtype.itemsize
     layers = math.ceil(pick(1, 2**27) / one)
@@ -150,7 +150,7 @@ def bench_decode_native(dtype: torch.dtype, compare: Compare) -> None:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
 @pytest.mark.parametrize("op", ["attention", "layer norm", "GELU"])
 def bench_call(op: str, backward: bool, compare: Compare) -> None:
-    """So few numbers that the time is that of the call."""
+    """Time calls on tiny tensors: the time is the overhead of a call."""
     q, k, v, x, w, b = (
         torch.randn(*shape).requires_grad_(backward)
         for shape in ((1, 2, 1, 16), (1, 2, 4, 16), (1, 2, 4, 16), (4, 16), (16,), (16,))
@@ -185,9 +185,9 @@ def bench_gelu(dtype: torch.dtype, compare: Compare) -> None:
 @pytest.mark.parametrize("rows", pick([16], [4096, 128]))
 @dtypes
 def bench_gelu_in_place(dtype: torch.dtype, rows: int, compare: Compare) -> None:
-    """The kernels into memory that exists: what the above takes longer is the first touch of new memory.
+    """Time the kernels with preallocated outputs: bench_gelu takes longer by the page faults of fresh memory.
 
-    128 rows stay in the cache: what they take is arithmetic.
+    128 rows stay in the cache, so their time is arithmetic.
     """
     shape = rows, pick(64, 3072)
     x, grad = (torch.randn(shape).to(dtype) for _ in range(2))
@@ -210,7 +210,7 @@ def bench_gelu_in_place(dtype: torch.dtype, rows: int, compare: Compare) -> None
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @dtypes
 def bench_layer_norm(dtype: torch.dtype, residual: bool, compare: Compare) -> None:
-    """With a residual, the sum is a second output, and has a gradient, as in a transformer."""
+    """Time layer norm; with a residual, residual_out is a second output with a gradient, as in a transformer."""
     shape = pick((16, 64), (4096, 768))
     norm = reference(F.layer_norm)
     x, y, grad, grad_sum = (torch.randn(shape).to(dtype) for _ in range(4))
@@ -233,9 +233,9 @@ def bench_layer_norm(dtype: torch.dtype, residual: bool, compare: Compare) -> No
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @dtypes
 def bench_layer_norm_in_place(dtype: torch.dtype, residual: bool, rows: int, compare: Compare) -> None:
-    """The kernels into memory that exists, against `ops.layer_norm`, which makes new tensors.
+    """Time the kernels with preallocated outputs against `ops.layer_norm`, which allocates them.
 
-    512 rows stay in the cache: what they take is arithmetic.
+    512 rows stay in the cache, so their time is arithmetic.
     """
     rows, width = shape = rows, pick(64, 768)
     x, y, grad, grad_sum, out, total, grad_x = (torch.randn(shape).to(dtype) for _ in range(7))
@@ -261,7 +261,7 @@ def bench_layer_norm_in_place(dtype: torch.dtype, residual: bool, rows: int, com
 
 @pytest.mark.parametrize("shape", pick([(16, 32, 64)], [(768, 128, 512), (1024, 768, 3072)]), ids=str)
 def bench_linear(shape: tuple[int, int, int], compare: Compare) -> None:
-    """Under autocast, with float32 weights, as the small model and GPT-2 have it in training. Of our own only there."""
+    """Time a linear layer under autocast with float32 weights, as in training: the only case with our own kernel."""
     rows, inner, outer = shape
     x, grad = torch.randn(rows, inner).bfloat16(), torch.randn(rows, outer).bfloat16()
     inputs = [tensor.requires_grad_() for tensor in (x, torch.randn(outer, inner), torch.randn(outer))]
@@ -279,7 +279,7 @@ def shape_of(name: str) -> tuple[int, int]:
 
 
 def memory_bound(name: str, dtype: torch.dtype) -> Callable[[], Any]:
-    """Forward and backward of an operation that is limited by memory, on tensors of its own."""
+    """Return forward and backward of a memory-bound operation, on its own tensors."""
     shape = shape_of(name)
     x, y, grad = (torch.randn(shape).to(dtype) for _ in range(3))
     inputs = [x] if name == "GELU" else [x, torch.rand(shape[1]).to(dtype), torch.rand(shape[1]).to(dtype)]
@@ -290,8 +290,8 @@ def memory_bound(name: str, dtype: torch.dtype) -> Callable[[], Any]:
     return forward_backward(run, [tensor.requires_grad_() for tensor in inputs], grads)
 
 
-def serve(pipe: Connection, kept: bool) -> None:
-    """Runs operations in a process of its own, since what malloc does with freed memory is for the whole process."""
+def run_child(pipe: Connection, kept: bool) -> None:
+    """Run operations in a child process, because malloc's treatment of freed memory is a setting of the process."""
     if kept:
         measure.keep_freed_memory()
     runs: dict[Any, Callable[[], Any]] = {}
@@ -304,11 +304,11 @@ def serve(pipe: Connection, kept: bool) -> None:
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[list[Connection]]:
-    """Two that serve: one that keeps freed memory, and one as malloc has it."""
+    """Yield pipes to two child processes: one keeps freed memory, the other has malloc's defaults."""
     context, pipes = multiprocessing.get_context("spawn"), []
     for kept in (True, False):
         ours, theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, kept), daemon=True).start()
+        context.Process(target=run_child, args=(theirs, kept), daemon=True).start()
         pipes.append(ours)
     yield pipes
     for pipe in pipes:
@@ -318,7 +318,7 @@ def processes() -> Iterator[list[Connection]]:
 @pytest.mark.parametrize("name", pick(["GELU"], ["GELU", "layer norm with residual"]))
 @dtypes
 def bench_kept_memory(dtype: torch.dtype, name: str, processes: list[Connection], compare: Compare) -> None:
-    """What it takes that malloc gives memory back to the system, which must clear it before it is used again."""
+    """Time the cost of returning freed memory to the system, which clears it before it is used again."""
     shape, tensors = shape_of(name), 8 if name.endswith("residual") else 5
     kept, usual = (lambda pipe=pipe: (pipe.send((name, dtype)), pipe.recv()) for pipe in processes)
     compare(

@@ -23,7 +23,7 @@ SMALL_BATCH = pick((2, 8), (12, 64))
 
 
 def fused_pytorch() -> str:
-    """A backend made of PyTorch's own fused operations, the strictest plain PyTorch; `torch` is made of formulas."""
+    """Register a backend of PyTorch's own fused operations and return its name; `torch` runs unfused formulas."""
 
     def attention(qkv: Tensor, _k: None, _v: None, *rest: Any) -> tuple[Tensor, None]:
         scale, causal = rest[3:5]
@@ -48,7 +48,7 @@ def fused_pytorch() -> str:
 def small_pair(
     config: GPTConfig, batch: tuple[int, int], ours: torch.dtype, weights: torch.dtype, theirs: torch.dtype, fused: bool
 ) -> tuple[Trainee, Trainee]:
-    """The model with our kernels and optimizer, and the same with PyTorch's, whose weights are float32."""
+    """Return the model with our kernels and optimizer, and a copy with PyTorch's and float32 weights."""
     torch.manual_seed(0)
     model = GPT(config)
     other = copy.deepcopy(model)
@@ -76,10 +76,10 @@ OPS, FUSED = 'ops.use("torch")', "PyTorch's fused operations"
 def bench_small_model(
     ours: torch.dtype, weights: torch.dtype, theirs: torch.dtype, fused: bool, compare: Compare
 ) -> None:
-    """The 4 layers, 4 heads, width 128, block 64, batch 12 of nanoGPT's README, on 65 characters.
+    """Time the model of nanoGPT's README: 4 layers, 4 heads, width 128, block 64, batch 12, 65 characters.
 
-    Against the same model on ops.use("torch") with torch.optim.AdamW as it comes, which is what one writes first, and
-    against PyTorch's own fused operations with its fused AdamW, which is the best that it has without compiling.
+    The references are ops.use("torch") with the default torch.optim.AdamW, and PyTorch's fused operations with its
+    fused AdamW, its fastest without torch.compile.
     """
     pair = small_pair(SMALL, SMALL_BATCH, ours, weights, theirs, fused)
     against = (FUSED if fused else OPS) + (f" in {name_of(theirs)}" if theirs is not ours else "")
@@ -94,7 +94,7 @@ def bench_small_model(
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("weights", [F32, BF16])
 def bench_parts(weights: torch.dtype, part: str, compare: Compare) -> None:
-    """How much shorter a step is without some of its parts, which is what they take."""
+    """Time a step without some of its parts, against the whole step: the difference is their time."""
     compare(
         f"small model step in parts {named(BF16, weights)}", part, *in_parts(SMALL, SMALL_BATCH, BF16, part, weights),
         against="the whole step", limit=matmuls(SMALL, SMALL_BATCH[0] * SMALL_BATCH[1], BF16),
@@ -103,9 +103,9 @@ def bench_parts(weights: torch.dtype, part: str, compare: Compare) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def bench_python_overhead(fused: bool, compare: Compare) -> None:
-    """The same four layers on so few numbers that what remains is Python, dispatch, autograd and waking threads.
+    """Time four layers on tiny tensors: the time is that of Python, dispatch, autograd and waking threads.
 
-    Batch 1 of two tokens, width 32: 0.3 million multiplications in a step, which is microseconds.
+    Batch 1 of two tokens, width 32: 0.3 million multiplications in a step, which take microseconds.
     """
     config = GPTConfig(vocab_size=65, n_positions=64, n_embd=32, n_layer=4, n_head=4, **NO_DROPOUT)
     pair = small_pair(config, (1, 2), F32, F32, F32, fused)

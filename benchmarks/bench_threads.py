@@ -1,4 +1,4 @@
-"""Threads: what the second brings, one by itself, one after a fork, and two processes that want the same cores."""
+"""Threads: scaling, a single thread, a forked worker, and two processes that compete for the cores."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def with_threads(threads: int, run: Run) -> Run:
 
 
 def attention_pair() -> tuple[Run, Run]:
-    """Ours and PyTorch's."""
+    """Return attention forward and backward, ours and PyTorch's."""
     sdpa: Callable[..., Tensor] = reference(F.scaled_dot_product_attention)
     inputs = [torch.randn(SHAPE).requires_grad_() for _ in "qkv"]
     grads = [torch.randn(SHAPE)]
@@ -59,16 +59,16 @@ def bench_one_thread(compare: Compare) -> None:
 
 
 def bench_scaling(compare: Compare) -> None:
-    """All threads against one; the ratio can reach their number."""
+    """Time all threads against one; the ratio is at most the number of threads."""
     ours, _ = attention_pair()
     case = f"{torch.get_num_threads()} against 1, {CASE}"
     compare("scaling with threads", case, ours, with_threads(1, ours), against="one thread")
 
 
 def bench_forked_worker(compare: Compare) -> None:
-    """In a worker that a DataLoader forked, which has one thread: it runs what the main process names, when it does."""
+    """Time a forked DataLoader worker with one thread, which runs either side on request of the main process."""
     ours, theirs = attention_pair()
-    ours(), theirs()  # so the parent has had its threads before the fork
+    ours(), theirs()  # starts the parent's threads before the fork
     parent, child = multiprocessing.get_context("fork").Pipe()
 
     class Worker(Dataset[int]):
@@ -91,7 +91,7 @@ def bench_forked_worker(compare: Compare) -> None:
 
 @pytest.mark.skipif(measure.FORM == "toy", reason="a toy must not load the machine")
 def bench_two_processes(compare: Compare) -> None:
-    """While a process with as many threads computes attention without a pause; both sides suffer from it alike."""
+    """Time both sides while another process with as many threads computes attention continuously."""
     script = NEIGHBOUR.format(threads=torch.get_num_threads(), shape=SHAPE)
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as neighbour:
         try:

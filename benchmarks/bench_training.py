@@ -1,4 +1,4 @@
-"""GPT-2 124M training steps, against transformers, and what such a step spends beside its matmuls."""
+"""GPT-2 124M training steps, against transformers, and the time of a step outside its matmuls."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def pair(dtype: torch.dtype, weights: torch.dtype = torch.float32) -> tuple[Trainee, Trainee]:
-    """Our model and transformers', with the same weights, which of transformers' are float32."""
+    """Return our model, with weights in `weights`, and transformers' with the same weights in float32."""
     torch.manual_seed(0)
     model = GPT(GPT2)
     other = transformers_gpt2(model)
     model.to(weights)
     ours = Trainee(model, AdamW(model.parameters(), lr=1e-4), BATCH, dtype)
-    # fused: what transformers' own Trainer takes
+    # fused, as transformers' Trainer uses by default
     return ours, Trainee(other, torch.optim.AdamW(other.parameters(), lr=1e-4, fused=True), BATCH, dtype)
 
 
@@ -47,7 +47,7 @@ def bench_gpt2(dtype: torch.dtype, weights: torch.dtype, compare: Compare) -> No
 @pytest.mark.parametrize("part", [PARTS[0], PARTS[-1]] if FORM == "quick" else [ALL, *PARTS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16] if FORM == "quick" else DTYPES, ids=name_of)
 def bench_parts(dtype: torch.dtype, part: str, compare: Compare) -> None:
-    """How much shorter a step is without some of its parts, which is what they take."""
+    """Time a step without some of its parts, against the whole step: the difference is their time."""
     compare(
         f"GPT-2 124M step in parts {named(dtype, torch.float32)}", part, *in_parts(GPT2, BATCH, dtype, part),
         against="the whole step", limit=matmuls(GPT2, BATCH[0] * BATCH[1], dtype),
@@ -57,9 +57,9 @@ def bench_parts(dtype: torch.dtype, part: str, compare: Compare) -> None:
 @pytest.mark.skipif(FORM == "quick", reason="takes two minutes: only in the full form")
 @pytest.mark.parametrize("dtype", pick(DTYPES[:1], DTYPES), ids=name_of)
 def bench_kept_memory(dtype: torch.dtype, record: Callable[..., None]) -> None:
-    """The same in a process whose malloc gives no memory back to the system, which no one gets without asking for it.
+    """Time both steps in a process whose malloc never returns memory to the system, which is not the default.
 
-    What the ratio is then less than above is what transformers' step waits for new memory.
+    The ratio falls by the share of page faults in transformers' step.
     """
     pytest.importorskip("transformers", reason='transformers is not installed (pip install "gptcore[bench]")')
     ours, theirs = in_child("benchmarks.bench_training", name_of(dtype))
@@ -67,7 +67,7 @@ def bench_kept_memory(dtype: torch.dtype, record: Callable[..., None]) -> None:
 
 
 def child(dtype: str) -> None:
-    """Train both, and print the seconds of their steps, after some in which their memory grows."""
+    """Train both, and print the seconds of their steps after two warm-up steps."""
     keep_freed_memory()
     steps = {"toy": 2, "quick": 3, "full": 5}[FORM]
     trainees = pair(getattr(torch, dtype))

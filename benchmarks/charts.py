@@ -51,7 +51,7 @@ def headline_chart(results: Results, figure: Figure) -> bool:
 
 
 def attention_chart(results: Results, figure: Figure) -> bool:
-    """Speed against sequence length: a panel for each dtype and direction."""
+    """Draw speed against sequence length: a panel for each dtype and direction."""
     groups = {row["group"]: row for row in results["rows"] if "attention forward" in row["group"]}
     if not groups:
         return False
@@ -77,7 +77,7 @@ def attention_chart(results: Results, figure: Figure) -> bool:
 
 
 def roofline_chart(results: Results, figure: Figure) -> bool:
-    """Speed against FLOPs per byte (Williams, Waterman and Patterson 2009), under the rates of the same run."""
+    """Draw speed against FLOPs per byte (Williams, Waterman and Patterson 2009), with the limits of the same run."""
     rows = [row for row in results["rows"] if row["flops"] and row["bytes"]]
     if not rows:
         return False

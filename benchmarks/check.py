@@ -1,11 +1,11 @@
-"""Has anything become slower? Ratios of a new run against the committed ones, never seconds.
+"""Checks whether anything became slower: compares the ratios, not the seconds, of a new run with the committed ones.
 
     python -m benchmarks.check out/benchmarks/results.json [benchmarks/results/results.json]
 
-Where none are named, with those of the committed results that have the same kernels and threads. A ratio may fall by
-15 % and the spread (half of the distance between the quartiles, of both runs). Exits with 1, and names the rows, where
-one has fallen by more. Ratios carry over between machines of one kind only: other instruction sets or thread counts
-raise ValueError, as does a run without a row in common.
+By default, compares with the committed results of the same instruction set and number of threads. A ratio may fall by
+15 % plus the spread of both runs (half of the distance between the quartiles). Exits with 1 and lists the rows if any
+fell by more. Raises ValueError for another instruction set or number of threads, since ratios are not comparable then,
+and for runs without a common row.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ KIND = "isa", "threads"  # of machine
 
 
 def half_spread(ratio: list[float]) -> float:
-    """Relative to the median."""
+    """Return half of the distance between the quartiles, relative to the median."""
     median, low, high = ratio
     return (high - low) / 2 / median
 
 
 def regressions(new: Results, old: Results) -> list[str]:
-    """One line for each row whose ratio has fallen by more than it may."""
+    """Return a line for each row whose ratio fell by more than allowed."""
     for key in KIND:
         if new[key] != old[key]:
             raise ValueError(f"{key} was {old[key]} and is {new[key]}: these ratios cannot be compared")
@@ -51,7 +51,7 @@ def regressions(new: Results, old: Results) -> list[str]:
 
 
 def like(new: Results, folder: Path) -> Results:
-    """The results below this folder that `new` can be compared with, else the folder's own."""
+    """Return the results in or below this folder that `new` can be compared with, else the folder's own."""
     known = [load(path) for path in (folder / "results.json", *elsewhere(folder))]
     return next((old for old in known if all(old[key] == new[key] for key in KIND)), known[0])
 

@@ -1,4 +1,4 @@
-"""The fixture that every benchmark measures with, and what is written when those of a file have run."""
+"""The fixtures that measure, and the file of results that is written after the last benchmark."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """record(group, case, ours, reference, ...): keep one line of results; see measure.row."""
+    """Return record(group, case, ours, reference, ...), which keeps a row of results; see measure.row."""
 
     def record(*args: Any, **details: Any) -> None:
         request.config.stash[ROWS].append(measure.row(*args, **details))
@@ -37,15 +37,15 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 @pytest.fixture
 def compare(benchmark: Any, record: Callable[..., None]) -> Callable[..., None]:
-    """compare(group, case, ours, reference, against=..., limit=..., ...): time all three in interleaved rounds.
+    """Return compare(group, case, ours, reference, limit=..., ...), which times all three in interleaved rounds.
 
-    pytest-benchmark times ours; the limit and the reference are timed in the setup of each of its rounds.
+    pytest-benchmark times ours; limit and reference are timed in the setup of each round.
     """
 
     def compare(
         group: str, case: str, ours: Run, reference: Run, *, limit: Limit | None = None, **details: Any
     ) -> None:
-        # the first call compiles, allocates and fills caches; it counts only where that can be nothing beside its work
+        # the first call compiles, allocates and fills caches; it is used only if it takes over a second anyway
         once = [first if (first := seconds(run)) > 1 else seconds(run) for run in (ours, reference)]
         warm = min(once) < measure.WARM and measure.FORM != "toy"
         rounds, calls = measure.plan(seconds(limit.run) if limit is not None else 0.0, sum(once), min(once))

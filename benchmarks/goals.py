@@ -1,4 +1,4 @@
-"""What the kernels and the training step are to reach, as data: the report says of each whether it is met."""
+"""Goals of the kernels and the training step, as data; the report states whether each is met."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from benchmarks.measure import Spread, verdict
 
 
 class Goal(NamedTuple):
-    """For all rows whose "group case" the regular expression `rows` matches from end to end."""
+    """A goal for all rows whose "group case" is a full match of the regular expression `rows`."""
 
     rows: str
-    ratio: float | None = None  # times as fast, or as small, as the reference
+    ratio: float | None = None  # minimum of reference / ours, in time or memory
     percent: float | None = None  # of the limit measured in the same rounds
-    stops: str = ""  # how the rows begin that measure what stops it; \1 is what the first group of `rows` matches
+    stops: str = ""  # prefix of the rows that measure the obstacle; \1 is the first group of `rows`
 
 
 REST = r"rest of attention, \1 \2 \3"
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
     goal: float
     unit: str  # "x" or "%"
     verdict: str
-    stops: str  # how the rows begin that measure what stops it
+    stops: str  # prefix of the rows that measure the obstacle
 
     @property
     def met(self) -> bool:
@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
 
 
 def outcomes(row: dict[str, Any]) -> list[Outcome]:
-    """How a row of results.json stands to each goal that is about it.."""
+    """Return the outcome of each goal for a row of results.json."""
     name, found = f"{row['group']} {row['case']}", []
     for goal in GOALS:
         if match := re.fullmatch(goal.rows, name):

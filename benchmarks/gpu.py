@@ -1,11 +1,11 @@
-"""python -m benchmarks.gpu: all that can only be done on a GPU. Builds, tests, and times the kernels against PyTorch's.
+"""python -m benchmarks.gpu: builds and tests the GPU kernels, and times them against PyTorch's.
 
 Builds gptcore's CUDA kernels if this installation has none for the GPU, runs the kernel grid of tests/grid.py on
 the backends cuda and triton, runs a few calls under compute-sanitizer where it is installed, and times attention,
 layer norm and GELU against PyTorch's own. Writes gpu.json and gpu.png.
 
-Times are medians of the GPU's own clock, with the L2 cache emptied before each call. Exits with 2 without a GPU, and
-with 1 if something failed; what failed is in gpu.json too.
+Times are medians of CUDA events, with the L2 cache flushed before each call. Exits with 2 without a GPU, and with 1
+if a step failed; failures are also recorded in gpu.json.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROWS = {"GPT-2 124M": (8192, 768), "GPT-2 1.5B": (4096, 1600), "GPT-3 2.7B": (40
 
 
 class Case(NamedTuple):
-    """What is timed: `ours` by backend and `theirs` by name, called with the tensors; its work in FLOP or in bytes."""
+    """A timed case: `ours` by backend and `theirs` by name, called with the tensors; its work in FLOP or bytes."""
 
     op: str
     case: str
@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
 
 def run(title: str, command: list[str], timeout: float, **environment: str) -> str | None:
-    """Runs a step, its output to the terminal; what is wrong with it, or None."""
+    """Run a step with its output on the terminal; return its failure or None."""
     print(f"== {title}: {' '.join(command)}", flush=True)
     try:
         code = subprocess.run(command, cwd=ROOT, env=os.environ | environment, timeout=timeout).returncode
@@ -71,7 +71,7 @@ def run(title: str, command: list[str], timeout: float, **environment: str) -> s
 
 
 def build() -> str | None:
-    """Builds the kernels where the installed module has none that this GPU can run. gptcore is not imported yet."""
+    """Build the kernels if the installed module has none for this GPU. Must run before gptcore is imported."""
     major, minor = torch.cuda.get_device_capability()
     probe = f"from gptcore import _C; print('sm_{major}{minor}' in _C.cuda_archs() and not _C.cuda_problem())"
     found = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
@@ -87,7 +87,7 @@ def grid(backends: list[str]) -> str | None:
 
 
 def sanitize() -> list[str]:
-    """A few small calls under compute-sanitizer, if there is one."""
+    """Run a few small calls under compute-sanitizer if it is installed; return the failures."""
     folders = [os.environ.get("PATH", ""), *(f"{os.environ.get(key, '')}/bin" for key in ("CUDA_HOME", "CUDA_PATH"))]
     tool = shutil.which("compute-sanitizer", path=os.pathsep.join([*folders, "/usr/local/cuda/bin"]))
     if tool is None:
@@ -102,7 +102,7 @@ def sanitize() -> list[str]:
 
 
 def small() -> None:
-    """Every operation, forward and backward, at sizes that a sanitizer has patience for."""
+    """Run every operation, forward and backward, at sizes small enough for a sanitizer."""
     from gptcore import ops
 
     for dtype in (BF16, torch.float16, torch.float32):
@@ -123,14 +123,14 @@ def small() -> None:
 
 
 def milliseconds(call: Run, rounds: int = 31) -> float:
-    """Median of the GPU's time for a call, with the L2 cache full of something else."""
+    """Return the median GPU time of a call, with the L2 cache flushed."""
     for _ in range(3):
         call()
     other = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     for start, end in events:
         other.zero_()
-        torch.cuda._sleep(2_000_000)  # about a millisecond, so that the CPU has put the call in the queue by then
+        torch.cuda._sleep(2_000_000)  # about 1 ms, so that the call is enqueued before it starts
         start.record()
         call()
         end.record()
@@ -139,21 +139,21 @@ def milliseconds(call: Run, rounds: int = 31) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes a second, read and written, of copying 1 GiB."""
+    """Return bytes read and written per second when copying 1 GiB."""
     a = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
     b = torch.empty_like(a)
     return 2 * a.nbytes / milliseconds(lambda: b.copy_(a)) * 1e3
 
 
 def matmul_rate(dtype: torch.dtype = BF16) -> float:
-    """FLOP a second of PyTorch's matmul of 8192 x 8192 matrices."""
+    """Return FLOP/s of PyTorch's matmul of 8192 x 8192 matrices."""
     n = 8192
     a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
     return 2 * n**3 / milliseconds(lambda: a @ b, rounds=11) * 1e3
 
 
 def scaled_dot_product(name: str) -> Callable[..., Tensor]:
-    """PyTorch's attention with one of its backends."""
+    """Return PyTorch's attention with one of its backends."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ def cases() -> Iterator[Case]:
 
 
 def time_of(function: Callable[..., Tensor], case: Case) -> dict[str, float]:
-    """Milliseconds of the forward and of the backward pass."""
+    """Return the milliseconds of the forward and of the backward pass."""
     with torch.no_grad():
         forward = milliseconds(lambda: function(*case.tensors))
     out = function(*case.tensors)
@@ -229,7 +229,7 @@ def time_of(function: Callable[..., Tensor], case: Case) -> dict[str, float]:
 
 
 def compare(case: Case, backends: list[str], rates: dict[str, float]) -> list[dict[str, Any]]:
-    """A row for each pass and contestant; one that fails has its words instead of a time."""
+    """Return a row for each pass and contestant; if it fails, with the error message instead of a time."""
     contestants: dict[str, Callable[..., Tensor]] = {
         f"gptcore {backend}": lambda *tensors, backend=backend: case.ours(*tensors, backend=backend)
         for backend in backends
@@ -266,7 +266,7 @@ def compare(case: Case, backends: list[str], rates: dict[str, float]) -> list[di
     return rows
 
 
-# ---- what is left of it ----------------------------------------------------------------------------------------------
+# ---- output ----------------------------------------------------------------------------------------------------------
 
 
 def text_of(row: dict[str, Any]) -> str:
@@ -279,7 +279,7 @@ def text_of(row: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Bars: percent of the limit, an axes for each operation and pass."""
+    """Draw bars of the percent of the limit, with axes for each operation and pass."""
     from matplotlib.figure import Figure
 
     panels = sorted({(row["op"], row["pass"]) for row in results["rows"]})
@@ -336,7 +336,7 @@ def measure(output: Path, skip_tests: bool) -> int:
         ]
         print(*map(text_of, rows), sep="\n", flush=True)
         results["rows"] += rows
-        (output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")  # after each, to lose nothing
+        (output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")  # a later case may crash
     try:
         draw(results, output / "gpu.png")
     except ImportError:

@@ -1,7 +1,7 @@
-"""What a measurement is: limits of the machine, spreads, and one line of results.
+"""Measurements: limits of the machine, spreads, and rows of results.
 
-A benchmark runs in rounds: the limit, the reference, ours; then again. The ratio and the percentage of the limit are
-taken within a round, a few hundred milliseconds long, so that a machine which slows down slows all three.
+A benchmark runs in rounds of the limit, the reference and ours. Ratio and percentage of the limit are computed within a
+round of a few hundred milliseconds, so a machine that slows down affects all three alike.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def pick(toy: T, real: T) -> T:
-    """What depends on the form: toy sizes, or those of both the quick and the full form."""
+    """Return `toy` in the toy form, and `real` in the quick and the full form."""
     return toy if FORM == "toy" else real
 
 
-BLOCK = pick(0.0, 0.02)  # seconds: what is quicker is called several times in a row
-WARM = 0.1  # seconds: what is quicker runs once before it is timed, as the caches are somebody else's
+BLOCK = pick(0.0, 0.02)  # seconds: shorter runs are repeated to take at least this long
+WARM = 0.1  # seconds: shorter runs have an untimed warm-up, because the other side evicted their data from the caches
 ROUNDS = {"toy": (2, 2), "quick": (3, 15), "full": (7, 60)}[FORM]
-BUDGET = {"toy": 0.0, "quick": 1.0, "full": 15.0}[FORM]  # seconds for the rounds between those two
+BUDGET = {"toy": 0.0, "quick": 1.0, "full": 15.0}[FORM]  # seconds for the rounds beyond the minimum
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -51,7 +51,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def reference(function: F) -> F:
-    """PyTorch's own function, compiled if that was asked for."""
+    """Return PyTorch's function, compiled with --compile."""
     return torch.compile(function, dynamic=False) if COMPILE else function  # type: ignore[return-value]
 
 
@@ -68,7 +68,7 @@ class Spread(NamedTuple):
 
 def spread(values: Sequence[float]) -> Spread:
     if not values:
-        raise ValueError("there is no median of no values")
+        raise ValueError("cannot compute the spread of an empty sequence")
     if len(values) < 8:
         return Spread(statistics.median(values), min(values), max(values))
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -76,7 +76,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def verdict(measured: Spread, goal: float) -> str:
-    """Whether a goal is met, and whether the measurement is sharp enough to say so."""
+    """Return whether a goal is met, and whether the difference is within the spread."""
     word = "met" if measured.median >= goal else "missed"
     return f"{word}, within the spread" if measured.low < goal < measured.high else word
 
@@ -89,7 +89,7 @@ def seconds(run: Run, calls: int = 1) -> float:
 
 
 def in_child(module: str, *arguments: str) -> Any:
-    """What `python -m module` prints as its last line, JSON, in a process of its own."""
+    """Run `python -m module` in its own process and return its last line, parsed as JSON."""
     root = Path(__file__).parents[1]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -101,10 +101,10 @@ def in_child(module: str, *arguments: str) -> Any:
 
 
 def keep_freed_memory() -> None:
-    """Make malloc of this process keep what is freed, where it is glibc's.
+    """Make glibc's malloc keep freed memory in this process.
 
-    Its own way is to give every tensor above 32 MB and the free end of its heap back to the system, and new memory is
-    slow to touch.
+    By default it returns tensors above 32 MB and the free end of the heap to the system, and fresh memory costs page
+    faults.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
     libc = ctypes.CDLL(None)
@@ -115,7 +115,7 @@ def keep_freed_memory() -> None:
 
 
 class Limit:
-    """Something that cannot be done faster: `run` does `amount` of `unit`. Keeps the rates that it has measured."""
+    """A hardware limit: `run` performs `amount` of `unit`. Keeps the rates that it has measured."""
 
     def __init__(self, name: str, run: Run, amount: float, unit: str) -> None:
         self.name, self.run, self.amount, self.unit = name, run, amount, unit
@@ -137,7 +137,7 @@ def _limit(name: str, make: Callable[[], Limit]) -> Limit:
 
 
 def matmul(dtype: torch.dtype) -> Limit:
-    """PyTorch's matmul of 2048 x 2048 matrices."""
+    """Return the limit of PyTorch's matmul of 2048 x 2048 matrices."""
 
     def make() -> Limit:
         n = pick(64, 2048)
@@ -149,7 +149,7 @@ def matmul(dtype: torch.dtype) -> Limit:
 
 
 def copy() -> Limit:
-    """Copying 128 MiB, more than a cache holds. Bytes read and bytes written both count."""
+    """Return the limit of copying 128 MiB, more than a cache holds; bytes read and written both count."""
 
     def make() -> Limit:
         a = torch.ones(pick(2**16, 2**25))
@@ -160,7 +160,7 @@ def copy() -> Limit:
 
 
 def read() -> Limit:
-    """Reading 128 MiB by the maximum, which of PyTorch's reductions comes nearest to the memory's rate."""
+    """Return the limit of reading 128 MiB by max, the fastest of PyTorch's reductions."""
 
     def make() -> Limit:
         a = torch.ones(pick(2**16, 2**25))
@@ -170,7 +170,7 @@ def read() -> Limit:
 
 
 def limits() -> dict[str, dict[str, Any]]:
-    """Rates of all the limits of this run."""
+    """Return the rates of all limits of this run."""
     return {
         name: {"unit": f"{limit.unit}/s", "rate": list(spread(limit.rates)), "rounds": len(limit.rates)}
         for name, limit in _limits.items()
@@ -182,7 +182,7 @@ def limits() -> dict[str, dict[str, Any]]:
 
 
 def plan(pause: float, pair: float, once: float) -> tuple[int, int]:
-    """(rounds, calls in each): of a limit of `pause` seconds, and two that take `pair` together, the quicker `once`."""
+    """Return (rounds, calls a round): the limit takes `pause` seconds, both sides `pair`, the faster one `once`."""
     calls = max(1, math.ceil(BLOCK / once))
     fewest, most = ROUNDS
     return min(most, max(fewest, int(BUDGET / (pause + pair * calls)))), calls
@@ -203,18 +203,20 @@ def row(
     calls: int = 1,
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One line of results.json, from the values of each round: seconds a call, or bytes.
+    """Return a row of results.json from the values of each round: seconds per call, or bytes.
 
-    ratio is reference / ours: above 1, ours is the better. percent is of the limit, or None without one.
+    ratio is reference / ours: above 1, ours is better. percent is of the limit, or None without a limit.
     """
     percent = None
     if limit is not None:
         work = {"FLOP": flops, "B": bytes}.get(limit.unit, limit.amount)
         if not work:
-            raise ValueError(f"{group} {case}: a limit in {limit.unit}/s says nothing about work of 0 {limit.unit}")
+            raise ValueError(
+                f"{group} {case}: a limit in {limit.unit}/s needs the amount of work in {limit.unit}, but it is 0"
+            )
         percent = list(spread([100 * work / rate / value for rate, value in zip(rates, ours, strict=True)]))
     return {
-        "group": f"toy {group}" if FORM == "toy" else group,  # no goal is about toys
+        "group": f"toy {group}" if FORM == "toy" else group,  # matches no goal
         "case": case,
         "unit": unit,
         "against": against,
@@ -232,7 +234,7 @@ def row(
 
 
 def environment() -> dict[str, Any]:
-    """Where and when the results were measured."""
+    """Return where and when the results were measured."""
     versions = {"python": platform.python_version()}
     for name in ("gptcore", "torch", "transformers"):
         try:

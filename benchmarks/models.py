@@ -1,4 +1,4 @@
-"""The models that the benchmarks run: ours, the same in transformers, and the bare matrix products of both."""
+"""Models of the benchmarks: ours, the same in transformers, and the matrix products of both alone."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from gptcore.ops.linear import FASTER_ON
 from gptcore.ops.registry import BACKENDS, FLOATS, Backend
 from gptcore.training.optim import AdamW
 
-NO_DROPOUT: Any = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}  # it would make the losses differ
+NO_DROPOUT: Any = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}  # dropout would make the losses differ
 SHAPE: Any = pick({"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 128}, {})
 GPT2 = GPTConfig(**SHAPE, **NO_DROPOUT)
 BATCH = pick((2, 16), (4, 256))
 
 
 def transformers_gpt2(model: GPT) -> Any:
-    """transformers' GPT2LMHeadModel with the weights of ours. Skips the benchmark where transformers is missing."""
+    """Return transformers' GPT2LMHeadModel with our weights. Skips the benchmark without transformers."""
     reason = 'transformers is not installed (pip install "gptcore[bench]")'
     transformers = pytest.importorskip("transformers", reason=reason)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**model.config.to_dict()))
@@ -36,16 +36,16 @@ def transformers_gpt2(model: GPT) -> Any:
 
 
 def compute_gradients(model: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The part of a step before the optimizer's, and the loss. bfloat16 with float32 weights: autocast."""
+    """Compute the gradients of a step and return the loss. bfloat16 with float32 weights means autocast."""
     with torch.autocast("cpu", dtype, enabled=dtype is not next(model.parameters()).dtype):
-        only_loss = {"return_logits": False} if isinstance(model, GPT) else {}  # as our Trainer asks for it
+        only_loss = {"return_logits": False} if isinstance(model, GPT) else {}  # as in our Trainer
         loss: Tensor = model(input_ids=ids, labels=ids, **only_loss).loss
     loss.backward()
     return loss
 
 
 def train_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """One step, as one writes it with either optimizer: loss, gradients, clipping to 1, update."""
+    """Make one step with either optimizer: loss, gradients, clipping to 1, update."""
     loss = compute_gradients(model, ids, dtype)
     if isinstance(optimizer, AdamW):
         optimizer.step(grad_scale=min(1.0, 1.0 / (optimizer.grad_norm() + 1e-6)))
@@ -57,7 +57,7 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, dtype:
 
 
 class Trainee:
-    """A model in training on one batch, step after step; called with nothing, it makes a step."""
+    """A model in training on one batch; calling it makes a step."""
 
     def __init__(
         self, model: Any, optimizer: torch.optim.Optimizer, batch: tuple[int, int], dtype: torch.dtype,
@@ -74,7 +74,7 @@ class Trainee:
 
 
 def no_kernels(dtype: torch.dtype) -> str:
-    """A backend whose attention, norms and GELU return what they are given: the rest of a step is what it would be."""
+    """Register a backend whose attention, norms and GELU return their input, and return its name."""
 
     def layer_norm(
         x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
@@ -94,8 +94,9 @@ def no_kernels(dtype: torch.dtype) -> str:
     return "nothing"
 
 
-ALL = "all of it"  # where no step of transformers' is made in between, after which memory has to be found anew
-PARTS = ["without AdamW and clipping", "nor casts", "nor attention, norms and GELU"]  # each is gone in the next as well
+ALL = "all of it"  # without transformers' steps in between, which make the next step allocate memory again
+# Each part is left out together with those before it
+PARTS = ["without AdamW and clipping", "nor casts", "nor attention, norms and GELU"]
 
 
 def named(dtype: torch.dtype, weights: torch.dtype) -> str:
@@ -107,14 +108,14 @@ def named(dtype: torch.dtype, weights: torch.dtype) -> str:
 def in_parts(
     config: GPTConfig, batch: tuple[int, int], dtype: torch.dtype, part: str, weights: torch.dtype = torch.float32
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """A training step without some of its parts, and the whole of it."""
+    """Return a training step without some of its parts, and the whole step."""
     if part == "nor casts" and dtype is weights:
         pytest.skip(f"{named(dtype, weights)} has none")
     torch.manual_seed(0)
     model = GPT(config).train().to(weights)
     optimizer = AdamW(model.parameters(), lr=1e-4)
     ids = torch.randint(config.vocab_size, batch)
-    less = model if part == PARTS[0] else copy.deepcopy(model).to(dtype)  # weights that no autocast has to cast
+    less = model if part == PARTS[0] else copy.deepcopy(model).to(dtype)  # weights that need no casts
     backend = no_kernels(dtype) if part == PARTS[2] else None
 
     def gradients() -> None:
@@ -129,7 +130,7 @@ def in_parts(
 
 
 def difference(ours: Trainee, theirs: Trainee) -> float:
-    """The greatest relative difference of the two losses over the first eight steps, which must see the same course."""
+    """Return the maximum relative difference of the losses over the first eight steps. Asserts that it is small."""
     pairs = list(zip(ours.losses, theirs.losses, strict=False))[:8]
     assert pairs[-1][0] < pairs[0][0], "the loss does not fall"
     greatest = max(float(abs(a / b - 1)) for a, b in pairs)
@@ -138,9 +139,9 @@ def difference(ours: Trainee, theirs: Trainee) -> float:
 
 
 def matmuls(config: GPTConfig, tokens: int, dtype: torch.dtype) -> Limit:
-    """What the linear layers of a training step cost by themselves: each forward, and for both of its gradients.
+    """Return the limit of the matrix products of a training step: forward and both gradients of every linear layer.
 
-    Into buffers that exist already, without biases, casts and attention: nothing that trains can be faster.
+    They write into preallocated buffers, without biases, casts and attention: a lower bound for the time of a step.
     """
     C, V, inner = config.n_embd, config.vocab_size, config.n_inner or 4 * config.n_embd
     runs: list[tuple[int, Callable[[], None]]] = []

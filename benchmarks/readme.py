@@ -21,7 +21,7 @@ class Headline(NamedTuple):
     case: str = ""
 
 
-# What the chart compares, each in float32 and bfloat16
+# The benchmarks in the chart, each in float32 and bfloat16
 CHARTED = [
     Headline(
         "attention, forward + backward\n12 heads of 64, 1,024 tokens", r"attention forward \+ backward", "D=64 S=1024"
@@ -38,7 +38,7 @@ SHOWN = [
     Headline("GPT-2 124M generation", "generation"),
 ]
 DTYPES = "float32", "bfloat16"
-THEIRS = "PyTorch", "transformers", "PyTorch's fused operations"  # references that users have the choice of
+THEIRS = "PyTorch", "transformers", "PyTorch's fused operations"  # references that are other people's code
 
 
 def find(results: Results, headline: Headline, dtype: str) -> list[dict[str, Any]]:

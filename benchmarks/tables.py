@@ -1,4 +1,4 @@
-"""What results.json holds, as text: numbers with units, table rows, goals that are missed."""
+"""Results as text: numbers with units, table rows, goals that are missed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Results = dict[str, Any]
 
 
 def load(path: Path) -> Results:
-    """A results.json. Raises ValueError for one of another schema."""
+    """Return the contents of a results.json. Raises ValueError for another schema."""
     results = read_json(path)
     if results.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {results.get('schema')}, expected {SCHEMA}: measure again (make bench)")
@@ -25,7 +25,7 @@ def load(path: Path) -> Results:
 
 
 def joined(parts: list[Results]) -> Results:
-    """The results of several processes as one: all rows, and each limit from where it was measured most often."""
+    """Return the results of several processes as one: all rows, and each limit from its most frequent measurement."""
     limits: dict[str, Any] = {}
     for part in parts:
         for name, limit in part["limits"].items():
@@ -35,7 +35,7 @@ def joined(parts: list[Results]) -> Results:
 
 
 def quantity(value: float, unit: str) -> str:
-    """Three digits and a prefix: 0.00123 s is 1.23 ms."""
+    """Format a value with three digits and a prefix: 0.00123 s is 1.23 ms."""
     prefixes = [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n")]
     scale, prefix = next((pair for pair in prefixes if value >= 0.9995 * pair[0]), prefixes[-1])
     digits = value / scale
@@ -62,13 +62,13 @@ def caption(results: Results) -> str:
 
 
 def times(ratio: list[float]) -> str:
-    """A ratio with its quartiles, and a word where they are on both sides of 1."""
+    """Format a ratio with its quartiles, and a note if they include 1."""
     median, low, high = ratio
     return f"{median:.2f} x ({low:.2f} to {high:.2f})" + ", no difference beyond the spread" * (low <= 1 <= high)
 
 
 def table(results: Results) -> list[list[str]]:
-    """The heading, then the cells of every row."""
+    """Return the heading, then the cells of every row."""
     lines = [HEADING]
     for row in results["rows"]:
         measured = [quantity(row[side][0], row["unit"]) for side in ("ours", "reference")]
@@ -84,7 +84,7 @@ def table(results: Results) -> list[list[str]]:
 
 
 def shortfalls(results: Results) -> list[str]:
-    """One line on all goals, and one for each that is missed."""
+    """Return a line on all goals, and one for each goal that is missed."""
     found = [(row, goal) for row in results["rows"] for goal in outcomes(row)]
     missed = [
         f"{goal.verdict}: {row['group']}, {row['case']}: {goal.measured.median:.2f} of {goal.goal:g} {goal.unit}"
@@ -96,7 +96,7 @@ def shortfalls(results: Results) -> list[str]:
 
 
 def ceiling(row: dict[str, Any], goal: Outcome, rows: list[dict[str, Any]]) -> str:
-    """What the whole of the limit would be, or, where that would do, what the rows say that measure what stops it."""
+    """Return why a goal is missed: the ratio at the full limit, or the rows that measure the obstacle."""
     if row["percent"] is None:
         return ""
     measured, share = goal.measured.median, row["percent"][0] / 100
@@ -107,7 +107,7 @@ def ceiling(row: dict[str, Any], goal: Outcome, rows: list[dict[str, Any]]) -> s
     for other in rows:
         if not goal.stops or not f"{other['group']} {other['case']}".startswith(goal.stops):
             continue
-        if "rest of" in other["group"]:  # in units of our time: products as the limit makes them, and ours for the rest
+        if "rest of" in other["group"]:  # in units of our time: products at the limit's rate, and our time for the rest
             most = measured / (share + other["ratio"][0])
             found += f"; the whole of {row['limit']} and the rest as it is alone would be {most:.2f} {goal.unit}"
         elif goal.unit == "%":
@@ -135,5 +135,5 @@ def limit_of(results: Results, name: str) -> float | None:
 
 
 def elsewhere(folder: Path) -> list[Path]:
-    """The results of other machines, each in a folder of its own below this."""
+    """Return the paths of the results of other machines, each in its own folder below this one."""
     return sorted(folder.glob("*/results.json"))

@@ -6,8 +6,8 @@
 namespace gptcore {
 namespace {
 
-// Tensors are cut into pieces of this many elements, which the threads share out. A sum over pieces is taken in their
-// order: it does not depend on the number of threads.
+// Tensors are split into pieces of this many elements, which are distributed over the threads. Sums are taken over
+// pieces in order, so they do not depend on the number of threads.
 constexpr int64_t kPiece = 65536;
 
 std::string at(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
@@ -31,7 +31,7 @@ int threads_for(const std::vector<ParameterPiece>& pieces, int64_t num_threads) 
   return size < 32768 ? 1 : threads;
 }
 
-// Lists of tensors of one update, of the same length; see gptcore/training/optim.py.
+// Lists of tensors, one entry per parameter; see gptcore/training/optim.py.
 using Views = std::vector<TensorView>;
 
 double grad_norm(const Views& grads, int64_t num_threads) {
@@ -111,7 +111,7 @@ void adamw(const Views& params, const Views& copies, const Views& grads, const V
   args.grad_scale = static_cast<float>(grad_scale);
   args.num_threads = threads_for(pieces, num_threads);
   if (check_only) return;
-  for (const TensorView& step : steps) *step.as<float>() += 1;  // nothing can be refused from here on
+  for (const TensorView& step : steps) *step.as<float>() += 1;  // all checks have passed
   py::gil_scoped_release release;
   cpu_kernels().adamw(args);
 }

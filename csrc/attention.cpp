@@ -4,7 +4,7 @@
 
 namespace gptcore {
 
-// What a call of attention has besides its tensors; see Settings in gptcore/ops/attention.py.
+// The arguments of attention besides query, key and value; see Settings in gptcore/ops/attention.py.
 struct AttentionSettings {
   OptionalView cu_seqlens_q, cu_seqlens_k, seed;
   double scale;
@@ -51,7 +51,7 @@ namespace {
 // The boundaries of the documents as 64-bit numbers, of the whole batch or of one row for every row.
 struct Boundaries {
   std::vector<int64_t> bounds;
-  int64_t rows, length;  // how often they count, one row after the other
+  int64_t rows, length;  // how many rows repeat them, and the length of a row
 
   int64_t documents() const { return static_cast<int64_t>(bounds.size()) - 1; }  // of `bounds`
   int64_t size() const { return rows * documents() + 1; }
@@ -59,7 +59,7 @@ struct Boundaries {
   int64_t end(int64_t i) const { return i / documents() * length + bounds[i % documents() + 1]; }
 };
 
-// Checks that they rise from 0 to batch x length.
+// Returns cu_seqlens, checked: never decreasing, from 0 to batch x length.
 Boundaries read_boundaries(const TensorView& cu, const char* name, int64_t batch, int64_t length) {
   check_cpu(cu, name);
   if (cu.ndim != 1 || cu.shape[0] < 1 || cu.shape[0] > INT32_MAX)
@@ -81,7 +81,7 @@ Boundaries read_boundaries(const TensorView& cu, const char* name, int64_t batch
   return {std::move(bounds), of_one_row ? batch : 1, length};
 }
 
-// A dimension of one element is never stepped along; its stride could be anything, and spoil the test for alignment.
+// The stride of a dimension of one element is unused, but could fail the kernels' test for alignment: it becomes 0.
 HeadsView heads(const TensorView& t) {
   auto stride = [&](int dim) { return t.shape[dim] == 1 ? 0 : t.strides[dim]; };
   return {t.data, stride(0), stride(1), stride(2)};
@@ -92,7 +92,7 @@ void check_heads(const TensorView& t, const char* name, const TensorView& query)
   check_same_dtype(t, name, query);
   if (t.ndim != 4)
     refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected (batch, heads, length, head_dim)");
-  if (t.shape[3] > 1 && t.strides[3] != 1 && t.size() > 0)  // with no elements .contiguous() would change nothing
+  if (t.shape[3] > 1 && t.strides[3] != 1 && t.size() > 0)  // on an empty tensor, .contiguous() would not change it
     refuse(name, " has stride ", t.strides[3], " in head_dim, expected 1; call .contiguous() on it first");
 }
 
@@ -119,7 +119,7 @@ uint64_t seed_of(const AttentionSettings& settings) {
   return *settings.seed->as<uint64_t>();
 }
 
-// All that forward and backward share: the checks of query, key and value, and the arguments made from them.
+// Checks and fills in the arguments that forward and backward share.
 AttentionArgs common_args(const TensorView& query, const TensorView& key, const TensorView& value,
                           const TensorView& out, const TensorView& lse, const AttentionSettings& settings,
                           const Execution& execution) {
@@ -150,7 +150,7 @@ AttentionArgs common_args(const TensorView& query, const TensorView& key, const 
   args.query_len = query_len, args.kv_len = kv_len, args.head_dim = head_dim;
   args.scale = static_cast<float>(settings.scale);
   args.causal = settings.causal;
-  // More keys than there can be are no limit; the kernels add them to positions.
+  // Clamped to more keys than there can be, so that the kernels can add them to positions.
   args.window_left = std::min<int64_t>(settings.window_left, INT32_MAX);
   args.window_right = std::min<int64_t>(settings.window_right, INT32_MAX);
   args.dropout_p = settings.dropout_p;
@@ -190,7 +190,7 @@ std::vector<Segment> make_segments(const OptionalView& cu_seqlens_q, const Optio
   const Boundaries k = read_boundaries(*cu_seqlens_k, "cu_seqlens_k", batch, kv_len);
   if (q.size() != k.size())
     refuse("cu_seqlens_q has ", q.size(), " boundaries and cu_seqlens_k has ", k.size(), ", expected as many");
-  std::vector<int64_t> with_queries;  // keys without queries are never read: a batch of empty rows takes no time
+  std::vector<int64_t> with_queries;  // documents without queries are skipped here, once for all rows
   for (int64_t i = 0; i < q.documents(); ++i)
     if (q.bounds[i] < q.bounds[i + 1]) with_queries.push_back(i);
   for (int64_t copy = 0; copy < (with_queries.empty() ? 0 : q.rows); ++copy)
@@ -209,7 +209,7 @@ std::vector<Segment> make_segments(const OptionalView& cu_seqlens_q, const Optio
   return segments;
 }
 
-// The documents of a call. Boundaries on a GPU are left there: Python has checked a copy of them.
+// The documents of a call. cu_seqlens on a GPU stay there; Python has checked a copy.
 class Documents {
  public:
   Documents(AttentionArgs& args, const TensorView& query, const AttentionSettings& settings, const Execution& execution) {

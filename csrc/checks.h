@@ -1,4 +1,4 @@
-// What is checked of every tensor before a kernel sees its pointer, and the words in which a refusal is put.
+// Checks of tensors before a kernel gets their pointers, and `refuse`, which raises ValueError.
 #pragma once
 
 #include <algorithm>
@@ -64,20 +64,20 @@ inline void check_contiguous(const TensorView& t, const char* name) {
   }
 }
 
-// A tensor with the device and the shape of another, dense.
+// Requires a dense tensor with the device and the shape of `like`.
 inline void check_dense_like(const TensorView& t, const char* name, const TensorView& like) {
   check_device(t, name, like);
   if (t.ndim != like.ndim || !std::equal(t.shape, t.shape + t.ndim, like.shape))
     refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected ", shape_text(like.shape, like.ndim));
   check_contiguous(t, name);
 }
-// And with its dtype.
+// As check_dense_like, and with the same dtype.
 inline void check_like(const TensorView& t, const char* name, const TensorView& like) {
   check_same_dtype(t, name, like);
   check_dense_like(t, name, like);
 }
 
-// A dense tensor (..., width) of one of the three float types, as a matrix; a scalar has one row of one.
+// Returns a dense tensor (..., width) of one of the three float types as a matrix; a scalar becomes (1, 1).
 struct Rows { int64_t rows, width; };
 inline Rows check_rows(const TensorView& t, const char* name) {
   check_float(t, name);
@@ -87,8 +87,8 @@ inline Rows check_rows(const TensorView& t, const char* name) {
   return {rows, t.ndim ? t.shape[t.ndim - 1] : 1};
 }
 
-// The elements of a dense float32 tensor of this shape, on the device of `like`; null for an optional one that is not
-// there.
+// Returns the elements of a dense float32 tensor of this shape on the device of `like`, or null for an absent optional
+// tensor.
 inline float* float_array(const TensorView& t, const char* name, const TensorView& like,
                           std::initializer_list<int64_t> shape) {
   check_device(t, name, like);
@@ -102,7 +102,7 @@ inline float* float_array(const std::optional<TensorView>& t, const char* name, 
   return t ? float_array(*t, name, like, shape) : nullptr;
 }
 
-// An output whose elements share memory with each other, as an expanded tensor's do, would be written twice.
+// Requires that no two elements share memory, as those of an expanded tensor do: outputs would be written twice.
 inline void check_distinct(const TensorView& t, const char* name) {
   if (t.size() == 0) return;
   std::pair<int64_t, int64_t> dims[kMaxDims];  // (stride, shape), by stride
@@ -117,7 +117,7 @@ inline void check_distinct(const TensorView& t, const char* name) {
   }
 }
 
-// First and last byte that a view can touch. Strides of a torch.Tensor are never negative.
+// Sets the range [begin, end) of bytes that a view can touch. Strides of a torch.Tensor are never negative.
 inline void byte_range(const TensorView& t, uintptr_t* begin, uintptr_t* end) {
   int64_t last = 0;
   for (int i = 0; i < t.ndim; ++i) last += (t.shape[i] - 1) * t.strides[i];
@@ -125,7 +125,7 @@ inline void byte_range(const TensorView& t, uintptr_t* begin, uintptr_t* end) {
   *end = *begin + (t.size() > 0 ? (last + 1) * item_size(t.dtype) : 0);
 }
 
-// An output must not share memory with an input: the kernels read inputs after they have begun to write.
+// Requires that an output shares no memory with an input: kernels read inputs after they have begun to write.
 inline void check_apart(const TensorView& out, const char* out_name, const TensorView& in, const char* in_name) {
   uintptr_t out_begin, out_end, in_begin, in_end;
   byte_range(out, &out_begin, &out_end);

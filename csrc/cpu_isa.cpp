@@ -12,8 +12,8 @@
 
 namespace gptcore {
 
-// Each file of kernels/cpu is compiled once for every instruction set that it gains from, into a namespace of that name.
-// The table is made in that namespace, where the names of the kernels are those of the instruction set.
+// Each file of kernels/cpu is compiled once for each instruction set, into a namespace of that name. The dispatch table
+// is filled in that namespace, so the kernels' names resolve to those of the instruction set.
 #define GPTCORE_ISA_KERNELS(isa)                                             \
   namespace isa {                                                            \
   GPTCORE_OPERATIONS(GPTCORE_DECLARE_KERNELS, GPTCORE_DECLARE_KERNELS)       \
@@ -32,7 +32,7 @@ GPTCORE_ISA_KERNELS(avx512_bf16)
 #if defined(GPTCORE_AMX)
 namespace amx_bf16 {
 GPTCORE_ATTENTION(GPTCORE_DECLARE_KERNEL)
-static Kernels all_kernels() {  // those of avx512_bf16, but for attention
+static Kernels all_kernels() {  // attention uses AMX; all others are those of avx512_bf16
   Kernels kernels = avx512_bf16::all_kernels();
   kernels.name = "amx_bf16";
   GPTCORE_ATTENTION(GPTCORE_SET_KERNEL)
@@ -50,7 +50,7 @@ struct Isa {
 };
 
 #if defined(GPTCORE_AMX)
-// Linux saves the 8 KiB of tile registers for processes that have asked, and of those for the threads that use them.
+// Requests permission to use AMX, which Linux grants per process (arch_prctl).
 bool may_use_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
@@ -64,7 +64,7 @@ const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = [] {
     std::vector<Isa> found = {{baseline::all_kernels(), true}};
 #if defined(__x86_64__) && !defined(GPTCORE_BASELINE_ONLY)
-    __builtin_cpu_init();  // its answers include whether the operating system saves the registers
+    __builtin_cpu_init();  // __builtin_cpu_supports also checks that the operating system saves the registers
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

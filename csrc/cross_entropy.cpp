@@ -17,7 +17,7 @@ double cross_entropy(const TensorView& logits, const TensorView& targets, bool g
   check_shape(targets, "targets", {rows});
   check_contiguous(targets, "targets");
   check_apart(logits, "logits", targets, "targets");
-  // A copy: what was checked cannot change while the kernel runs.
+  // A copy, so that another thread cannot change the targets after the check.
   const std::vector<int64_t> checked(targets.as<int64_t>(), targets.as<int64_t>() + rows);
   for (int64_t i = 0; i < rows; ++i)
     if (checked[i] < 0 || checked[i] >= vocab)

@@ -1,4 +1,4 @@
-// The tensors that a launch may touch. A GPU is not told; its model, csrc/simt, holds the kernels to them.
+// The tensors that a launch may access. The simulator, csrc/simt, reports any other access; on a GPU this has no effect.
 #pragma once
 
 #include <initializer_list>
@@ -9,11 +9,11 @@
 
 namespace gptcore {
 
-enum class Access { read, write };  // what is written has no value before
+enum class Access { read, write };  // write: uninitialised before the launch
 
 struct DeviceTensor {
   const char* name;
-  const TensorView* view;  // null for an optional tensor that is not there
+  const TensorView* view;  // null for an absent optional tensor
   Access access;
 
   DeviceTensor(const char* name, const TensorView& view, Access access) : name(name), view(&view), access(access) {}

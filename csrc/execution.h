@@ -1,4 +1,4 @@
-// Where and how a call runs, which kernels run it, and the scratch memory they get.
+// Execution (threads or stream) of a call, the choice of its kernels, and their scratch memory.
 #pragma once
 
 #include <cstdlib>
@@ -10,8 +10,8 @@
 
 namespace gptcore {
 
-// From Python: the number of threads on the CPU; on a GPU a tuple (stream, allocate, allow_tf32) of a CUDA stream's
-// handle, the function that makes a uint8 tensor of so many bytes there, and torch.backends.cuda.matmul.allow_tf32.
+// In Python: the number of threads on the CPU; on a GPU a tuple (stream, allocate, allow_tf32): the handle of a CUDA
+// stream, a function from a number of bytes to a uint8 tensor, and torch.backends.cuda.matmul.allow_tf32.
 struct Execution {
   int num_threads = 1;
   void* stream = nullptr;
@@ -19,11 +19,11 @@ struct Execution {
   bool allow_tf32 = false;
 };
 
-// The kernels for tensors on the device of this one. Throws ValueError if this module has none.
+// Returns the kernels for the device of a tensor. Throws ValueError if this module has no kernels for it.
 const Kernels& kernels_for(const TensorView& tensor, const Execution& execution);
 
-// Scratch memory on the CPU, aligned to a cache line. A thread keeps what it used for its next call: memory that the
-// system has to hand out anew, page by page, takes longer than a small kernel.
+// Scratch memory on the CPU, aligned to a cache line. Each thread keeps its largest buffer for the next call: the page
+// faults of fresh memory take longer than a small kernel.
 class Scratch {
  public:
   Scratch() = default;
@@ -48,7 +48,7 @@ class Scratch {
 
  private:
 #ifdef __SANITIZE_ADDRESS__
-  static constexpr size_t kMostKept = 0;  // every byte beyond what was asked for is an error
+  static constexpr size_t kMostKept = 0;  // so that AddressSanitizer reports any access beyond the requested bytes
 #else
   static constexpr size_t kMostKept = 32 << 20;
 #endif
@@ -60,8 +60,8 @@ class Scratch {
   size_t bytes_ = 0;
 };
 
-// Scratch memory of one call. On a GPU PyTorch's allocator owns it, which gives it to nobody else before the stream has
-// passed this call.
+// Scratch memory of one call. On a GPU it comes from PyTorch's caching allocator, which reuses it on the same stream only,
+// that is, after this call.
 class Workspace {
  public:
   explicit Workspace(size_t bytes) { Scratch(bytes).swap(scratch_); }

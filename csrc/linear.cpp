@@ -4,7 +4,7 @@
 namespace gptcore {
 namespace {
 
-// What products in `dtype` take, and give.
+// Requires an operand or result of matrix products in `dtype`: dense, on the CPU, in `dtype` or float32.
 void check_operand(const TensorView& t, const char* name, DType dtype) {
   check_cpu(t, name);
   check_float(t, name);
@@ -13,7 +13,7 @@ void check_operand(const TensorView& t, const char* name, DType dtype) {
   check_contiguous(t, name);
 }
 
-// A tensor (..., columns) as so many rows.
+// Returns a tensor (..., columns) as a matrix with `rows` rows.
 Matrix as_rows(const TensorView& t, const char* name, DType dtype, int64_t rows, int64_t columns) {
   check_operand(t, name, dtype);
   if (t.ndim < 1 || t.shape[t.ndim - 1] != columns || t.size() != rows * columns)
@@ -29,7 +29,7 @@ LinearArgs common_args(DType dtype, int64_t rows, int64_t in_features, int64_t o
   return args;
 }
 
-// The rows of a tensor (..., columns).
+// Returns the number of rows of a tensor (..., columns).
 int64_t rows_of(const TensorView& t, const char* name) {
   if (t.ndim < 1) refuse(name, " has shape (), expected one dimension or more");
   int64_t rows = 1;
@@ -55,7 +55,7 @@ void run(LinearArgs& args, std::initializer_list<const OptionalView*> outputs) {
   kernels.linear(args);
 }
 
-// out = x @ weight^T + bias, as F.linear has it.
+// Computes out = x @ weight^T + bias, as F.linear does.
 void linear_forward(const TensorView& x, const TensorView& weight, const OptionalView& bias, const TensorView& out,
                     int64_t num_threads) {
   check_weight(weight, "weight");
@@ -78,8 +78,8 @@ void linear_forward(const TensorView& x, const TensorView& weight, const Optiona
 void linear_backward(const TensorView& grad_out, const OptionalView& x, const OptionalView& weight,
                      const OptionalView& grad_x, const OptionalView& grad_weight, const OptionalView& grad_bias,
                      int64_t num_threads) {
-  if (grad_x.has_value() > weight.has_value()) refuse("weight is None, but grad_x is made of it");
-  if (grad_weight.has_value() > x.has_value()) refuse("x is None, but grad_weight is made of it");
+  if (grad_x.has_value() > weight.has_value()) refuse("weight is None, but grad_x needs it");
+  if (grad_weight.has_value() > x.has_value()) refuse("x is None, but grad_weight needs it");
   if (weight) check_weight(*weight, "weight");
   if (grad_weight) check_weight(*grad_weight, "grad_weight");
   const int64_t rows = rows_of(grad_out, "grad_out");

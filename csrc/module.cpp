@@ -1,4 +1,4 @@
-// gptcore._C: the operations of csrc/operations.h, and what the module says of itself.
+// gptcore._C: the operations of csrc/operations.h, the choice of the instruction set, and information about the build.
 #include <omp.h>
 #include <pybind11/pybind11.h>
 
@@ -16,16 +16,16 @@ using namespace gptcore;
 const Kernels& gptcore::kernels_for(const TensorView& tensor, const Execution& execution) {
 #ifdef GPTCORE_CUDA_ARCHS
   if (tensor.device_type == Device::cuda) {
-    if (!execution.allocate) refuse("execution is a number of threads, expected that of a GPU for tensors on one");
+    if (!execution.allocate) refuse("execution is a number of threads, expected (stream, allocate, allow_tf32) for tensors on a GPU");
     return cuda::kernels;
   }
 #endif
   if (tensor.device_type != Device::cpu) refuse("a tensor is on ", tensor.device(), ", expected cpu");
-  if (execution.allocate) refuse("execution is that of a GPU, expected a number of threads for tensors on the CPU");
+  if (execution.allocate) refuse("execution is a tuple for a GPU, expected a number of threads for tensors on the CPU");
   return cpu_kernels();
 }
 
-// The architectures that the CUDA kernels are compiled for, and why none can run here; empty if one can.
+// Returns the architectures that the CUDA kernels are compiled for.
 static std::vector<std::string> cuda_archs() {
   std::vector<std::string> archs;
 #ifdef GPTCORE_CUDA_ARCHS
@@ -34,6 +34,7 @@ static std::vector<std::string> cuda_archs() {
 #endif
   return archs;
 }
+// Returns why no CUDA kernel can run here, or nullopt.
 static std::optional<std::string> why_no_cuda() {
 #ifdef GPTCORE_CUDA_ARCHS
   const std::string problem = cuda_problem();
@@ -57,12 +58,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   }
 
   bind_operations(m);
-  m.def("compiled_isas", &compiled_isas, "CPU instruction sets that the kernels are compiled for, lowest first.");
-  m.def("supported_isas", &supported_isas, "Those of them that this CPU has, lowest first.");
-  m.def("cpu_isa", [] { return std::string(cpu_kernels().name); }, "The instruction set in use.");
+  m.def("compiled_isas", &compiled_isas, "Return the CPU instruction sets that the kernels are compiled for, lowest first.");
+  m.def("supported_isas", &supported_isas, "Return the compiled instruction sets that this CPU supports, lowest first.");
+  m.def("cpu_isa", [] { return std::string(cpu_kernels().name); }, "Return the instruction set in use.");
   m.def("use_cpu_isa", &use_isa, py::arg("name"), "Use this instruction set from now on. Raises ValueError.");
-  m.def("cuda_archs", &cuda_archs, "What the CUDA kernels are compiled for, such as sm_80; nothing if they are not.");
-  m.def("cuda_problem", &why_no_cuda, "Why no CUDA kernel can run on this machine, or None. Needs no driver.");
+  m.def("cuda_archs", &cuda_archs, "Return the architectures of the CUDA kernels, such as sm_80; empty if not built.");
+  m.def("cuda_problem", &why_no_cuda, "Return why no CUDA kernel can run on this machine, or None. Needs no driver.");
   m.def("build_info", [] {
     py::dict info;
     info["version"] = GPTCORE_VERSION;

@@ -1,7 +1,7 @@
-// What every file of an operation needs, and the functions that define the operations in a module.
+// Included by every file of an operation; declares the functions that bind the operations in a module.
 //
-// csrc/<name>.cpp holds the operation <name>: it checks the tensors, fills in the kernel's arguments, runs it without the
-// GIL, and binds all that as Python calls it. Outputs are allocated by the caller, on the device of the inputs.
+// csrc/<name>.cpp checks the tensors of the operation <name>, fills in the kernel's arguments, runs the kernel without
+// the GIL, and binds the functions for Python. Outputs are allocated by the caller, on the device of the inputs.
 // Functions throw std::invalid_argument or pybind11::value_error, which are ValueError in Python.
 #pragma once
 
@@ -23,7 +23,7 @@ using OptionalView = std::optional<TensorView>;
 #define GPTCORE_DECLARE_BINDING(name, KERNELS) void bind_##name(pybind11::module_& m);
 GPTCORE_OPERATIONS(GPTCORE_DECLARE_BINDING, GPTCORE_DECLARE_BINDING)
 
-// Defines the operations in a module, whose kernels_for says which kernels run them. The simulator has only those of GPUs.
+// Binds the operations in a module, which defines kernels_for. The simulator has only the operations with GPU kernels.
 inline void bind_operations(pybind11::module_& m) {
 #define GPTCORE_BIND(name, KERNELS) bind_##name(m);
 #ifdef GPTCORE_SIMT

@@ -1,5 +1,4 @@
-// Fresh memory in pages of 2 MB. The first touch of a page of 4 KB costs more than the kernel's work on it: 18 ms instead
-// of 6 ms to fill 50 MB on the development machine.
+// Asks for huge pages (2 MB) in fresh memory. Page faults of 4 KB pages cost more than the kernel's work on them.
 #pragma once
 
 #include <sys/mman.h>
@@ -10,7 +9,7 @@
 
 namespace gptcore {
 
-// For an output that is about to be written for the first time. A hint: where the system has no such pages, no harm.
+// For an output that is about to be written for the first time. A hint, which the system may ignore.
 inline void prefer_huge_pages(const TensorView& out) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 2 << 20;

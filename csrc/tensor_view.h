@@ -1,8 +1,8 @@
-// TensorView: what a kernel needs to know of a torch.Tensor, read through Python's own attributes, or in a tenth of the time
-// through DLPack's C functions, where this PyTorch has them.
+// TensorView: pointer, shape, strides, dtype and device of a torch.Tensor, read through Python attributes, or ten times as
+// fast through DLPack's C exchange API if this PyTorch has it.
 //
-// Nothing of libtorch is included or linked, so that one build of this module serves every version of PyTorch.
-// A view is borrowed: it is good while the caller holds the tensor, which the arguments of a call do.
+// libtorch is neither included nor linked, so one build of this module works with every version of PyTorch.
+// A view does not own the tensor; it is valid while the caller holds a reference, as during a call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -28,7 +28,7 @@ struct TensorView {
   int64_t strides[kMaxDims] = {};  // in elements
   Device device_type = Device::other;
   int64_t device_index = -1;  // -1 on the CPU
-  pybind11::handle tensor;  // borrowed, for the words of an error
+  pybind11::handle tensor;  // borrowed, for error messages
 
   // As PyTorch prints them: "torch.bfloat16", "cpu", "cuda:0".
   std::string dtype_name() const { return pybind11::str(tensor.attr("dtype")); }
@@ -53,7 +53,7 @@ inline int64_t item_size(DType dtype) {
 }
 inline int64_t TensorView::bytes() const { return size() * item_size(dtype); }
 
-// The part that is used here of DLPack 1's dlpack.h: its types, by their own names, with the layout that it promises.
+// The types of DLPack 1's dlpack.h that are used here, with the same names and layout.
 namespace dlpack {
 
 enum : int32_t { kDLCPU = 1, kDLCUDA = 2 };
@@ -81,7 +81,7 @@ struct DLPackExchangeAPI {
 
 namespace pybind11::detail {
 
-// Converts an argument. Throws instead of returning false, so that the message names what came in.
+// Converts an argument. Throws instead of returning false, so that the message names the type that was given.
 template <>
 struct type_caster<gptcore::TensorView> {
   PYBIND11_TYPE_CASTER(gptcore::TensorView, const_name("torch.Tensor"));
@@ -94,14 +94,14 @@ struct type_caster<gptcore::TensorView> {
 
   static handle cast(const gptcore::TensorView&, return_value_policy, handle) = delete;
 
-  // Reads all but what check_memory() reads.
+  // Reads everything except the storage, which check_memory() reads.
   const gptcore::TensorView& describe(handle source) {
     const Torch& torch = Torch::get();
     value.tensor = source;
     if (torch.view && is_plain(source) && load_dlpack(torch, source)) return value;
     if (!isinstance(source, torch.tensor))
       throw type_error("expected a torch.Tensor, got " + std::string(str(type::handle_of(source).attr("__name__"))));
-    // A subclass may override these, but the kernel reads what the base class has.
+    // A subclass may override these attributes, but the kernel reads the memory of the base class.
     const NoOverrides no_overrides(torch);
     object shape = torch.shape(source), strides = torch.stride(source);
     value.ndim = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
@@ -130,7 +130,7 @@ struct type_caster<gptcore::TensorView> {
     return value;
   }
 
-  // A tensor of no other subclass, which DLPack describes.
+  // Returns whether the type is Tensor or Parameter itself, which DLPack describes correctly.
   static bool is_plain(handle source) { return Torch::get().is_plain(source); }
 
  private:
@@ -166,17 +166,17 @@ struct type_caster<gptcore::TensorView> {
       no_torch_function = torch.attr("_C").attr("DisableTorchFunctionSubclass");
     }
     static const Torch& get() {
-      static const Torch* torch = new Torch();  // never freed: Python may be gone when statics are
+      static const Torch* torch = new Torch();  // never freed: static destructors may run after Python's finalisation
       return *torch;
     }
   };
 
-  // Keeps __torch_function__ of subclasses from answering for the base class.
+  // Disables __torch_function__ of subclasses.
   struct NoOverrides {
     object guard;
     explicit NoOverrides(const Torch& torch) : guard(torch.no_torch_function()) { guard.attr("__enter__")(); }
     ~NoOverrides() {
-      error_scope errors;  // keeps an exception that is on its way
+      error_scope errors;  // preserves an exception that is being propagated
       guard.attr("__exit__")(none(), none(), none());
     }
   };
@@ -188,7 +188,7 @@ struct type_caster<gptcore::TensorView> {
     return reinterpret_steal<object>(result);
   }
 
-  // Refuses what shape, strides and pointer do not show: a storage that was resized, and numbers stored negated.
+  // Throws for tensors whose storage was resized or that are lazily negated: shape, strides and pointer do not show this.
   void check_memory(handle source) const {
     if (value.dtype == gptcore::DType::other || value.device_type == gptcore::Device::other || value.size() == 0) return;
     const Torch& torch = Torch::get();
@@ -208,7 +208,7 @@ struct type_caster<gptcore::TensorView> {
                         std::to_string(bytes) + ": the storage was resized; resize it back or make a new tensor");
   }
 
-  // False for what DLPack has no word for; the attributes then say what it is, or why it is refused.
+  // Returns false for tensors that DLPack cannot describe; the Python attributes are read instead.
   bool load_dlpack(const Torch& torch, handle source) {
     gptcore::dlpack::DLTensor t;
     if (torch.view(source.ptr(), &t) != 0) {

@@ -1,15 +1,15 @@
 """The native kernels of gptcore. Use gptcore.ops, which checks, differentiates and chooses among backends.
 
 Outputs are allocated by the caller, filled in place, and must not share memory with inputs. Every function raises
-ValueError for tensors and numbers that do not fit, saying what it expected, TypeError for arguments of another kind.
+ValueError for tensors and numbers that do not fit, with what was expected, and TypeError for arguments of wrong types.
 """
 
 import collections.abc
 
 from torch import Tensor
 
-# The number of threads on the CPU; on a GPU the handle of a stream, the function that allocates so many bytes of
-# workspace, and whether float32 products may be rounded to TF32.
+# On the CPU the number of threads. On a GPU (stream, allocate, allow_tf32): the handle of a stream, a function that
+# allocates a workspace of a number of bytes, and whether float32 products may use TF32.
 Execution = int | tuple[int, collections.abc.Callable[[int], Tensor], bool]
 
 # The fields of gptcore.ops.attention.Settings.
@@ -24,7 +24,7 @@ def attention_forward(
     settings: AttentionSettings,
     execution: Execution,
 ) -> None:
-    """Fills out, like query, and lse, float32 (batch, query_heads, query_len)."""
+    """Fill out, with the shape of query, and lse, float32 (batch, query_heads, query_len)."""
 
 def attention_backward(
     grad_out: Tensor,
@@ -40,21 +40,21 @@ def attention_backward(
     settings: AttentionSettings,
     execution: Execution,
 ) -> None:
-    """Fills grad_query, grad_key and grad_value, except for keys of a document that has no queries."""
+    """Fill grad_query, grad_key and grad_value, except for keys of a document without queries."""
 
 def attention_takes(query: object, key: object, value: object) -> bool:
-    """Whether these are tensors that attention's kernels can read, with shapes that fit. Never raises."""
+    """Return whether these are tensors that attention's kernels can read, with shapes that fit. Never raises."""
 
 def check_memory(tensors: collections.abc.Sequence[Tensor]) -> None:
-    """Raises ValueError for a tensor that the memory of its storage does not hold, or holds negated."""
+    """Raise ValueError for a tensor that exceeds its storage or is lazily negated."""
 
 def check_segments(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, batch: int, query_len: int, kv_len: int) -> None:
-    """Raises ValueError for boundaries that are no documents of such a batch."""
+    """Raise ValueError for cu_seqlens that do not fit such a batch."""
 
 def segments(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, batch: int, query_len: int, kv_len: int
 ) -> list[tuple[int, int, int, int, int]]:
-    """The segments (batch, query_begin, query_len, key_begin, key_len) that the boundaries mean."""
+    """Return the segments (batch, query_begin, query_len, key_begin, key_len) of cu_seqlens."""
 
 def layer_norm_forward(
     x: Tensor,
@@ -68,7 +68,7 @@ def layer_norm_forward(
     eps: float,
     execution: Execution,
 ) -> None:
-    """Fills out, residual_out = x + residual, and float32 mean and rstd of each row; x is (..., width)."""
+    """Fill out, residual_out = x + residual, and float32 mean and rstd of each row; x is (..., width)."""
 
 def layer_norm_backward(
     grad_out: Tensor,
@@ -82,10 +82,10 @@ def layer_norm_backward(
     grad_bias: Tensor | None,
     execution: Execution,
 ) -> None:
-    """Fills the gradients; x is what was normalised, the sum where there was a residual."""
+    """Fill the gradients; x is the normalised tensor: residual_out if there was a residual."""
 
 def gelu_forward(x: Tensor, bias: Tensor | None, out: Tensor, tanh_form: bool, execution: Execution) -> None:
-    """Fills out with GELU(x + bias); x is (..., width)."""
+    """Fill out with GELU(x + bias); x is (..., width)."""
 
 def gelu_backward(
     grad_out: Tensor,
@@ -96,10 +96,10 @@ def gelu_backward(
     tanh_form: bool,
     execution: Execution,
 ) -> None:
-    """Fills grad_x and, with a bias, grad_bias."""
+    """Fill grad_x and, with a bias, grad_bias."""
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, num_threads: int) -> None:
-    """Fills out, (rows, out_features), with x @ weight.T + bias; inputs have its dtype or float32."""
+    """Fill out, (rows, out_features), with x @ weight.T + bias; inputs have its dtype or float32."""
 
 def linear_backward(
     grad_out: Tensor,
@@ -110,16 +110,16 @@ def linear_backward(
     grad_bias: Tensor | None,
     num_threads: int,
 ) -> None:
-    """Fills those gradients that are there: grad_x needs weight, and grad_weight x."""
+    """Fill the gradients that are not None: grad_x needs weight, and grad_weight needs x."""
 
 def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool, num_threads: int) -> float:
-    """The sum of the rows' cross entropies; logits is (rows, vocabulary), whose rows are dense.
+    """Return the sum of the cross entropies of the rows; logits is (rows, vocabulary) with dense rows.
 
-    If `gradient`, the logits are overwritten with the gradient of that sum.
+    With `gradient`, overwrites the logits with the gradient of that sum.
     """
 
 def grad_norm(grads: collections.abc.Sequence[Tensor], num_threads: int) -> float:
-    """The 2-norm of all gradients together; they are dense, in the sense of .is_contiguous()."""
+    """Return the 2-norm of all gradients together; they must be contiguous."""
 
 def adamw(
     params: collections.abc.Sequence[Tensor],
@@ -137,31 +137,30 @@ def adamw(
     num_threads: int,
     check_only: bool = False,
 ) -> None:
-    """Updates params, exp_avgs and exp_avg_sqs by grad_scale x grads, and adds 1 to steps, which are scalars.
+    """Update params, exp_avgs and exp_avg_sqs with grad_scale x grads, and add 1 to steps, which are scalars.
 
-    check_only: checks the arguments and changes nothing.
-
-    copies: of params, rounded to the 16 bits that the model has; their gradients have that dtype, too. An element that
-    is no longer its param's rounding is what the update begins with. Empty where the model has params.
+    check_only: check the arguments and change nothing.
+    copies: the model's 16-bit parameters, whose float32 master weights are params; grads have their dtype. An element
+        that differs from its rounded master was changed by other code, and replaces it. Empty without master weights.
     """
 
 def compiled_isas() -> list[str]:
-    """CPU instruction sets that the kernels are compiled for, lowest first."""
+    """Return the CPU instruction sets that the kernels are compiled for, lowest first."""
 
 def supported_isas() -> list[str]:
-    """Those of them that this CPU has, lowest first."""
+    """Return the compiled instruction sets that this CPU supports, lowest first."""
 
 def cpu_isa() -> str:
-    """The instruction set in use."""
+    """Return the instruction set in use."""
 
 def use_cpu_isa(name: str) -> None:
     """Use this instruction set from now on. Raises ValueError."""
 
 def cuda_archs() -> list[str]:
-    """What the CUDA kernels are compiled for, such as "sm_80"; nothing if they are not."""
+    """Return the architectures of the CUDA kernels, such as "sm_80"; empty if not built."""
 
 def cuda_problem() -> str | None:
-    """Why no CUDA kernel can run on this machine, or None. Needs no driver."""
+    """Return why no CUDA kernel can run on this machine, or None. Needs no driver."""
 
 def build_info() -> dict[str, str | int]:
-    """version, compiler, openmp, the date of its standard, and nvcc where there are CUDA kernels."""
+    """Return version, compiler, openmp (the date of its standard) and, if there are CUDA kernels, nvcc."""

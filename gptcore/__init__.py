@@ -1,6 +1,6 @@
 """gptcore: fused kernels for GPT, and the thin model, trainer and tools that stand on them."""
 
-import torch  # noqa: F401  (first, so that one OpenMP runtime, PyTorch's, serves its kernels and ours)
+import torch  # noqa: F401  (first, so that our kernels use PyTorch's OpenMP runtime)
 
 from gptcore import _C, ops
 from gptcore.config import GPTConfig

@@ -1,6 +1,6 @@
-"""What the CUDA kernels ask of a GPU, counted in its model, and the least time that this takes by a GPU's data sheet.
+"""Memory traffic and tensor-core work of the CUDA kernels, counted in the simulator, and the bounds that they imply.
 
-The times are bounds: no GPU was asked. A kernel can be slower than its bound, never faster.
+A bound is the time at the peak rates of a GPU's data sheet, not a measurement: a kernel can be slower, never faster.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 from gptcore import ops
 from gptcore.files import atomic_file
 
-S, D = 1024, 64  # of the attention that is counted: one head, causal, bfloat16
-BATCH, HEADS, WIDTH = 16, 12, 768  # of the GPT-2 layer that the bounds are for
-# Layer norm is counted whole: each block reads the weight and the bias, and in the backward writes a row of partial
-# sums, which for the blocks that fill a GPU is more than 2 % of 1024 rows.
+S, D = 1024, 64  # sequence length and head_dim of the counted attention: one head, causal, bfloat16
+BATCH, HEADS, WIDTH = 16, 12, 768  # the GPT-2 layer that the bounds are for
+# Layer norm is counted on all rows of the layer: weight, bias and partial sums of each block would be over 2 % of the
+# traffic of 1024 rows.
 ROWS, GELU_ROWS = BATCH * S, S  # bfloat16
 MMA_FLOPS = 2 * 16 * 8 * 16  # of one m16n8k16
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a data sheet says, at the boost clock."""
+    """Peak rates of a GPU from its data sheet, at the boost clock."""
 
     name: str
     bytes_per_second: float
     flops: float  # of 16-bit tensor cores, dense
-    special_per_second: float  # exponentials and the like: 16 a clock on each multiprocessor
+    special_per_second: float  # exponentials and other special functions: 16 a clock on each multiprocessor
 
 
 GPUS = (
@@ -43,20 +43,20 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One operation, and the least that its kernels could do."""
+    """One operation, and the minimum of its memory traffic and instructions."""
 
     name: str
     run: Callable[[], Any]
-    prepare: Callable[[], Any] | None  # runs before, uncounted
-    once: int  # bytes: every tensor of the operation touched once
-    schedule: int  # bytes: what the tiles must move, in the order in which the kernels visit them
+    prepare: Callable[[], Any] | None  # runs first and is not counted
+    once: int  # bytes: every tensor of the operation read or written once
+    schedule: int  # bytes: what the tiles load and store in the kernels' schedule
     mma: int  # tensor-core instructions for the tiles that are visited
     copies: int  # how many of these a GPT-2 layer has
 
 
 @dataclass(frozen=True)
 class Count:
-    """A case with what the model counted."""
+    """A case with the counts of the simulator."""
 
     case: Case
     bytes: int
@@ -67,7 +67,7 @@ class Count:
     barriers: int
 
     def bound(self, gpu: Gpu) -> tuple[float, str]:
-        """Seconds that a GPT-2 layer's worth of it takes at least, and what of the GPU is then busy all the time."""
+        """Return the minimum seconds for one GPT-2 layer, and the resource that limits it."""
         times = {
             "memory": self.case.once / gpu.bytes_per_second,
             "tensor cores": self.mma * MMA_FLOPS / gpu.flops,
@@ -87,7 +87,7 @@ def _attention_cases() -> Iterator[Case]:
     row, stats = D * 2, 4  # bytes of a row of a tensor, and of its LSE or delta
 
     def visited(rows: int, columns: int, transposed: bool = False) -> tuple[int, int]:
-        """How many columns pass by in all, and how many tiles of them; transposed: queries pass by keys."""
+        """Return the number of columns visited, and of tiles; transposed: queries visited by tiles of keys."""
         seen = [(S - begin // columns * columns if transposed else min(S, begin + rows)) for begin in range(0, S, rows)]
         return sum(seen), sum(-(-count // columns) for count in seen)
 
@@ -127,7 +127,7 @@ def _attention_cases() -> Iterator[Case]:
         prepare=None,
         once=(2 * S + 2) * row + stats,
         schedule=(2 * S + 2) * row + stats,
-        mma=0,  # 15 of the 16 rows of its tile are empty: no least to compare with
+        mma=0,  # 15 of the 16 rows of its tile are padding, so there is no minimum to compare with
         copies=BATCH * HEADS,
     )
 
@@ -142,7 +142,7 @@ def _row_cases() -> Iterator[Case]:
         name: str, forward: Callable[..., Any], rows: int, passes: int, back: int, once: int, width: int
     ) -> Iterator[Case]:
         x = all_rows[:rows]
-        one = x.numel() * 2  # a pass over a tensor
+        one = x.numel() * 2  # bytes of one tensor
         copies = BATCH * S * width // x.numel()
         leaf = x.clone().requires_grad_()
         yield Case(name + " forward", lambda: forward(x), None, passes * one + once, passes * one, 0, copies)
@@ -171,7 +171,7 @@ def _row_cases() -> Iterator[Case]:
 
 
 def count() -> Iterator[Count]:
-    """Run every case in the model. Raises RuntimeError where the model is not built, or a kernel breaks a rule."""
+    """Yield the counts of every case. Raises RuntimeError if the simulator is not built or reports an error."""
     with ops.use("simt"):  # raises if it cannot be used
         from gptcore import _simt
     _simt.configure(count=True)
@@ -200,15 +200,15 @@ def count() -> Iterator[Count]:
 
 
 def table(counts: list[Count]) -> str:
-    """Markdown: what was counted, then the bounds that follow."""
+    """Return a Markdown table of the counts, then one of the bounds that follow."""
     lines = [
-        f"Attention: one causal head of {S} x {D}; layer norm: {ROWS} x {WIDTH}, all rows of a layer, since what each",
-        f"block reads and writes for itself is much of few rows; GELU: {GELU_ROWS} x {WIDTH}; bfloat16. Global bytes",
-        "are those that threads ask for. What they ask for again (keys by the next tile of queries, the weight of a",
-        "layer norm by the next block) is the caches' to serve; different bytes are what memory must move at least.",
+        f"Attention: one causal head of {S} x {D}; layer norm: {ROWS} x {WIDTH}, all rows of a layer; GELU:",
+        f"{GELU_ROWS} x {WIDTH}; bfloat16. *Global bytes* are all that threads load and store. Repeated loads (keys by",
+        "the next tile of queries, the weight of a layer norm by the next block) can hit in a cache; *distinct bytes*",
+        "are the minimum that DRAM must move. The ratios divide by the schedule's bytes and by the tensors' bytes.",
         "",
-        "| operation | global bytes | its schedule's | ratio | different bytes | its tensors once | ratio | mma | of "
-        "the least | bank conflicts | special functions |",
+        "| operation | global bytes | schedule's bytes | ratio | distinct bytes | tensors' bytes | ratio | mma | of "
+        "the minimum | bank conflicts | special functions |",
         "| --- |" + " --: |" * 10,
     ]
     for c in counts:
@@ -220,7 +220,7 @@ def table(counts: list[Count]) -> str:
         )
     lines += [
         "",
-        f"Bounds for one layer of GPT-2 124M, batch {BATCH} x {S}: no GPU was asked, and none can be faster.",
+        f"Bounds for one layer of GPT-2 124M, batch {BATCH} x {S}: computed from data sheets, not measured.",
         "",
         "| operation | " + " | ".join(gpu.name for gpu in GPUS) + " |",
         "| --- |" + " --: |" * len(GPUS),
@@ -235,7 +235,7 @@ BEGIN, END = "<!-- counters -->", "<!-- end of counters -->"
 
 
 def write(path: Path, counts: list[Count]) -> None:
-    """Put the tables between the two markers of a document. Raises ValueError if it has none."""
+    """Write the tables between the two markers of a document. Raises ValueError if a marker is missing."""
     before, begin, rest = path.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -1,4 +1,4 @@
-"""What this installation is and what it can use: the facts behind `gptcore info`."""
+"""Describes this installation and the hardware that it can use, for `gptcore info`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptcore import _C, ops, precision
 
 
 def openmp_runtimes() -> list[str]:
-    """Files of the OpenMP runtimes loaded into this process. More than one slows every parallel kernel down."""
+    """Return the files of the OpenMP runtimes in this process. More than one slows down every parallel kernel."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
@@ -29,12 +29,12 @@ def cpu_name() -> str:
 
 
 def describe() -> dict[str, str]:
-    """Lines of `gptcore info`, by their heading, in order."""
+    """Return the lines of `gptcore info` by heading, in order."""
     build = _C.build_info()
     runtimes = openmp_runtimes()
     openmp = ", ".join(runtimes) or "none found"
     if len(runtimes) > 1:
-        openmp += "\nwarning: several OpenMP runtimes in one process fight for the cores; keep one, or LD_PRELOAD it"
+        openmp += "\nwarning: several OpenMP runtimes in a process oversubscribe the cores; keep one, or LD_PRELOAD it"
     supported = _C.supported_isas()
     isas = ", ".join(f"{isa}{'' if isa in supported else ' (not on this CPU)'}" for isa in _C.compiled_isas())
     chosen = _C.cpu_isa() + (" (GPTCORE_CPU_ISA)" if os.environ.get("GPTCORE_CPU_ISA") else "")

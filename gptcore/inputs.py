@@ -1,4 +1,4 @@
-"""Padding, packing and labels of a batch: the checks of GPT.forward, and what its masks and labels become."""
+"""Checks of the inputs of GPT.forward, and the cu_seqlens, positions and targets derived from them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 
 def check_one_dtype(state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, with their names, for weights of another dtype than most have."""
+    """Raise ValueError, naming them, if some weights have another dtype than most."""
     dtypes = [tensor.dtype for tensor in state.values()]
     most = max(dtypes, key=dtypes.count)
     odd = [f"{name} {tensor.dtype}" for name, tensor in state.items() if tensor.dtype != most]
     if odd:
         more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
         raise ValueError(
-            f"weights that are not {most} as most are: {', '.join(odd[:5])}{more}; model.to({most}) converts them"
+            f"weights should all be {most}, as most are, not {', '.join(odd[:5])}{more}; model.to({most}) converts them"
         )
 
 
 def cu_seqlens_of(attention_mask: Tensor) -> Tensor:
-    """Return cu_seqlens (3B + 1,) of padded rows (B, T): padding, text and padding, each of which may be empty."""
+    """Return cu_seqlens (3B + 1,) of padded rows (B, T): padding, text, padding in each, possibly of length 0."""
     B, T = attention_mask.shape
     row = torch.arange(B, device=attention_mask.device) * T
-    start = row + attention_mask.int().argmax(1)  # of the first one
+    start = row + attention_mask.int().argmax(1)  # the first 1
     end = start + attention_mask.sum(1)
     return F.pad(torch.stack([start, end, row + T], 1).flatten(), (1, 0))
 
@@ -44,7 +44,7 @@ def positions_in(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
 
 
 def targets_of(labels: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Return the target of each token, (B, T): the label after it, or IGNORED where GPT.forward counts none."""
+    """Return the target of each token, (B, T): the label after it, or IGNORED (see `labels` of GPT.forward)."""
     if attention_mask is not None:
         labels = labels.masked_fill(attention_mask == 0, IGNORED)
         cu_seqlens = cu_seqlens_of(attention_mask)

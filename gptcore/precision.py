@@ -14,8 +14,8 @@ import torch
 
 from gptcore import _C, ops
 
-WIDTH, HEADS = 256, 4  # of the block that is measured
-SLOWER = 1.5  # the ratio from which a warning is given: below, a larger model may be faster
+WIDTH, HEADS = 256, 4  # the transformer block that is measured
+SLOWER = 1.5  # the lowest ratio that warns: below it, a larger model may still be faster in 16 bits
 
 
 _warned: set[torch.dtype] = set()
@@ -31,7 +31,7 @@ def warn_if_slow(dtype: torch.dtype, device: torch.device | str, advice: str) ->
 def slowdown(dtype: torch.dtype) -> float:
     """Return the time of a transformer block in `dtype` by its time in float32, on the CPU; measured once.
 
-    1.0 for dtypes other than bfloat16 and float16, and while a simulator or an interpreter runs the operations.
+    Returns 1.0 for other dtypes than bfloat16 and float16, and if a simulator or an interpreter runs the operations.
     """
     if dtype not in (torch.bfloat16, torch.float16) or ops.in_use() not in (None, "cpu", "torch"):
         return 1.0
@@ -65,7 +65,7 @@ def _measured(dtype: torch.dtype, threads: int, isa: str, backend: str | None) -
         runs = [functools.partial(_run_block, kind, tokens) for kind in (torch.float32, dtype)]
         float32, other = fastest(runs, seconds=0.1)
         ratio = other / float32
-        if ratio > 4:  # clear already, and more tokens could take seconds
+        if ratio > 4:  # far above SLOWER already, and more tokens could take seconds
             break
     return ratio
 

@@ -25,7 +25,7 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 DTYPES = (F32, BF16, F16)
 # The argument `backend`, and for the CPU's kernels the instruction set. A new backend is one more line here.
 BACKENDS = {"torch": ("torch", None), **{f"cpu-{isa}": ("cpu", isa) for isa in _C.supported_isas()}}
-# A GPU's kernels on the CPU, in a model of a GPU. A case takes a thousand times as long there, so it runs a smaller
+# The CUDA kernels in the GPU simulator. A case takes a thousand times as long there, so it runs a smaller
 # grid, made for the edges of a GPU's tiles. test_triton.py does so in Triton's interpreter.
 SLOW = ["simt"] if ops.backends()["simt"] is None else []
 # On a GPU the grid runs whole; what tests memory and autograd here stays with tensors on the CPU.

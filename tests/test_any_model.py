@@ -272,7 +272,7 @@ class Affine(nn.Module):
 
 
 def test_the_device_is_read_only_where_something_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fake tensors on a GPU raise for whatever would wait for it, in the loop, the model or the optimizer."""
+    """Fake tensors on a GPU raise if the loop, the model or the optimizer synchronises."""
     reads: list[int] = []
     monkeypatch.setattr(UnreadSteps, "read", lambda self: (reads.append(len(self.steps)), self.steps.clear())[1] or [])
     monkeypatch.setattr(torch.autograd, "backward", lambda loss: None)

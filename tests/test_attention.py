@@ -54,7 +54,7 @@ class Attention:
         return settings
 
     def seen(self) -> Tensor:
-        """(batch, 1, query_len, kv_len): which query sees which key, by writing down every range."""
+        """(batch, 1, query_len, kv_len): which keys each query attends to, by enumerating the ranges."""
         (query_len, kv_len), (left, right) = self.lengths, self.window or (-1, -1)
         seen = np.zeros((self.batch, query_len, kv_len), dtype=bool)
         q_at = k_at = 0
@@ -250,7 +250,7 @@ LARGE = [  # large scores: what is rounded must cancel, also if the scale is no 
     for magnitude in (1e3, 1e4)
 ]
 GRID += LARGE
-GRID += [  # nothing to see, nobody to see it
+GRID += [  # no keys, no queries
     Attention(lengths=lengths, batch=batch, dtype=dtype)
     for lengths, batch, dtype in [
         ((0, 0), 1, F32), ((0, 5), 2, BF16), ((5, 0), 2, F32), ((5, 0), 1, BF16), ((5, 5), 0, F32), ((0, 0), 0, F16)

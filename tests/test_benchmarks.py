@@ -42,7 +42,7 @@ def test_spread_is_the_quartiles_or_for_few_values_the_extremes() -> None:
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 900.0]) == Spread(5, 3, 7)  # one outlier moves nothing
     assert spread([3.0, 1.0, 2.0]) == Spread(2, 1, 3)
     assert spread([4.0]) == Spread(4, 4, 4)
-    with pytest.raises(ValueError, match="no median of no values"):
+    with pytest.raises(ValueError, match="spread of an empty sequence"):
         spread([])
 
 

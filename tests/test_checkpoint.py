@@ -29,7 +29,7 @@ processes.set_forkserver_preload(["gptcore.training.trainer", "torch._dynamo", "
 
 
 def train(folder: Path, started: Any = None, die_at_call: int | None = None, calls: Any = None, **changes: Any) -> None:
-    """What each process runs: start, or go on from the newest checkpoint; it may kill itself in the midst of it."""
+    """Train in a child process: start or resume from the newest checkpoint; it may kill itself at any point."""
     torch.set_num_threads(1)
     callbacks = (Slow(),) if changes.pop("slow", False) else ()
     resume = bool(list_checkpoints(folder)) if folder.exists() else False
@@ -92,7 +92,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_whole(folder: Path, uninterrupted: Path) -> None:
-    """Every checkpoint that a kill left is whole, and bit for bit the one of the uninterrupted run."""
+    """Every checkpoint left by a killed run is complete, and bit-identical to that of the uninterrupted run."""
     for path in list_checkpoints(folder):
         verify_checkpoint(path)
         assert exact(path) == exact(uninterrupted / path.name), path

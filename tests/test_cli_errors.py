@@ -271,7 +271,7 @@ class Broken:
 
 @pytest.mark.parametrize(("error", "status"), [(BrokenPipeError(), 141), (OSError(28, "No space left"), 1)])
 def test_output_that_is_lost_is_reported(words, model_folder, tmp_path, monkeypatch, capsys, error, status):
-    """By training, which goes on, on stderr; by other commands with their status too."""
+    """Training reports it on stderr and continues; other commands also return an error status."""
     monkeypatch.setattr(sys, "stdout", Broken(error))
     assert main("generate", model_folder, "--max-new-tokens", 1) == status
     assert capsys.readouterr().err.count("stdout cannot be written") == 1

@@ -1,4 +1,4 @@
-"""What the CUDA kernels ask of a GPU, held to the least that they could ask, in the model of a GPU."""
+"""Memory traffic and instructions of the CUDA kernels, counted in the GPU simulator, against their minimum."""
 
 from __future__ import annotations
 
@@ -63,4 +63,4 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert "add --simt" in capsys.readouterr().err
     monkeypatch.setattr(counters, "count", lambda: iter(()))
     assert cli.main(["bench", "--simt"]) == 0
-    assert re.search(r"^Bounds .* no GPU was asked", capsys.readouterr().out, re.M)
+    assert re.search(r"^Bounds .* computed from data sheets", capsys.readouterr().out, re.M)

@@ -65,7 +65,7 @@ def test_a_tensor_on_another_gpu_than_the_current_one(monkeypatch: pytest.Monkey
         native.execution("cuda", on(1))
 
 
-@pytest.mark.skipif(ops.backends()["simt"] is not None, reason="no model of a GPU")
+@pytest.mark.skipif(ops.backends()["simt"] is not None, reason="the GPU simulator is not built")
 @pytest.mark.parametrize(
     ("shape", "kv_shape"),
     [((1, 1 << 15, 1, 8), (1, 1 << 15, 1 << 20, 8)), ((1 << 15, 1 << 16, 1, 8), (1 << 15, 1 << 16, 1, 8))],

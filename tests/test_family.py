@@ -226,7 +226,7 @@ def test_tied_weights_stay_tied(size: str, tmp_path: Path) -> None:
 
 
 def test_a_padded_vocabulary(tmp_path: Path) -> None:
-    """Rows that no token has: kept bit for bit, and never generated where the number of tokens is given."""
+    """Embedding rows without a token: kept bit-exactly, and never generated if the number of tokens is given."""
     model = theirs("small", std=0.5)
     with torch.no_grad():
         model.transformer.wte.weight[90:] = 3 * model.transformer.wte.weight[:7]

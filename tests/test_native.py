@@ -244,7 +244,7 @@ def check_reason(error: BaseException) -> None:
 
 
 def valid_arguments() -> dict[str, dict[str, Any]]:
-    """One right call of each function."""
+    """Valid arguments for each function."""
     q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8)
     lse, cu_q, cu_k = torch.zeros(2, 4, 5), torch.tensor([0, 2, 5, 10]), torch.tensor([0, 3, 6, 12])
     x, row, rows = torch.randn(6, 10), torch.ones(10), torch.ones(6)
@@ -330,7 +330,7 @@ ANYTHING = st.sampled_from(
 
 
 def call(name: str, arguments: dict[str, Any]) -> None:
-    """A native function; one of the model of a GPU is called _simt.<name>."""
+    """Return a native function; _simt.<name> is one of the GPU simulator."""
     module = _C
     if name.startswith("_simt."):
         module, name = importlib.import_module("gptcore._simt"), name.removeprefix("_simt.")

@@ -108,7 +108,7 @@ def test_small_updates_of_16_bits_add_up(backend: str, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_other_weights_are_where_the_next_update_begins(backend: str, dtype: torch.dtype) -> None:
-    """Whatever of a parameter was written into, by way of .data too; the rest of it goes on from its master."""
+    """Elements written by other code, also through .data, are taken over; the others continue from their master."""
     p = nn.Parameter(torch.linspace(1, 2, 37).to(dtype))
     optimizer = AdamW([p], lr=1e-3, weight_decay=0.0, backend=backend)
     p.grad = torch.ones_like(p)
@@ -272,7 +272,7 @@ def test_state_dicts_are_interchangeable(backend: str, fused: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_state_dicts_of_16_bits_lose_nothing(backend: str, dtype: torch.dtype) -> None:
-    """Ours go on bit for bit; between ours and PyTorch's, which has moments of 16 bits and no master, they load."""
+    """Our state resumes bit-exactly; it also loads to and from PyTorch's, which has 16-bit moments and no master."""
     expected = parameters(dtype)
     after(AdamW(expected, lr=1e-4, backend=backend), expected, 0, 6)
     params = parameters(dtype)

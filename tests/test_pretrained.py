@@ -1,4 +1,4 @@
-"""Model folders: bit for bit there and back, in the layout of transformers, whole at any moment, and checked."""
+"""Model folders: saved and loaded bit-exactly, in the layout of transformers, atomically, with checks."""
 
 from __future__ import annotations
 

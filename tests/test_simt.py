@@ -1,4 +1,4 @@
-"""The model of a GPU itself: each rule has a kernel that breaks it, which must be reported, and a twin that passes."""
+"""The GPU simulator: for each rule a kernel that breaks it, which must be reported, and a correct twin that passes."""
 
 from __future__ import annotations
 

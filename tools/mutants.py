@@ -226,7 +226,7 @@ def with_mutants(file: str, mutants: list[tuple[int, Mutant]]) -> str:
 
 
 def load(module: Path) -> Any:
-    """This module as gptcore._simt, which nobody has imported yet."""
+    """Import this module as gptcore._simt, which must not be imported yet."""
     spec = importlib.util.spec_from_file_location("gptcore._simt", module)
     assert spec is not None
     assert spec.loader is not None

@@ -155,7 +155,7 @@ def measure(module: Path = MODULE) -> Table:
 
 
 def problems(table: Table) -> list[str]:
-    """What no kernel may do, whatever the table in the repository says."""
+    """Return violations of the limits that hold for every kernel, independent of the committed table."""
     found = []
     for name, archs in table.items():
         for arch, row in archs.items():

@@ -198,7 +198,7 @@ def compiled_anew() -> list[str]:
 
 
 def wrong_with(name: str, figures: dict[str, int], architecture: str) -> list[str]:
-    """What must hold whatever the table says."""
+    """Return violations of the limits that hold for every kernel, independent of the committed table."""
     found = []
     if figures["shared"] > SHARED[architecture] * 1024:
         found.append(f"{figures['shared']} bytes of shared memory, {architecture} has {SHARED[architecture]} KB")

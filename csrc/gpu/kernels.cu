@@ -31,7 +31,7 @@ std::string cuda_problem() {
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no NVIDIA driver";
   const cudaError_t status = cudaGetDeviceCount(&devices);
   if (status == cudaErrorInsufficientDriver)
-    return "the NVIDIA driver serves CUDA up to " + version(driver) + ", this build needs " + version(runtime);
+    return "the NVIDIA driver supports CUDA up to " + version(driver) + ", this build needs " + version(runtime);
   if (status != cudaSuccess) return cudaGetErrorString(status);
   std::string found;
   for (int device = 0; device < devices; ++device) {

@@ -1,4 +1,4 @@
-// The kernels that this module has for a GPU (or for its model), and what a GPU must be for them.
+// The kernels of this module for a GPU or the GPU simulator, and the requirements on the GPU.
 #pragma once
 
 #include <string>

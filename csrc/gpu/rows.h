@@ -26,7 +26,7 @@ inline bool whole_vectors(int64_t width, std::initializer_list<const void*> tens
   return whole;
 }
 
-// Of the current device. The model is one of an A100, but for the cache: small, so that small tensors fill it.
+// Of the current device. The simulator has an A100's, but a small cache, so that small tensors exceed it.
 #ifdef GPTCORE_SIMT
 inline int multiprocessors() { return 108; }
 inline int l2_bytes() { return 64 << 10; }

@@ -228,8 +228,8 @@ void Block::log(uintptr_t address, unsigned width, bool write, bool shared, uint
   instruction.requests[nth].address[lane] = address;
 }
 
-// Shared memory has 32 banks of 4 bytes. A warp's request is served 128 bytes at a time: all lanes, or half or a
-// quarter of them. One pass serves different banks, or the same word to many.
+// Shared memory has 32 banks of 4 bytes. A request of a warp is processed 128 bytes at a time: all lanes, or half or
+// a quarter of them. One pass accesses each bank once; lanes that read the same word share the access.
 int64_t Block::shared_passes(const Request& request, int width, int64_t* least) const {
   const int lanes_a_phase = width <= 4 ? 32 : width == 8 ? 16 : 8;
   int64_t passes = 0;

@@ -1,4 +1,4 @@
-// What a kernel compiled by g++ sees of the model: CUDA's words, and the functions behind kernels/cuda/ptx.cuh.
+// The simulator's side of a kernel that g++ compiles: CUDA's keywords, and the functions behind kernels/cuda/ptx.cuh.
 #pragma once
 
 #include <stdint.h>

@@ -342,8 +342,8 @@ const Example& find(const std::string& name) {
 enum class FragmentOp { mma_bfloat16, mma_float16, mma_tf32, load_matrix, load_matrix_trans };
 const char* const kFragmentOps[] = {"mma_bfloat16", "mma_float16", "mma_tf32", "load_matrix", "load_matrix_trans"};
 
-// Of each lane's ten words, an mma takes a (4), b (2) and d (4), and a load_matrix the first four, as row l % 8 of
-// matrix l / 8.
+// Each lane has ten words: for an mma a (4), b (2) and d (4); for a load_matrix the first four are row l % 8 of matrix
+// l / 8.
 __global__ void fragments(FragmentOp op, const uint32_t* in, uint32_t* out) {
   const uint32_t* mine = in + threadIdx.x * 10;
   const uint32_t a[4] = {mine[0], mine[1], mine[2], mine[3]}, b[2] = {mine[4], mine[5]};

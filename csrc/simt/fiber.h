@@ -1,4 +1,4 @@
-// A fiber: a stack of its own and the registers to go on with. Switching is all that it can do.
+// A fiber: its own stack and saved registers. The only operation is a switch to another fiber.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// The model itself: blocks of fibers, and what is kept to judge and to count their accesses.
+// The simulator: blocks of fibers, and the records by which their accesses are checked and counted.
 #pragma once
 
 #include <array>

@@ -1,4 +1,4 @@
-// gptcore._simt: the CUDA kernels on the CPU, in the model of a GPU that checks and counts what they do.
+// gptcore._simt: the CUDA kernels on the CPU, in a GPU simulator that checks and counts their memory accesses.
 #include "csrc/gpu/kernels.h"
 #include "csrc/operations.h"
 #include "csrc/simt/model.h"
@@ -16,7 +16,7 @@ void run_fragments(const std::string& op, const uint32_t* in, uint32_t* out);
 
 const Kernels& gptcore::kernels_for(const TensorView& tensor, const Execution& execution) {
   if (tensor.device_type != Device::cpu) refuse("a tensor is on ", tensor.device(), ", expected cpu");
-  if (!execution.allocate) refuse("execution is a number of threads, expected that of a GPU, whose kernels simt runs");
+  if (!execution.allocate) refuse("execution is a number of threads, expected (stream, allocate, allow_tf32), as on a GPU");
   return GPTCORE_GPU::kernels;
 }
 
@@ -51,7 +51,7 @@ void configure(const std::string& order, uint64_t seed, int threads, bool count)
 }  // namespace
 
 PYBIND11_MODULE(_simt, m) {
-  m.doc() = "The CUDA kernels in a model of a GPU. Use gptcore.ops with backend='simt'; see docs/simt.md.";
+  m.doc() = "The CUDA kernels in a GPU simulator. Use gptcore.ops with backend='simt'; see docs/simt.md.";
   py::register_exception<simt::SimtError>(m, "SimtError", PyExc_RuntimeError);
   bind_operations(m);
   m.def("configure", &configure, py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 0,

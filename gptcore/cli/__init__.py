@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None, **overrides: Any) -> int:
     """Run one command.
 
     Returns 0; 1 after an error, which is explained on stderr; 130 after Ctrl-C; 141 if the reader of stdout went away
-    (training goes on then). Raises SystemExit(2) for wrong usage. With GPTCORE_DEBUG=1 errors print a traceback.
+    (training then continues). Raises SystemExit(2) for wrong usage. With GPTCORE_DEBUG=1 errors print a traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     output = SteadyOutput(sys.stdout)

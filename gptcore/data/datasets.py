@@ -191,7 +191,7 @@ def split(dataset: Dataset[Any], validation_fraction: float) -> tuple[Subset[Any
     """Return the first windows of a dataset for training and the last ones for validation, as two views.
 
     The validation view has the nearest whole number of windows to the fraction, and at least one. Windows never
-    overlap, so no token is in both; a document may go on from one view into the other. Raises ValueError if a view
+    overlap, so no token is in both; a document may continue from one view into the other. Raises ValueError if a view
     would be empty.
     """
     assert isinstance(dataset, Sized)

@@ -1,4 +1,4 @@
-"""Text generation: `stream` yields tokens as they come, `generate` collects them, `Batch` is what both stand on."""
+"""Text generation: `stream` yields tokens as they come, `generate` collects them; both use `Batch`."""
 
 from __future__ import annotations
 

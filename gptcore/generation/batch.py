@@ -35,7 +35,7 @@ class Batch:
 
     A step reads a prompt that was added before it, and yields its first token; for all other rows it is one forward
     pass over a token a row. In float32 a row gets the same greedy tokens as alone; its draws depend on its seed alone.
-    A row whose logits are not finite, or that its limits leave no token, ends with an error; the others go on.
+    A row whose logits are not finite, or that its limits leave no token, ends with an error; the others continue.
     Not safe with threads: one thread adds, steps and drops.
 
     vocab_size: of the tokenizer, if the model's was padded to a round number: no token from there on is ever taken.
@@ -99,7 +99,7 @@ class Batch:
             self._cache.drop(index)
 
     def _next_logits(self) -> Tensor:
-        """Logits (rows, V) in float32 for the next token of each row, after the waiting rows have joined the others."""
+        """Return float32 logits (rows, V) for the next token of each row, after adding the waiting rows."""
         logits, old, new = [], self._rows, self._waiting
         fresh = KVCache(0)
         if not self.use_cache:
@@ -119,7 +119,7 @@ class Batch:
         return torch.cat(logits)[:, : self.vocab_size].float()
 
     def _read(self, rows: list[_Row], cache: KVCache | None) -> Tensor:
-        """Logits (rows, V) after the whole text of each row, packed where their lengths differ; fills the cache."""
+        """Return logits (rows, V) after the whole text of each row, packed if their lengths differ; fills the cache."""
         lengths = [len(row.tokens) for row in rows]
         if len(set(lengths)) == 1:
             ids = torch.tensor([row.tokens for row in rows], device=self._device)
@@ -129,7 +129,7 @@ class Batch:
         return self.model(packed, cu_seqlens=cu_seqlens, cache=cache, logits_to_keep=cu_seqlens[1:] - 1).logits[0]
 
     def _choose(self, logits: Tensor) -> Tensor:
-        """The next token of each row, (rows,), from logits (rows, V); NOT_FINITE or NONE_LEFT where there is none."""
+        """Return the next token of each row, (rows,), from logits (rows, V), or NOT_FINITE or NONE_LEFT."""
         finite = logits.isfinite().all(-1)
         for index, row in enumerate(self._rows):
             if row.ids is not None:

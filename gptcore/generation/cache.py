@@ -31,7 +31,7 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest row; 0 without rows."""
+        """Return the number of tokens of the longest row; 0 without rows."""
         return max(self.lengths, default=0)
 
     def begin(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Where float32 holds neither 0 nor infinity: temperatures and penalties are clamped to this range
+# Temperatures and penalties are clamped to this range: in float32 they must be neither 0 nor infinite
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
@@ -26,8 +26,8 @@ class Settings:
         negative (after Keskar et al. 2019, section 4.1); 1 does nothing.
     no_repeat_ngram_size: so many tokens in succession never come twice in a row, prompt included; None sets no limit.
     min_new_tokens: the end token is not among the first so many.
-    eos_token_id: the token that ends the row; None means the model's, -1 means that nothing does.
-    seed: decides the draws, alone; None means a new one each time. PyTorch's global generators are never used.
+    eos_token_id: the token that ends the row; None means the model's, -1 disables it.
+    seed: of the row's own generator; None draws a new one each time. PyTorch's global generators are never used.
 
     Raises ValueError or TypeError for values that are out of range, also for those of sampling without do_sample.
     """
@@ -63,7 +63,7 @@ class Settings:
 
     @property
     def limits_repetition(self) -> bool:
-        """Whether the tokens so far change the logits."""
+        """Return whether the tokens so far change the logits."""
         return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size is not None
 
 
@@ -120,13 +120,13 @@ def sample(
     the largest of p / q, where q is exponentially distributed.
     """
     V = logits.shape[-1]
-    logits, candidates = logits.topk(V if top_k is None else min(top_k, V))  # the likeliest first
+    logits, candidates = logits.topk(V if top_k is None else min(top_k, V))  # in descending order
     temperature = _column([min(max(value, SMALLEST), LARGEST) for value in temperatures], logits)
     probabilities = ((logits - logits[:, :1]) / temperature).softmax(-1)  # the difference cannot overflow upwards
     if any(top_p is not None for top_p in top_ps):
         top_p = _column([2.0 if value is None or value == 1 else value for value in top_ps], logits)
         reached = probabilities.cumsum(-1)[:, :-1] >= top_p
-        probabilities[:, 1:].masked_fill_(reached, 0)  # the first stays, whatever top_p
+        probabilities[:, 1:].masked_fill_(reached, 0)  # the most likely token is always kept
     noise = torch.empty_like(probabilities)
     for row, generator in zip(noise, generators, strict=True):
         row.exponential_(generator=generator)

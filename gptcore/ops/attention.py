@@ -1,4 +1,4 @@
-"""Fused softmax-attention: softmax(scale Q K^T + mask) V, never holding the score matrix.
+"""Fused softmax-attention: softmax(scale Q K^T + mask) V, without materialising the score matrix.
 
 "Attention Is All You Need" (Vaswani et al. 2017, section 3.2.1), computed as in FlashAttention (Dao et al. 2022).
 """
@@ -24,7 +24,7 @@ class Settings(NamedTuple):
 
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
-    seed: Tensor | None = None  # int64, one element on the CPU: torch.compile must not keep one draw for all calls
+    seed: Tensor | None = None  # int64, (1,) on the CPU; a tensor, because torch.compile makes numbers constants
     scale: float = 1.0
     causal: bool = True
     window_left: int = -1  # -1: no limit
@@ -32,7 +32,7 @@ class Settings(NamedTuple):
     dropout_p: float = 0.0
 
 
-NO_LIMIT = 2**31 - 1  # keys on one side of a query: more than there can be, and far from overflowing int64
+NO_LIMIT = 2**31 - 1  # more keys than a tensor can have, and far from overflowing int64
 
 
 def attention(
@@ -55,9 +55,9 @@ def attention(
         k, v: keys and values, (batch, kv_heads, kv_len, head_dim). query_heads is a multiple of kv_heads: query head h
             uses key-value head h // (query_heads / kv_heads), as in grouped-query attention.
         causal: queries attend to no key after their own position. Positions are aligned at the end: the last query has
-            the position of the last key, whatever the two lengths.
+            the position of the last key, also if the two lengths differ.
         scale: factor of the scores; None is 1/sqrt(head_dim).
-        window: (left, right), how many keys on either side of its position a query attends to; -1 is no limit.
+        window: (left, right), how many keys before and after its position a query attends to; -1 means no limit.
         cu_seqlens: boundaries of packed documents, which do not attend to each other: int32 or int64 over all tokens of
             the batch, row after row, from 0 to batch x length, every row's end among them. A last value of `length`
             alone means the same boundaries in every row. Or a pair (cu_seqlens_q, cu_seqlens_k): document i of the
@@ -73,7 +73,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes, strides or arguments that do not fit, with what was expected.
         TypeError: an argument has the wrong type.
-        RuntimeError: the backend that was asked for cannot run the call.
+        RuntimeError: the requested backend cannot run the call.
     """
     return _attend(q, k, v, causal, scale, window, cu_seqlens, dropout_p, backend)[0]
 
@@ -107,9 +107,9 @@ def attention_qkvpacked(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Return `attention` of the q, k and v that one projection computed; their gradient is one tensor, too.
+    """Return `attention` of q, k and v packed in one tensor; their gradient is one tensor as well.
 
-    The result equals that of qkv.permute(2, 0, 3, 1, 4).unbind(0), whose gradient would be put together from three.
+    The result equals that of qkv.permute(2, 0, 3, 1, 4).unbind(0), whose gradient would be assembled from three.
 
     Args:
         qkv: (batch, length, 3, heads, head_dim).
@@ -134,7 +134,7 @@ def attention_qkvpacked(
 
 
 def _parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (batch, heads, length, head_dim) in (batch, length, 3, heads, head_dim)."""
+    """Return views q, k and v (batch, heads, length, head_dim) of qkv (batch, length, 3, heads, head_dim)."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
@@ -159,11 +159,11 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of `attention` and return its output and the log-sum-exp.
 
-    packed: the tensor that q, k and v are parts of, or None. Implementations get it and two None in place of q, k, v.
+    packed: the tensor that q, k and v are views of, or None. If given, implementations get (packed, None, None).
     """
     arguments.check_numbers(scale=0 if scale is None else scale, dropout_p=dropout_p)
     arguments.check_flags(causal=causal)
-    # The native check takes a tenth of the time; _check explains what it refuses, or finds that it is right.
+    # The native check is ten times as fast; _check then raises with the reason, or accepts a subclass of Tensor.
     if torch.compiler.is_compiling() or not _C.attention_takes(q, k, v):
         _check(q, k, v)
     if scale is None:
@@ -241,7 +241,7 @@ def _check_cu_seqlens(cu_seqlens: Boundaries | None, q: Tensor, k: Tensor) -> tu
 
 
 def _check_values(cu_q: Tensor, cu_k: Tensor, q: Tensor, k: Tensor) -> None:
-    """Raises ValueError on invalid cu_seqlens; synchronises. Without memory there are no values to check."""
+    """Raise ValueError for invalid cu_seqlens; synchronises. Tensors without memory are not checked."""
     if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     if cu_q.is_meta or native.is_watched(cu_q, cu_k):
@@ -259,7 +259,7 @@ def _segments(cu: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
     """Return for each token, (batch, length), the index of its document and its position in it."""
     position = torch.arange(length, device=cu.device).expand(batch, length)
     row_begin = torch.arange(batch, device=cu.device)[:, None] * length
-    flat = torch.where(cu[-1] == length, position, position + row_begin)  # one row's boundaries serve every row
+    flat = torch.where(cu[-1] == length, position, position + row_begin)  # boundaries of one row hold for every row
     segment = torch.bucketize(flat, cu[1:].contiguous(), right=True)
     return segment, flat - cu[segment]
 
@@ -270,7 +270,7 @@ def _mask(q: Tensor, k: Tensor, settings: Settings) -> Tensor:
     kv_len = k.shape[2]
     key = torch.arange(kv_len, device=q.device)[None, None, :]
     position = torch.arange(query_len, device=q.device)[None, :, None] + kv_len - query_len
-    seen = torch.ones(1, query_len, kv_len, dtype=torch.bool, device=q.device)
+    allowed = torch.ones(1, query_len, kv_len, dtype=torch.bool, device=q.device)
     cu_q, cu_k = settings.cu_seqlens_q, settings.cu_seqlens_k
     if cu_q is not None and cu_k is not None:
         _check_values(cu_q, cu_k, q, k)
@@ -278,18 +278,18 @@ def _mask(q: Tensor, k: Tensor, settings: Settings) -> Tensor:
         key_segment, key_position = _segments(cu_k, batch, kv_len)
         key = key_position[:, None, :]
         position = (query_position + (cu_k.diff() - cu_q.diff())[query_segment])[:, :, None]
-        seen = query_segment[:, :, None] == key_segment[:, None, :]
+        allowed = query_segment[:, :, None] == key_segment[:, None, :]
     if settings.causal:
-        seen = seen & (key <= position)
+        allowed = allowed & (key <= position)
     if settings.window_left >= 0:
-        seen = seen & (key >= position - settings.window_left)
+        allowed = allowed & (key >= position - settings.window_left)
     if settings.window_right >= 0:
-        seen = seen & (key <= position + settings.window_right)
-    return seen[:, None]
+        allowed = allowed & (key <= position + settings.window_right)
+    return allowed[:, None]
 
 
 def _dropout_keep(shape: torch.Size, seed: Tensor, dropout_p: float, device: torch.device) -> Tensor:
-    """Which softmax weights stay: Philox4x32-10 (Salmon et al. 2011) of (seed, batch x heads + head, query, key).
+    """Return which softmax weights are kept, by Philox4x32-10 (Salmon et al. 2011) of (seed, head, query, key).
 
     Word key % 4 of the counter (key // 4, query, batch x heads + head, 0); kept where it is at least dropout_p x 2^32.
     """
@@ -323,11 +323,11 @@ def _attention_torch(q: Tensor, k: Tensor | None, v: Tensor | None, settings: Se
     group = q.shape[1] // k.shape[1]
     keys, values = (tensor.to(wide).repeat_interleave(group, dim=1) for tensor in (k, v))
     scores = settings.scale * (q.to(wide) @ keys.transpose(-2, -1))  # (B, H, Tq, Tk)
-    seen = _mask(q, k, settings)
-    scores = scores.masked_fill(~seen, -math.inf)
+    allowed = _mask(q, k, settings)
+    scores = scores.masked_fill(~allowed, -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
-    blind = ~seen.any(dim=-1, keepdim=True)  # sees no key: zeros, where softmax would give NaN
-    probs = scores.masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
+    no_keys = ~allowed.any(dim=-1, keepdim=True)  # queries whose output is 0, where softmax would give NaN
+    probs = scores.masked_fill(no_keys, 0.0).softmax(dim=-1).masked_fill(no_keys, 0.0)
     if settings.seed is not None:
         keep = _dropout_keep(scores.shape, settings.seed.to(q.device), settings.dropout_p, q.device)
         probs = probs * keep / (1.0 - settings.dropout_p)
@@ -376,12 +376,12 @@ def _forward_on_gpu(kernel: native.Kernel, q: Tensor, k: Tensor, v: Tensor, *set
 
 
 def _as_int64(*cu_seqlens: Tensor | None) -> list[Tensor | None]:
-    """Return cu_seqlens as the kernels of GPUs read them."""
+    """Return cu_seqlens in the dtype and layout that the GPU kernels read."""
     return [None if cu is None else cu.long().contiguous() for cu in cu_seqlens]
 
 
-# A backward pass has one setting more, `packed`: whether q, k and v are parts of one tensor. If so, the first result is
-# the gradient of that tensor, and the other two are empty.
+# The backward pass has one more setting, `packed`: q, k and v are views of one tensor. Then the first result is the
+# gradient of that tensor, and the other two are empty.
 
 
 def _backward_body(

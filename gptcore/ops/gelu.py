@@ -16,7 +16,7 @@ from gptcore.ops.operation import Operation, Sample
 
 
 def gelu(x: Tensor, *, bias: Tensor | None = None, approximate: str = "tanh", backend: str | None = None) -> Tensor:
-    """GELU of x + bias, element by element.
+    """Return GELU(x + bias), elementwise.
 
     Args:
         x: any shape; with a bias, (..., width).
@@ -30,7 +30,7 @@ def gelu(x: Tensor, *, bias: Tensor | None = None, approximate: str = "tanh", ba
     Raises:
         ValueError: shapes, dtypes or arguments that do not fit, with what was expected.
         TypeError: an argument has the wrong type.
-        RuntimeError: the backend that was asked for cannot run the call.
+        RuntimeError: the requested backend cannot run the call.
     """
     arguments.check_tensors(x=x)
     arguments.check_tensors(optional=True, bias=bias)
@@ -67,8 +67,8 @@ def _gelu_torch(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
-# They take dense tensors, with bias in float32. Outputs have x's shape: autograd allows no in-place change of a view
-# that a Function returned.
+# They take dense tensors, with bias in float32. Outputs are not views: autograd forbids in-place changes of a view that
+# a Function returned.
 
 
 def _forward_native(kernel: native.Kernel, x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:

@@ -1,7 +1,6 @@
-"""A linear layer, for which bfloat16 on a CPU has a kernel of its own.
+"""A linear layer: PyTorch's F.linear, and a bfloat16 kernel for CPUs with AVX-512 BF16.
 
-PyTorch's matmuls are hard to beat, and run all others. In bfloat16 more stands around them than in float32: casts of
-weights and gradients under autocast, the bias, its gradient. The kernel does all of that on the way.
+The kernel fuses the casts of weights and gradients under autocast, the bias and its gradient with the matrix product.
 """
 
 from __future__ import annotations
@@ -18,36 +17,36 @@ from gptcore import _C
 from gptcore.ops import arguments, native, registry
 from gptcore.ops.operation import Operation, Sample
 
-FASTER_ON = "avx512_bf16"  # the instruction set; where there is AMX, PyTorch's matmuls are several times as fast
-FASTER_FROM = 256  # rows; with fewer, packing a large weight takes longer than what is saved
+FASTER_ON = "avx512_bf16"  # the instruction set; with AMX, PyTorch's matmuls are several times as fast
+FASTER_FROM = 256  # rows; with fewer, packing a large weight takes longer than the fusion saves
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """x @ weight.T + bias, as torch.nn.functional.linear.
+    """Return x @ weight.T + bias, as torch.nn.functional.linear does.
 
     Args:
         x: (..., in_features).
-        weight: (out_features, in_features), in x's dtype; inside torch.autocast in any.
+        weight: (out_features, in_features), in x's dtype; any floating-point dtype but float64 under torch.autocast.
         bias: (out_features,), in weight's dtype.
-        backend: `torch` is F.linear, also on other devices; its last bits may depend on the number of threads. `cpu` is
-            differentiable once; under autocast it reads the weights, and writes their gradients, in the dtype that
-            they have. If this call asks for none, also where ops.use("cpu") did, it is taken where it is faster, which
-            is in bfloat16 alone.
+        backend: `torch` is F.linear, on any device; its last bits may depend on the number of threads. `cpu` is our
+            kernel, differentiable once; under autocast it reads the weights and writes their gradients in their own
+            dtype. By default, and after ops.use("cpu"), the kernel is used only where it is faster: in bfloat16, see
+            `_is_faster`.
 
     Returns:
         (..., out_features), in x's dtype, or autocast's.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with what was expected.
-        TypeError: an argument that must be a tensor is none.
-        RuntimeError: the backend that was asked for cannot serve the call.
+        TypeError: an argument has the wrong type.
+        RuntimeError: the requested backend cannot run the call.
     """
     arguments.check_tensors(x=x, weight=weight)
     arguments.check_tensors(optional=True, bias=bias)
     dtype = _check(x, weight, bias)
     if backend is None and registry.in_use() in (None, "cpu") and not _is_faster(x, weight, bias, dtype):
         backend = "torch"
-    # Of what autocast takes, these are read as they are
+    # The kernel reads float32 and `dtype`; other dtypes under autocast are cast here
     if not all(tensor is None or tensor.dtype in (dtype, torch.float32) for tensor in (x, weight, bias)):
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     out: Tensor = registry.select("linear", backend, x)(x, weight, bias, dtype)
@@ -55,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """The dtype of the result."""
+    """Return the dtype of the result. Raises ValueError for arguments that do not fit."""
     if x.dim() < 1 or not x.dtype.is_floating_point:
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}, expected a floating-point dtype and (..., width)")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
@@ -86,7 +85,7 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
         and _C.cpu_isa() == FASTER_ON
         and not native.is_watched(x, weight, bias)
         and x.layout is weight.layout is torch.strided
-        and x.dim() <= 8  # as many as native code takes
+        and x.dim() <= 8  # the limit of native functions
         and math.prod(x.shape[:-1]) >= FASTER_FROM
     )
 
@@ -139,7 +138,7 @@ def _backward_native(
     return gradients
 
 
-# All dense. x is needed for the gradient of weight, weight for that of x; gradients that are not needed are empty.
+# All tensors are dense. grad_weight needs x, grad_x needs weight; gradients that are not needed are empty.
 _forward = native.define(
     "linear_forward(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor",
     native.compiled("linear_forward", _forward_native, ["cpu"]),

@@ -1,7 +1,7 @@
-"""The output projection and the cross entropy after it, never holding the logits of all tokens.
+"""Output projection fused with cross entropy, without materialising the logits of all tokens.
 
-The loss is a scalar, so its gradients can be computed while the logits of a few tokens are at hand, and scaled when the
-scalar's own gradient is known: Liger kernels (Hsu et al. 2024, arXiv:2410.10989, section 3.2).
+The forward pass computes loss and gradients chunk by chunk, and the backward pass scales the gradients by that of the
+scalar loss, as in Liger kernels (Hsu et al. 2024, arXiv:2410.10989, section 3.2).
 """
 
 from __future__ import annotations
@@ -20,37 +20,36 @@ from torch import Tensor
 from gptcore.ops import arguments, native, registry
 from gptcore.ops.operation import Operation, Sample
 
-CHUNK = 512  # tokens whose logits exist at once: of fewer, matmuls are slower, and weight's gradient is added up often;
-CHUNK_BYTES = 32 << 20  # and more of them, while their logits have at most so many bytes
-VOCAB_BLOCK = 4096  # tokens of the vocabulary whose 16-bit weight gradient stays in the cache until it is added up
-LARGE = 4 << 20  # bytes: what is smaller comes from PyTorch's allocator
-# Rows of logits begin at multiples of this, or matmuls are slower: in float32 on a CPU by a quarter. On an H200 the
-# loss of 8192 tokens in 16 bits, with its gradients and GPT-2's vocabulary, takes 21 ms without it and 9 with it
+CHUNK = 512  # minimum tokens per chunk: with fewer, matmuls are slower and grad_weight is accumulated more often
+CHUNK_BYTES = 32 << 20  # a chunk has more tokens while its logits fit in this
+VOCAB_BLOCK = 4096  # rows of grad_weight per matmul: their 16-bit product stays in the cache until it is accumulated
+LARGE = 4 << 20  # bytes: smaller buffers come from PyTorch's allocator
+# The row stride of the logits is a multiple of this: unaligned rows make matmuls slower
 ROW = 16
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, backend: str | None = None
 ) -> Tensor:
-    """The mean of -log softmax(x @ weight.T)[target] over the targets that are not ignore_index.
+    """Return the mean of -log softmax(x @ weight.T)[target] over the targets that are not ignore_index.
 
-    The logits have the dtype that F.linear gives them; softmax and loss are float32, and the gradient of weight is
-    summed in float32. The matmuls are PyTorch's, whose last bits may depend on the number of threads.
+    The logits have the dtype of F.linear's result; softmax, loss and the accumulation of grad_weight are float32. The
+    matmuls are PyTorch's, whose last bits may depend on the number of threads.
 
     Args:
         x: (..., width), the last hidden states.
-        weight: (vocabulary, width), in x's dtype; inside torch.autocast in any.
+        weight: (vocabulary, width), in x's dtype; any floating-point dtype under torch.autocast.
         targets: int64, the shape of x without its last dimension.
-        ignore_index: a target that does not count: it adds nothing to the loss, and its x gets no gradient.
+        ignore_index: targets with this value add nothing to the loss, and their x gets a gradient of 0.
 
     Returns:
-        A float32 scalar; 0, with gradients of 0, where no target counts.
+        A float32 scalar; 0, with gradients of 0, if all targets are ignored.
 
     Raises:
         ValueError: shapes, dtypes or targets that do not fit, with what was expected. Backend `torch` leaves targets on
             other devices and in torch.compile to PyTorch's own assertions.
-        TypeError: an argument that must be a tensor is none.
-        RuntimeError: the backend that was asked for cannot serve the call.
+        TypeError: an argument has the wrong type.
+        RuntimeError: the requested backend cannot run the call.
     """
     arguments.check_tensors(x=x, weight=weight, targets=targets)
     dtype = _check(x, weight, targets)
@@ -59,7 +58,7 @@ def linear_cross_entropy(
 
 
 def _check(x: Tensor, weight: Tensor, targets: Tensor) -> torch.dtype:
-    """The dtype of the logits."""
+    """Return the dtype of the logits. Raises ValueError for arguments that do not fit."""
     if x.dim() < 1 or not x.dtype.is_floating_point:
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}, expected a floating-point dtype and (..., width)")
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != x.shape[-1]:
@@ -127,7 +126,7 @@ def _forward_native(
     targets = kept
     rows = (x if everything else x.index_select(0, counted)).to(dtype)
     narrow = weight if weight.dtype == dtype else _kept("narrow", weight.shape, dtype).copy_(weight)
-    # The factor 1 / count comes after the sums: softmax / count would vanish in float16
+    # 1 / count is applied after the sums: softmax / count would underflow in float16
     scale = 1.0 / max(1, count)
     grad_rows = torch.empty_like(rows if need_x else rows[:0])
     grad_weight = _kept("gradient", weight.shape if need_weight else (0,), torch.float32)
@@ -137,13 +136,13 @@ def _forward_native(
     most = max(CHUNK, CHUNK_BYTES // (vocab * dtype.itemsize))
     size = max(1, -(-count // max(1, -(-count // most))))
     buffer, total = _kept("logits", (min(size, count), -(-vocab // ROW) * ROW), dtype), 0.0
-    # Where oneDNN multiplies in AMX's tiles, it reads the neighbour of an odd last column, and 0 x NaN is NaN
+    # With AMX, oneDNN multiplies the column after an odd last one by 0, and 0 x NaN is NaN
     buffer[:, vocab:].zero_()
     buffer = buffer[:, :vocab]
     for begin in range(0, count, size):
         chunk = slice(begin, begin + size)
         part = rows[chunk]
-        logits = torch.mm(part, narrow.t(), out=buffer[: len(part)])  # `out`: autocast leaves such alone
+        logits = torch.mm(part, narrow.t(), out=buffer[: len(part)])  # autocast does not cast calls with `out`
         total += cross_entropy(logits, targets[chunk], need_x or need_weight)
         if need_x:
             torch.mm(logits, narrow, out=grad_rows[chunk])
@@ -155,14 +154,13 @@ def _forward_native(
     return torch.tensor(total * scale, dtype=torch.float32, device="cpu"), grad_x, grad_weight.to(weight.dtype)
 
 
-_memory = threading.local()  # what _kept gave last for each purpose, and whether a tensor still lives in it
+_memory = threading.local()  # for each purpose: the last buffer of _kept, and a weak reference to its last use
 
 
 def _kept(purpose: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory of the size of the vocabulary, written anew in each step: that of the last step, if it is free by now.
+    """Return an uninitialised tensor, in the buffer of the last step for this purpose if no tensor uses it any more.
 
-    The system takes long to hand out new memory, and very long where the host of a virtual machine has to find it:
-    GPT-2's gradient of 154 MB took 9 to 180 ms, for what the kernels write in 6.
+    The page faults of fresh memory take longer than the kernels need to write it.
     """
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE:
@@ -171,18 +169,19 @@ def _kept(purpose: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if len(memory) < size or last_use() is not None:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)  # one fault for 2 MB instead of 512
-    use = memoryview(memory)  # which lives as long as the tensor's storage does
+            memory.madvise(mmap.MADV_HUGEPAGE)  # one page fault for 2 MB instead of 512
+    use = memoryview(memory)  # the tensor's storage keeps this alive
     vars(_memory)[purpose] = memory, weakref.ref(use)
-    return torch.frombuffer(use, dtype=dtype, count=math.prod(shape)).resize_(shape)  # no view: autograd adds in place
+    # resize_ instead of view: autograd accumulates in place only into tensors that are not views
+    return torch.frombuffer(use, dtype=dtype, count=math.prod(shape)).resize_(shape)
 
 
 def _add_product(grad_weight: Tensor, logits: Tensor, rows: Tensor, scale: float, first: bool) -> None:
-    """grad_weight += scale x logits.T @ rows, in float32; the first time there is nothing yet to add to."""
+    """Compute grad_weight += scale x logits.T @ rows in float32; `first` overwrites grad_weight instead."""
     if logits.dtype == torch.float32:
         grad_weight.addmm_(logits.t(), rows, beta=0 if first else 1, alpha=scale)
         return
-    # PyTorch's 16-bit matmul has a 16-bit result: made in blocks, it never leaves the cache
+    # PyTorch's 16-bit matmul has a 16-bit result; computed in blocks, it stays in the cache
     shape = min(VOCAB_BLOCK, len(grad_weight)), rows.shape[1]
     product, wide = (rows.new_empty(shape, dtype=dtype) for dtype in (rows.dtype, torch.float32))
     for block in grad_weight.split(VOCAB_BLOCK):
@@ -190,7 +189,7 @@ def _add_product(grad_weight: Tensor, logits: Tensor, rows: Tensor, scale: float
         part = torch.mm(some.t(), rows, out=product[: len(block)])
         if first:
             block.copy_(part).mul_(scale)
-        else:  # by way of float32: an addition of two dtypes would take new memory for that
+        else:  # through float32: adding mixed dtypes would allocate a temporary
             block.add_(wide[: len(block)].copy_(part), alpha=scale)
 
 
@@ -203,7 +202,7 @@ def _outputs(x: Tensor, weight: Tensor, targets: Tensor, *settings: Any) -> tupl
     )
 
 
-# x: (rows, width). Results: the loss and its gradients, which are empty where they are not needed.
+# x is (rows, width). Returns the loss and its gradients; those that are not needed are empty.
 _forward = native.define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, int ignore_index, bool need_x, "
     "bool need_weight) -> (Tensor, Tensor, Tensor)",
@@ -239,7 +238,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.compiler.is_compiling():
             gradients = [gradient * grad_loss for gradient in ctx.saved_tensors]
         else:
-            # The caller owns what is returned, and may write into it: a second backward pass computes it again.
+            # Autograd may write into the gradients that it gets, so a second backward pass computes them again.
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:
                 x, weight, targets = ctx.saved_tensors
@@ -247,7 +246,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if native.is_batched(grad_loss):
                 ctx.gradients = gradients
                 gradients = [gradient * grad_loss for gradient in gradients]
-            elif grad_loss != 1:  # 1 is usual, and GPT-2's grad_weight has 150 MB
+            elif grad_loss != 1:  # usually 1, and grad_weight is large
                 gradients = [gradient.mul_(grad_loss) for gradient in gradients]
         grad_x, grad_weight = gradients
         return (

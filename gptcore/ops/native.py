@@ -71,7 +71,7 @@ def execution(backend: str, tensor: torch.Tensor) -> int | tuple[int, Callable[[
         return torch.get_num_threads()
     stream = 0
     if tensor.is_cuda:
-        current = torch.cuda.current_device()  # where kernels start, whatever the stream
+        current = torch.cuda.current_device()  # kernels start here, not on the stream's GPU
         if tensor.get_device() != current:
             raise ValueError(
                 f"the tensors are on {tensor.device}, expected the current GPU, cuda:{current}; "
@@ -134,7 +134,7 @@ def _without_subclass(arg: Any) -> Any:
 
 
 def is_batched(*tensors: torch.Tensor | None) -> bool:
-    """Whether one of these is a batch of vmap or is_grads_batched."""
+    """Return whether one of these is a batch of vmap or is_grads_batched."""
     if torch._C._are_functorch_transforms_active():
         return True
     return any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
@@ -144,12 +144,12 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, t
 
 
 def is_watched(*args: Any) -> bool:
-    """Whether an argument is a subclass of torch.Tensor, or a dispatch mode records the operators that are called."""
+    """Return whether an argument is a subclass of torch.Tensor, or a dispatch mode is active."""
     return not _PLAIN.issuperset(map(type, args)) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _vmap(operator: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    """Call an operator once for each element of the batch, as backward passes with is_grads_batched need it."""
+    """Call an operator once for each element of the batch, for backward passes with is_grads_batched."""
     results = [
         operator(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)

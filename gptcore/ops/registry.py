@@ -1,4 +1,4 @@
-"""The table of backends: which can run an operation here, which is chosen, and of each other why not."""
+"""The table of backends: which can run an operation here, which is chosen, and why the others are not."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Backend:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func, forward-mode AD or torch.jit.trace is active, which kernels would bypass."""
+    """Return whether torch.func, forward-mode AD or torch.jit.trace is active, which kernels would bypass."""
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -77,7 +77,7 @@ def is_transformed() -> bool:
     )
 
 
-# Those that leave to PyTorch what gptcore has a kernel for on the CPU alone: the loss and the optimizer.
+# The backends on which linear and linear_cross_entropy run PyTorch's operations: only the CPU has kernels for them.
 WITH_TORCH = ("torch", "cuda", "triton", "simt")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -96,11 +96,11 @@ def _asked_once(why: Callable[[], str | None]) -> Callable[[], str | None]:
 def _why_no_triton() -> str | None:
     try:
         spec = importlib.util.find_spec("triton")
-    except ImportError:  # something keeps it from being imported
+    except ImportError:  # an import hook refuses it, for example
         spec = None
     if spec is None or spec.origin is None:
         return 'triton is not installed; pip install "gptcore[triton]"'
-    # The module has one name, its package several: triton, pytorch-triton-rocm, triton-windows.
+    # Read from the module, because it comes in several packages: triton, pytorch-triton-rocm, triton-windows.
     version = re.search(r"__version__ = ['\"]([\d.]+)", Path(spec.origin).read_text(encoding="utf-8"))
     if version and tuple(map(int, version[1].split(".")[:2])) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
@@ -122,7 +122,7 @@ def _why_no_simt() -> str | None:
 OLDEST_TRITON = (3, 4)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# In the order in which they are tried when none is asked for. `torch` takes any tensor: what follows is never chosen.
+# In the order of preference. `torch` takes any tensor, so backends after it are never chosen by default.
 BACKENDS = {
     backend.name: backend
     for backend in (
@@ -136,7 +136,8 @@ BACKENDS = {
     )
 }
 
-VERIFIED = [name for name, backend in BACKENDS.items() if backend.devices == ("cuda",)]  # before a kernel's first use
+# Backends whose kernels are checked on their first use
+VERIFIED = [name for name, backend in BACKENDS.items() if backend.devices == ("cuda",)]
 
 OPERATIONS: dict[str, Operation] = {}
 
@@ -154,7 +155,7 @@ def register(operation: Operation) -> Operation:
 _UNSET = ""
 _default: str | None = None  # of the process
 _in_context: ContextVar[str | None] = ContextVar("gptcore backend", default=_UNSET)
-# What in_use() became with the last change in any thread: torch.compile can guard on this, but not on a ContextVar.
+# in_use() after the last change in any thread: torch.compile can guard on this, but not on a ContextVar.
 _latest: str | None = None
 
 
@@ -188,7 +189,7 @@ class use:
         self._release()
 
     def __del__(self) -> None:
-        """Become the process's default if there was no block: until here, another thread must not see a change."""
+        """Set the default of the process if there was no `with` block; not earlier, or other threads would change."""
         if self._token is not None and not self._is_block:
             global _default
             _default = self.backend
@@ -228,9 +229,9 @@ def _known(name: str) -> Backend:
 
 
 def select(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., Any]:
-    """Return the implementation of `op` for such a tensor: of `backend`, else as set by `use`, else the first able.
+    """Return the implementation of `op` for such a tensor: by `backend`, else set by `use`, else the first usable.
 
-    Raises ValueError if the name is unknown, RuntimeError if the backend that was asked for cannot run the call.
+    Raises ValueError if the name is unknown, RuntimeError if the requested backend cannot run the call.
     """
     name = backend if backend is not None else in_use()
     if name is None:
@@ -242,9 +243,9 @@ def select(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., 
 
 
 def chosen(op: str, tensor: torch.Tensor) -> tuple[str, str]:
-    """Return the backend that runs `op` on such a tensor when the call asks for none, and why not one before it.
+    """Return the backend that runs `op` on such a tensor by default, and why the preferred ones do not.
 
-    Raises RuntimeError, with every reason, where none can.
+    Raises RuntimeError, with every reason, if no backend can.
     """
     if (name := in_use()) is not None:
         return name, "set by ops.use"

@@ -1,7 +1,7 @@
-"""A kernel's first use on a GPU that it has not been seen on: one small call, checked against the formula.
+"""Checks a kernel on its first use on a GPU: one small call is compared with the formula.
 
-The tests show that a kernel is right in the model of a GPU; a driver or a new architecture can still break it. What
-passes is remembered on disk, for this GPU, driver and version, so that it costs milliseconds once.
+The tests check the kernels in the GPU simulator; a driver or a new architecture can still break one. Kernels that pass
+are recorded on disk for this GPU, driver and version, so the check runs once.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from gptcore.ops.operation import Operation, Sample
 
 CACHE = "verified.json"  # the kernels that passed, for later processes
 
-_results: dict[tuple[Any, ...], str | None] = {}  # of this process: why a kernel is not to be trusted, or None
+_results: dict[tuple[Any, ...], str | None] = {}  # in this process: why a kernel failed its check, or None
 
 
 def failure(backend: str, operation: Operation, tensor: Tensor) -> str | None:
-    """Return why this backend's kernel for such tensors is not to be trusted here, or None. Warns when it finds out."""
+    """Return why this backend's kernel for such tensors failed its check here, or None. Warns on the first failure."""
     if operation.first_use is None:
         return None
     head_dim = tensor.shape[-1] if operation.per_head_dim else None
     key = (backend, operation.name, tensor.dtype, head_dim, tensor.device)
     if key not in _results and not _is_recording(tensor):
-        _results[key] = None  # the calls from here are not checked in turn
+        _results[key] = None  # so that the calls of the check are not checked again
         kernel = f"{backend} {operation.name} {tensor.dtype}" + (f" head_dim {head_dim}" if head_dim else "")
         _results[key] = _first_use(kernel, backend, operation.first_use(head_dim or 0), tensor)
     return _results.get(key)
@@ -43,7 +43,7 @@ def _is_recording(tensor: Tensor) -> bool:
 
 
 def _first_use(kernel: str, backend: str, sample: Sample, tensor: Tensor) -> str | None:
-    """Return what failure() says of a kernel that this process has not used yet."""
+    """Return the result of `failure` for a kernel that this process has not used yet."""
     gpu = _gpu(tensor.device)
     key = f"{gpu}: {kernel}"
     if key in read_cache(CACHE):
@@ -67,7 +67,7 @@ def _gpu(device: torch.device) -> str:
 
 @functools.cache
 def _driver() -> int | None:
-    """The version of CUDA that the driver supports; None where it is not NVIDIA's."""
+    """Return the version of CUDA that the driver supports, or None without an NVIDIA driver."""
     version = ctypes.c_int()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))

@@ -1,7 +1,7 @@
 """Split text before it is tokenized: into the documents of a file, and into pieces that are encoded one by one.
 
 `tokenizers` needs far more memory than the text that it is given, so that a long text goes to it a piece at a time. The
-ids must be those of the whole, so a text is cut only where no token can cross, whatever the text before and after.
+ids must be those of the whole, so a text is cut only where no token can cross, for any text before and after.
 """
 
 from __future__ import annotations
@@ -144,9 +144,9 @@ def pieces(chunks: Iterable[bytes | None], cut: Cut) -> Iterator[str | None]:
 
 
 def end_of_a_word(beginning: str) -> int | None:
-    """Return the end of a pre-token of GPT-2 at which a text can be cut, whatever follows `beginning`, or None.
+    """Return the end of a pre-token of GPT-2 at which a text can be cut, for any continuation of `beginning`, or None.
 
-    None means that the first pre-token goes on to the last three characters or further.
+    None means that the first pre-token extends to the last three characters or further.
     """
     words = GPT2_WORDS.pre_tokenize_str(beginning)
     for _, (start, end) in reversed(words):
@@ -159,7 +159,7 @@ def end_of_a_word(beginning: str) -> int | None:
 
 
 def cut_in_word(word: str, model: models.BPE, longest: int, count: int = 8) -> int | None:
-    """Return a place in `word`, the beginning of a longer pre-token, that no token crosses, whatever follows; or None.
+    """Return a place in `word`, the start of a longer pre-token, that no token crosses for any continuation; or None.
 
     model: its merges are in an order in which each comes after all that make its two halves.
     longest: bytes of its longest token.

@@ -102,7 +102,7 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
         self._eos_token = END_OF_TEXT if END_OF_TEXT in self.special_tokens else None
         self._pad_token: str | None = None
-        self.padding_side = "right"  # of what `__call__` gives; a model that is to go on writing needs "left"
+        self.padding_side = "right"  # of what `__call__` gives; generation needs "left"
         self._bytes = [b""] * len(vocab)  # of each id
         for token, i in vocab.items():
             if token in self._added:
@@ -309,7 +309,7 @@ class Tokenizer:
             allowed_special: as in `encode`.
 
         Returns {"input_ids", "attention_mask"} and with offsets "offset_mapping". Raises ValueError for arguments that
-        cannot be served together, and for rows of different lengths that should make a tensor.
+        cannot be met together, and for rows of different lengths that should make a tensor.
         """
         if padding not in (False, True, "longest", "max_length", "do_not_pad"):
             raise ValueError(f"padding {padding!r} should be False, True, 'longest', 'max_length' or 'do_not_pad'")
@@ -407,10 +407,10 @@ class Tokenizer:
         yield from self._encode_pieces(batch)
 
     def _cut(self, beginning: str) -> int | None:
-        """Return a place that no token crosses, whatever follows `beginning`, or None if no such place is found."""
+        """Return a place that no token crosses for any continuation of `beginning`, or None if none is found."""
         if self.kind == "char":
             return len(beginning) - 1
-        end = len(beginning) - max(map(len, self._plain), default=0)  # an added token may go on after `beginning`
+        end = len(beginning) - max(map(len, self._plain), default=0)  # an added token may continue after `beginning`
         while match := SAFE_CUT.match(beginning, 0, end):
             place = match.end()
             if not any(beginning[max(0, place - len(t) + 1) : place + len(t) - 1].count(t) for t in self._plain):

@@ -106,7 +106,7 @@ def list_checkpoints(output_dir: PathLike) -> list[Path]:
 
 
 def _named(output_dir: PathLike) -> list[Path]:
-    """Return what is named `checkpoint-<step>` in `output_dir`, by step, whatever it is."""
+    """Return what is named `checkpoint-<step>` in `output_dir`, by step, of any file type."""
     try:
         names = os.listdir(output_dir)
     except FileNotFoundError:
@@ -248,7 +248,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 
 
 def verify_checkpoint(path: PathLike) -> None:
-    """Raise CheckpointError, naming the file and the numbers, unless every file is there, bit for bit as written."""
+    """Raise CheckpointError, naming the file and the numbers, unless every file holds the bytes that were written."""
     path = Path(path)
     if not path.is_dir():
         reason = "is a link to what does not exist" if path.is_symlink() else "is not a folder"

@@ -39,7 +39,7 @@ class AdamW(torch.optim.Optimizer):
 
     Of a parameter in bfloat16 or float16 the state has a `master` in float32: that is what is updated, with moments in
     float32, and the parameter is its rounding. Updates are often less than half of the last of 16 bits, and would
-    be lost without it. Elements of a parameter that are no longer their master's rounding, because other weights were
+    be lost without it. Elements of a parameter that differ from their rounded master, because other weights were
     loaded, are where the update begins.
 
     Settings are torch.optim.AdamW's; it has no amsgrad, maximize, capturable or differentiable. Backends are those of

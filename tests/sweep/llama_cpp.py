@@ -1,6 +1,6 @@
 """llama.cpp itself runs what `export_gguf` writes: pytest tests/sweep/llama_cpp.py
 
-Needs the package xllamacpp, llama.cpp in a wheel; so the name of this file is none that pytest collects by itself.
+Needs the package xllamacpp, llama.cpp in a wheel; so pytest does not collect this file by default.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Checkpoints that TensorFlow writes as OpenAI's program did, read back: pytest tests/sweep/tensorflow_checkpoint.py
 
-Needs the extra tf, which is too large for every run; so the name of this file is none that pytest collects by itself.
+Needs the extra tf, which is too large for every run; so pytest does not collect this file by default.
 """
 
 from __future__ import annotations
