@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.measure import name_of, pick
 from benchmarks.models import NO_DROPOUT, PARTS, Trainee, difference, in_parts, matmuls, named
 from gptcore import GPT, GPTConfig
+from gptcore.ops.attention import Settings
 from gptcore.ops.registry import BACKENDS, FLOATS, Backend
 from gptcore.training.optim import AdamW
 
@@ -25,10 +26,9 @@ SMALL_BATCH = pick((2, 8), (12, 64))
 def fused_pytorch() -> str:
     """Register a backend of PyTorch's own fused operations and return its name; `torch` runs unfused formulas."""
 
-    def attention(qkv: Tensor, _k: None, _v: None, *rest: Any) -> tuple[Tensor, None]:
-        scale, causal = rest[3:5]
+    def attention(qkv: Tensor, _k: None, _v: None, settings: Settings) -> tuple[Tensor, None]:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale), None
+        return F.scaled_dot_product_attention(q, k, v, is_causal=settings.causal, scale=settings.scale), None
 
     def layer_norm(
         x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float

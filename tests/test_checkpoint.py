@@ -31,7 +31,7 @@ processes.set_forkserver_preload(["gptcore.training.trainer", "torch._dynamo", "
 def train(folder: Path, started: Any = None, die_at_call: int | None = None, calls: Any = None, **changes: Any) -> None:
     """Train in a child process: start or resume from the newest checkpoint; it may kill itself at any point."""
     torch.set_num_threads(1)
-    callbacks = (Slow(),) if changes.pop("slow", False) else ()
+    callbacks = (Slow(changes.pop("slow")),) if "slow" in changes else ()
     resume = bool(list_checkpoints(folder)) if folder.exists() else False
     trainer = tiny_trainer(folder, callbacks, overwrite_output_dir=not resume, **changes)
     if calls is not None or die_at_call is not None:
@@ -48,8 +48,11 @@ def train(folder: Path, started: Any = None, die_at_call: int | None = None, cal
 
 
 class Slow(TrainerCallback):
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
     def on_step_end(self, trainer: Trainer) -> None:
-        end = time.monotonic() + 0.05
+        end = time.monotonic() + self.seconds
         while (left := end - time.monotonic()) > 0:
             time.sleep(left)
 
@@ -182,7 +185,7 @@ def test_kill_before_each_call_that_changes_the_disk(tmp_path: Path, uninterrupt
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_can_be_resumed(tmp_path: Path, uninterrupted: Path, number: int) -> None:
     started = processes.Event()
-    process = start(tmp_path, started=started, slow=True, save_steps=0)
+    process = start(tmp_path, started=started, slow=0.05, save_steps=0)
     assert started.wait(60)
     time.sleep(0.3)
     assert process.pid is not None
@@ -195,12 +198,12 @@ def test_signal_saves_and_can_be_resumed(tmp_path: Path, uninterrupted: Path, nu
 
 def test_second_signal_stops_at_once(tmp_path: Path) -> None:
     started = processes.Event()
-    process = start(tmp_path, started=started, slow=True, save_steps=0)
+    process = start(tmp_path, started=started, slow=2.0, save_steps=0)
     assert started.wait(60)
     time.sleep(0.3)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
-    time.sleep(0.01)
+    time.sleep(0.2)  # two signals that are pending together are one
     os.kill(process.pid, signal.SIGINT)
     assert finish(process) == 78
     assert list_checkpoints(tmp_path) == []

@@ -458,10 +458,10 @@ def test_a_model_in_bfloat16_compiles_into_one_graph() -> None:
 def test_the_operators_are_registered_as_pytorch_wants_them() -> None:
     x, weight, bias = randn(2, 5, 8), randn(9, 8), randn(9)
     for maybe in (bias, None):
-        torch.library.opcheck(torch.ops.gptcore.linear_forward.default, (x, weight, maybe, BF16))
+        torch.library.opcheck(torch.ops.gptcore.linear_forward.default, (x, weight, maybe, BF16, "cpu"))
         for needs in itertools.product([True, False], repeat=3):
             if maybe is None and needs[2]:
                 continue
             tensors = randn(2, 5, 9), x if needs[1] else None, weight if needs[0] else None
-            arguments = (*tensors, 8, F32, F32, F32, list(needs))
+            arguments = (*tensors, 8, F32, F32, F32, list(needs), "cpu")
             torch.library.opcheck(torch.ops.gptcore.linear_backward.default, arguments)

@@ -276,7 +276,7 @@ def test_it_compiles_into_one_graph(argument: str, needs: tuple[bool, bool]) -> 
 def test_the_operator_is_registered_as_pytorch_wants_it() -> None:
     x, weight = randn(5, 8), randn(9, 8)
     for needs in itertools.product([True, False], repeat=2):
-        arguments = (x, weight, targets_for((5,), 9), F32, -100, *needs)
+        arguments = (x, weight, targets_for((5,), 9), F32, -100, *needs, "cpu")
         torch.library.opcheck(torch.ops.gptcore.linear_cross_entropy.default, arguments)
 
 
