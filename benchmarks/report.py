@@ -76,7 +76,7 @@ def on_other_machines(folder: Path) -> str:
 
 
 def on_a_gpu(folder: Path) -> str:
-    """What python -m benchmarks.gpu measured, if its gpu.json is in the folder: a line for each case and pass."""
+    """Return the table of gpu.json, if python -m benchmarks.gpu wrote one here: a line for each case and pass."""
     if not (folder / "gpu.json").exists():
         return ""
     found = read_json(folder / "gpu.json")

@@ -1,4 +1,4 @@
-// The tensors that a launch may access. The simulator, csrc/simt, reports any other access; on a GPU this has no effect.
+// The tensors that a launch may access. The simulator, csrc/simt, reports other accesses; on a GPU it has no effect.
 #pragma once
 
 #include <initializer_list>

@@ -60,8 +60,8 @@ class Scratch {
   size_t bytes_ = 0;
 };
 
-// Scratch memory of one call. On a GPU it comes from PyTorch's caching allocator, which reuses it on the same stream only,
-// that is, after this call.
+// Scratch memory of one call. On a GPU it is from PyTorch's caching allocator, which reuses it only on the same stream,
+// after this call.
 class Workspace {
  public:
   explicit Workspace(size_t bytes) { Scratch(bytes).swap(scratch_); }

@@ -16,7 +16,8 @@ using namespace gptcore;
 const Kernels& gptcore::kernels_for(const TensorView& tensor, const Execution& execution) {
 #ifdef GPTCORE_CUDA_ARCHS
   if (tensor.device_type == Device::cuda) {
-    if (!execution.allocate) refuse("execution is a number of threads, expected (stream, allocate, allow_tf32) for tensors on a GPU");
+    if (!execution.allocate)
+      refuse("execution is a number of threads, expected (stream, allocate, allow_tf32) for tensors on a GPU");
     return cuda::kernels;
   }
 #endif
@@ -58,8 +59,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   }
 
   bind_operations(m);
-  m.def("compiled_isas", &compiled_isas, "Return the CPU instruction sets that the kernels are compiled for, lowest first.");
-  m.def("supported_isas", &supported_isas, "Return the compiled instruction sets that this CPU supports, lowest first.");
+  m.def("compiled_isas", &compiled_isas,
+        "Return the CPU instruction sets that the kernels are compiled for, lowest first.");
+  m.def("supported_isas", &supported_isas,
+        "Return the compiled instruction sets that this CPU supports, lowest first.");
   m.def("cpu_isa", [] { return std::string(cpu_kernels().name); }, "Return the instruction set in use.");
   m.def("use_cpu_isa", &use_isa, py::arg("name"), "Use this instruction set from now on. Raises ValueError.");
   m.def("cuda_archs", &cuda_archs, "Return the architectures of the CUDA kernels, such as sm_80; empty if not built.");

@@ -1,5 +1,5 @@
-// TensorView: pointer, shape, strides, dtype and device of a torch.Tensor, read through Python attributes, or ten times as
-// fast through DLPack's C exchange API if this PyTorch has it.
+// TensorView: pointer, shape, strides, dtype and device of a torch.Tensor, read through Python attributes, or ten times
+// as fast through DLPack's C exchange API if this PyTorch has it.
 //
 // libtorch is neither included nor linked, so one build of this module works with every version of PyTorch.
 // A view does not own the tensor; it is valid while the caller holds a reference, as during a call.
@@ -188,7 +188,7 @@ struct type_caster<gptcore::TensorView> {
     return reinterpret_steal<object>(result);
   }
 
-  // Throws for tensors whose storage was resized or that are lazily negated: shape, strides and pointer do not show this.
+  // Throws if the storage was resized or the negative bit is set: shape, strides and pointer do not show either.
   void check_memory(handle source) const {
     if (value.dtype == gptcore::DType::other || value.device_type == gptcore::Device::other || value.size() == 0) return;
     const Torch& torch = Torch::get();

@@ -107,7 +107,7 @@ def unlock(descriptor: int) -> None:
 
 
 def holds(path: PathLike) -> bool:
-    """Whether this process holds the lock of a file or folder."""
+    """Return whether this process holds the lock of a file or folder."""
     return any(os.path.samestat(os.stat(path), os.fstat(descriptor)) for descriptor in list(_held))
 
 
@@ -363,7 +363,7 @@ def from_json(cls: type[Made], values: Any, where: PathLike) -> Made:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a JSON value fits an annotation; an int fits float, a bool fits neither."""
+    """Return whether a JSON value fits an annotation; an int fits float, a bool fits neither."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return any(_is_a(value, part) for part in parts)

@@ -100,7 +100,7 @@ def over(cases: list[Any], few: list[Any]) -> pytest.MarkDecorator:
 
 
 def name_of(case: Any) -> str:
-    """What in this case differs from the default."""
+    """Return the fields of a case that differ from their defaults."""
     return "-".join(
         f"{field.name}={getattr(case, field.name)}".replace("torch.", "").replace(" ", "")
         for field in fields(case)
@@ -109,12 +109,12 @@ def name_of(case: Any) -> str:
 
 
 def check(name: str, got: Tensor, ref: Tensor, theirs: Tensor, condition: float = 0.0, roundings: int = 1) -> None:
-    """||got - ref|| <= 2 ||theirs - ref|| + tiny, and no NaN anywhere."""
+    """Assert ||got - ref|| <= 2 ||theirs - ref|| + tiny, and that there is no NaN."""
     judge(name, [errors(name, got, ref, theirs, condition, roundings)])
 
 
 def judge(name: str, draws: list[tuple[float, float, float]]) -> None:
-    """What errors() says of one draw of the inputs or, by the medians, of many."""
+    """Assert that the result of errors(), or its medians over several draws of the inputs, is within bounds."""
     error, their_error, allowed = map(statistics.median, zip(*draws, strict=True))
     assert error <= allowed, f"{name}: error {error:.3g}, PyTorch's {their_error:.3g}, allowed {allowed:.3g}"
 

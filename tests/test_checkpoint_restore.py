@@ -23,7 +23,7 @@ from gptcore.training.random_state import random_state
 
 
 class Odd(nn.Module):
-    """What a GPT has not: another constructor, buffers, a scalar, a 16-bit and a transposed weight, tied by name."""
+    """Unlike a GPT: another constructor, buffers, a scalar, a 16-bit and a transposed weight, tied by name."""
 
     def __init__(self, width: int, *, seed: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the commands refuse, what a refused command leaves alone, and output that cannot be written."""
+"""Errors of the commands, that they change nothing, and output that cannot be written."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What the CUDA build does on a machine without a GPU, and what is refused before anything is launched on one."""
+"""The CUDA build on a machine without a GPU, and arguments that raise before a launch."""
 
 from __future__ import annotations
 

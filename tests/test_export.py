@@ -41,7 +41,7 @@ def make(**settings: object) -> GPT:
 
 
 def read(path: Path) -> tuple[dict[str, object], dict[str, np.ndarray], dict[str, str]]:
-    """Metadata, tensors as float32, and the kind of each."""
+    """Return the metadata, the tensors as float32, and the type of each."""
     reader = gguf.GGUFReader(path)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[dict[str, object], dict[str, np.ndarray], dict[str
 
 
 def expected_tensors(model: GPT) -> dict[str, np.ndarray]:
-    """What llama.cpp looks for, spelt out."""
+    """The metadata that llama.cpp reads, spelt out."""
     names = {"token_embd.weight": "wte.weight", "position_embd.weight": "wpe.weight"}
     names |= {f"output_norm.{kind}": f"ln_f.{kind}" for kind in ("weight", "bias")}
     for layer in range(model.config.n_layer):

@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_living_child_does_not_keep_the_lock(tmp_path: Path, killed: bool) -> None:
-    """Whether the holder leaves or is killed; the child stays alive, as a DataLoader's persistent worker may."""
+    """The holder exits or is killed; its child stays alive, as a DataLoader's persistent worker may."""
     alive, ready = os.pipe(), os.pipe()
 
     def hold_and_fork() -> None:

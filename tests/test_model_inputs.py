@@ -1,4 +1,4 @@
-"""What GPT refuses, and what it does on the meta device."""
+"""Invalid inputs of GPT, and GPT on the meta device."""
 
 from __future__ import annotations
 

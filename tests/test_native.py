@@ -57,7 +57,7 @@ PYBIND_TYPES = {
 
 
 def stubs_of(module: str) -> dict[str, ast.FunctionDef | ast.ClassDef]:
-    """What a stub file declares, by name; what it takes from another one is as declared there."""
+    """Return the declarations of a stub file by name; imported ones as the other file declares them."""
     found: dict[str, ast.FunctionDef | ast.ClassDef] = {}
     for node in ast.parse((ROOT / "gptcore" / f"{module}.pyi").read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

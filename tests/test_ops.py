@@ -1,4 +1,4 @@
-"""What all operations have in common: memory, autograd, the choice of a backend, and what is refused."""
+"""Properties of all operations: memory, autograd, the choice of a backend, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run writes, what its folder may hold when it starts, and whether it may be resumed."""
+"""Files that a run writes, contents of its folder at the start, and when it can be resumed."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_a_wrong_kernel_is_named_and_left_alone(wrong: str, tmp_path: Path) -> N
 
 
 def test_the_next_backend_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the table of backends does with the verdict; no tensor of a GPU is needed for that."""
+    """A kernel that failed its check is skipped; tested without a GPU."""
     monkeypatch.setattr(registry, "VERIFIED", ["cpu"])
     monkeypatch.setattr(verify, "failure", lambda *_: "it is wrong here")
     x = torch.zeros(2, 4)

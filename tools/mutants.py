@@ -160,7 +160,7 @@ def operand(code: str, middle: int) -> tuple[int, int]:
 
 
 def without(code: str, begin: int, end: int) -> list[str]:
-    """What to put in the place of a condition, so that it checks nothing any more."""
+    """Return replacements of a condition that make it check nothing."""
     before, after = code[:begin].rstrip(" !("), code[end:].lstrip(" )")
     if after.startswith("&&") or before.endswith("&&"):
         return ["true"]
@@ -236,7 +236,7 @@ def load(module: Path) -> Any:
 
 
 def run_grid(module: Path, family: str, mutant: int | None) -> Any:
-    """What the calls of a family give in this module: tensors and counters, or the words of the first report."""
+    """Return the results of a family's calls in this module: tensors and counters, or the first error message."""
     if mutant is not None:
         ctypes.c_int.in_dll(ctypes.CDLL(str(module)), "gptcore_mutant").value = mutant
     simt = load(module)

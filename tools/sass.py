@@ -1,10 +1,10 @@
-"""What the compiler made of every CUDA kernel, read out of the built module, and held to a table.
+"""Reads the resources of every compiled CUDA kernel from the built module, and compares them with a table.
 
     python -m tools.sass           compare with tools/data/sass.json
-    python -m tools.sass --write   write it anew, after a change that is meant
+    python -m tools.sass --write   rewrite it, after an intended change
 
-For each kernel and architecture: registers a thread, bytes of stack (spilled registers lie there), shared memory and
-threads of a block, how many blocks are resident on a multiprocessor, and how often some instructions occur.
+For each kernel and architecture: registers a thread, bytes of stack (spilled registers), shared memory and threads of a
+block, resident blocks per multiprocessor, and counts of some instructions.
 """
 
 from __future__ import annotations

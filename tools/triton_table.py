@@ -1,4 +1,4 @@
-"""What the Triton kernels become for each GPU, seen without one: registers, spills, shared memory, tensor-core use.
+"""Compiles the Triton kernels for each GPU, without one: registers, spills, shared memory, tensor-core instructions.
 
 Every row of the tile tables is compiled as `forward` and `backward` would launch it, and compared with
 tools/data/triton.json. `python -m tools.triton_table --write` writes that file, and its digest in
@@ -125,7 +125,7 @@ def specialised(backend: Any, kernel: Any, args: Any, kwargs: Any) -> tuple[dict
 
 
 def compile_for(target: GPUTarget, kernel: Any, *args: Any, **kwargs: Any) -> Any:
-    """What Triton's launcher would do with these arguments on such a GPU, without the launch."""
+    """Compile a kernel as Triton's launcher would for these arguments on such a GPU, without launching it."""
     backend = make_backend(target)
     bound, special = specialised(backend, kernel, args, kwargs)
     options, signature, constants, attrs = kernel._pack_args(backend, kwargs, bound, special, None)

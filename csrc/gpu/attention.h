@@ -1,4 +1,4 @@
-// What the host side of attention's forward and backward share.
+// Shared by the host side of attention's forward and backward.
 #pragma once
 
 #include <initializer_list>

@@ -1,4 +1,4 @@
-# The CUDA kernels of gptcore._C, if nvcc is found. Sets GPTCORE_CUDA_PROBLEM to the reason if they are not built, else "".
+# The CUDA kernels of gptcore._C, if nvcc is found. GPTCORE_CUDA_PROBLEM is the reason if they are not built, else "".
 #
 # nvcc is called directly: all that a GPU needs comes of one compute_80 PTX per file, and CMake's own CUDA support would
 # compile once for each architecture. It also takes an nvcc from PyPI, which that support does not find.

@@ -1,4 +1,4 @@
-// What the host side of layer norm and GELU share.
+// Shared by the host side of layer norm and GELU.
 #pragma once
 
 #include <initializer_list>
@@ -19,7 +19,7 @@ void with_type(DType dtype, Body body) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether every row is whole 16-byte vectors in each of these dense tensors; null for one that is not there.
+// Returns whether rows consist of whole, aligned 16-byte vectors in each of these dense tensors; null ones are skipped.
 inline bool whole_vectors(int64_t width, std::initializer_list<const void*> tensors) {
   bool whole = width % kChunk == 0;
   for (const void* tensor : tensors) whole &= reinterpret_cast<uintptr_t>(tensor) % 16 == 0;

@@ -288,8 +288,8 @@ void Block::flush_log(int w) {
 
 }  // namespace gptcore::simt
 
-// What g++ -fsanitize=thread calls before each access of memory that may be shared between threads. Nothing else of the
-// sanitizer is used or linked.
+// Hooks that g++ -fsanitize=thread calls before each access to memory that threads may share. The sanitizer's runtime
+// is neither used nor linked.
 using gptcore::simt::module_offset;
 using gptcore::simt::running;
 

@@ -27,7 +27,7 @@ struct SimtError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// What the launches of one kernel did, summed over their threads. Traffic is counted only if Options::count.
+// Counters of one kernel, summed over the threads of its launches. Traffic is counted only if Options::count.
 struct Counters {
   int64_t launches, blocks, barriers, warp_barriers, shuffles, mma, load_matrix, copies, special;
   int64_t global_read_bytes, global_write_bytes;        // asked for by threads
@@ -112,8 +112,8 @@ class Block {
   static Block& of_this_thread();
   void run(LaunchState& state, int64_t index, KernelCounters& counters);
 
-  // What its threads ask for.
-  void meet(Op op, int argument, Site site, uint32_t pc);  // returns when all lanes of the warp, or block, have come
+  // Called by its threads.
+  void meet(Op op, int argument, Site site, uint32_t pc);  // returns when all lanes of the warp, or block, have arrived
   void access(uintptr_t address, unsigned width, bool write, uint32_t pc, bool check_alignment);
   void copy_async(void* to, const void* from, int bytes, bool valid, uint32_t pc);
   void copy_wait(int groups);

@@ -16,7 +16,8 @@ void run_fragments(const std::string& op, const uint32_t* in, uint32_t* out);
 
 const Kernels& gptcore::kernels_for(const TensorView& tensor, const Execution& execution) {
   if (tensor.device_type != Device::cpu) refuse("a tensor is on ", tensor.device(), ", expected cpu");
-  if (!execution.allocate) refuse("execution is a number of threads, expected (stream, allocate, allow_tf32), as on a GPU");
+  if (!execution.allocate)
+    refuse("execution is a number of threads, expected (stream, allocate, allow_tf32), as on a GPU");
   return GPTCORE_GPU::kernels;
 }
 

@@ -10,7 +10,7 @@
 
 namespace gptcore::simt {
 
-// What is remembered of a piece of memory: its last write, and its reads since. A code names who: thread + 1, or a
+// Shadow state of a piece of memory: its last write and the reads since. A code identifies the accessor: thread + 1, a
 // whole warp, or several. A run is one execution of one block; a stamp is the time of a warp's last barrier.
 struct Cell {
   uint32_t write_run, read_run;

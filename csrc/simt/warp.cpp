@@ -1,4 +1,4 @@
-// What the lanes of a warp do together, and the functions that a kernel calls for it.
+// Collective operations of a warp, and the functions by which a kernel calls them.
 #include <cstring>
 
 #include "csrc/simt/model.h"

@@ -10,7 +10,7 @@ SUMMARY = "Print versions, hardware, available backends, and why any is unavaila
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command has no options."""
+    """Add no options."""
 
 
 def run(args: argparse.Namespace) -> int:

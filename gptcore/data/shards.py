@@ -74,7 +74,7 @@ class Shard:
 
     @functools.cached_property
     def document_starts(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-        """Positions in the tokens (documents,), or None."""
+        """Return the positions of documents in the tokens, (documents,), or None."""
         if self.documents is None:
             return None
         first, last = self.size - self.offset - 8 * self.documents, self.size - self.offset
@@ -83,7 +83,7 @@ class Shard:
 
     @functools.cached_property
     def tokens(self) -> np.ndarray[Any, Any]:
-        """All ids (length,) as a memory map. Unlike `read` it notices no change, and dies if the file shrinks."""
+        """Return all ids (length,) as a memory map, which detects no changes and crashes if the file shrinks."""
         if not self.length:
             return np.empty(0, self.dtype)
         with self._opened() as file:
@@ -99,7 +99,7 @@ class Shard:
         return FileIO(self.path) if descriptor is None else FileIO(descriptor, closefd=False)
 
     def _bytes(self, start: int, stop: int) -> bytes:
-        """Bytes start to stop behind the header, after a look at the checksums of the blocks around them."""
+        """Return bytes start to stop behind the header, after verifying the checksums of their blocks."""
         assert self.checksums is not None
         block = start // _BLOCK
         first, last = block * _BLOCK, min(-(-stop // _BLOCK) * _BLOCK, self.size - self.offset)
@@ -275,7 +275,7 @@ def _check_size(path: Path, size: int, expected: int, count: int) -> None:
 
 
 def _outside(ids: np.ndarray[Any, Any], vocab_size: int) -> int | None:
-    """The place of the first id that is not in the vocabulary, or None."""
+    """Return the index of the first id that is not in the vocabulary, or None."""
     if len(ids) == 0 or (ids.max() < vocab_size and ids.min() >= 0):
         return None
     return int(((ids >= vocab_size) | (ids < 0)).argmax())

@@ -37,7 +37,7 @@ def read_prompts(input_ids: Prompts, attention_mask: Tensor | None) -> tuple[lis
 
 
 def _prompt(prompt: Any) -> list[int]:
-    """The token ids of a list, an array or a tensor."""
+    """Return the token ids of a list, an array or a tensor."""
     if isinstance(prompt, str | bytes) or getattr(prompt, "ndim", 1) != 1 or not isinstance(prompt, Iterable):
         raise TypeError("input_ids should be a list of prompts, each a list of token ids: [ids] for a single one")
     tokens = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)  # arrays and tensors: one transfer

@@ -1,4 +1,4 @@
-"""What an operation is: one specification, which the registry, the first-use check, tests and benchmarks iterate."""
+"""The specification of an operation, which the registry, the first-use check, tests and benchmarks iterate."""
 
 from __future__ import annotations
 

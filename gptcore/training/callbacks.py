@@ -34,22 +34,22 @@ class TrainerCallback:
     """
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """Before the first step; what was resumed is in place."""
+        """Called before the first step, after a checkpoint was loaded."""
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """After each update of the weights; the (clipped) gradients are still there, the sum of the micro-batches'."""
+        """Called after each update of the weights; the clipped gradients of all micro-batches are still there."""
 
     def on_log(self, trainer: Trainer, logs: dict[str, Any]) -> None:
-        """After a line was written to log.jsonl."""
+        """Called after a line was written to log.jsonl."""
 
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """After each evaluation, also one outside of training."""
+        """Called after each evaluation, also outside of training."""
 
     def on_save(self, trainer: Trainer, checkpoint: Path) -> None:
-        """After a checkpoint was written."""
+        """Called after a checkpoint was written."""
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """When training ends, also by an error or an interrupt."""
+        """Called when training ends, also by an error or an interrupt."""
 
 
 def read_log(path: PathLike, skip_damage: bool = False) -> list[dict[str, Any]]:

@@ -134,7 +134,7 @@ def newest_checkpoint(output_dir: PathLike) -> Path:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether gptcore wrote this folder, so that it may be deleted."""
+    """Return whether gptcore wrote this folder, so that it may be deleted."""
     return _not_ours(path) is None
 
 

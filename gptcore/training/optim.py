@@ -90,11 +90,11 @@ class AdamW(torch.optim.Optimizer):
                         self.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
 
     def grad_norm(self) -> float:
-        """The 2-norm of all gradients together, before any scaling; NaN or infinite if one of them holds such."""
+        """Return the 2-norm of all gradients together, before any scaling; NaN or infinite if a gradient is."""
         return self.global_norm().item()
 
     def global_norm(self) -> Tensor:
-        """The same as a float64 scalar on the gradients' device, without waiting for it."""
+        """Return `grad_norm` as a float64 scalar on the gradients' device, without synchronising."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         norms: list[Tensor] = [run(gradients) for run, _, gradients in self._alike("grad_norm", parameters)]
         if not norms:
@@ -150,7 +150,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _alike(self, op: str, params: list[Tensor]) -> list[tuple[Implementation, list[Tensor], list[Tensor]]]:
-        """What runs `op`, for which parameters with which gradients: together those of one device and dtype."""
+        """Return (implementation of `op`, parameters, gradients) for each device and dtype."""
         alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for parameter in params:
             if (gradient := parameter.grad) is not None:

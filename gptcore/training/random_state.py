@@ -20,7 +20,7 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """Inside, the global generators start from `seed`; afterwards they are as if nothing had been drawn."""
+    """Seed the global generators with `seed` inside the block; restore their state afterwards."""
     state = random_state()
     seed_everything(seed)
     try:

@@ -94,7 +94,7 @@ class Trainer:
 
     @property
     def own_model(self) -> nn.Module:
-        """The model without the wrapper of torch.compile. Files have its names."""
+        """Return the model without the wrapper of torch.compile; files use its parameter names."""
         inner = getattr(self.model, "_orig_mod", self.model)
         assert isinstance(inner, nn.Module)
         return inner
