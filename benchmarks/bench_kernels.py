@@ -213,12 +213,14 @@ def bench_layer_norm(dtype: torch.dtype, residual: bool, compare: Compare) -> No
     """Time layer norm; with a residual, residual_out is a second output with a gradient, as in a transformer."""
     shape = pick((16, 64), (4096, 768))
     norm = reference(F.layer_norm)
-    x, y, grad, grad_sum = (torch.randn(shape).to(dtype) for _ in range(4))
+    x, y, grad, grad_residual = (torch.randn(shape).to(dtype) for _ in range(4))
     weight, bias = torch.rand(shape[1]).to(dtype), torch.rand(shape[1]).to(dtype)
     inputs = [tensor.requires_grad_() for tensor in ([x, weight, bias, y] if residual else [x, weight, bias])]
     if residual:
-        ours = forward_backward(lambda x, w, b, y: ops.layer_norm(x, w, b, residual=y), inputs, [grad, grad_sum])
-        theirs = forward_backward(lambda x, w, b, y: (norm(s := x + y, s.shape[1:], w, b), s), inputs, [grad, grad_sum])
+        ours = forward_backward(lambda x, w, b, y: ops.layer_norm(x, w, b, residual=y), inputs, [grad, grad_residual])
+        theirs = forward_backward(
+            lambda x, w, b, y: (norm(s := x + y, s.shape[1:], w, b), s), inputs, [grad, grad_residual]
+        )
     else:
         ours = forward_backward(ops.layer_norm, inputs, [grad])
         theirs = forward_backward(lambda x, w, b: norm(x, x.shape[1:], w, b), inputs, [grad])
@@ -238,7 +240,7 @@ def bench_layer_norm_in_place(dtype: torch.dtype, residual: bool, rows: int, com
     512 rows stay in the cache, so their time is arithmetic.
     """
     rows, width = shape = rows, pick(64, 768)
-    x, y, grad, grad_sum, out, total, grad_x = (torch.randn(shape).to(dtype) for _ in range(7))
+    x, y, grad, grad_residual, out, total, grad_x = (torch.randn(shape).to(dtype) for _ in range(7))
     weight, bias, grad_weight, grad_bias = (torch.rand(width) for _ in range(4))
     mean, rstd, threads = torch.empty(rows), torch.empty(rows), torch.get_num_threads()
     inputs = [tensor.clone().requires_grad_() for tensor in ([x, weight, bias, y] if residual else [x, weight, bias])]
@@ -246,11 +248,11 @@ def bench_layer_norm_in_place(dtype: torch.dtype, residual: bool, rows: int, com
     def ours() -> None:
         added = (y, total) if residual else (None, None)
         _C.layer_norm_forward(x, added[0], weight, bias, out, added[1], mean, rstd, 1e-5, threads)
-        grads = (grad, grad_sum if residual else None)
+        grads = (grad, grad_residual if residual else None)
         _C.layer_norm_backward(*grads, x, weight, mean, rstd, grad_x, grad_weight, grad_bias, threads)
 
     if residual:
-        call = forward_backward(lambda x, w, b, y: ops.layer_norm(x, w, b, residual=y), inputs, [grad, grad_sum])
+        call = forward_backward(lambda x, w, b, y: ops.layer_norm(x, w, b, residual=y), inputs, [grad, grad_residual])
     else:
         call = forward_backward(ops.layer_norm, inputs, [grad])
     compare(

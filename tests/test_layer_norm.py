@@ -66,8 +66,8 @@ def layer_norm_theirs(
 def layer_norm_results(run: Callable[..., Any], case: LayerNorm, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     x, weight, bias, residual = inputs = leaves(*case.inputs(), dtype=dtype)
     result = run(x, weight, bias, residual)
-    out, total = result if isinstance(result, tuple) else (result, None)
-    outputs = {"out": out} if total is None else {"out": out, "sum": total}
+    out, residual_out = result if isinstance(result, tuple) else (result, None)
+    outputs = {"out": out} if residual_out is None else {"out": out, "residual_out": residual_out}
     stored = F32 if case.residual == "float32" else case.dtype  # the formula in float64 gets the rounded gradients too
     torch.autograd.backward(
         list(outputs.values()),

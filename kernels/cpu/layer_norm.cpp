@@ -68,16 +68,16 @@ GPTCORE_INLINE int threads_for(const LayerNormArgs& args) {
   return args.rows * args.width < 16384 ? 1 : args.num_threads;
 }
 
-// X is the type of x, R that of everything from the sum on.
+// X is the type of x, R that of residual, residual_out and out.
 template <class X, class R>
 void forward(const LayerNormArgs& args) {
   parallel_for(args.rows, threads_for(args), [&](int64_t r) {
     const int64_t begin = r * args.width;
     const R* row = (const R*)args.x + begin;
-    if (args.residual) {  // the statistics are those of the sum as stored, which is what the backward pass will see
-      R* sum = (R*)args.residual_out + begin;
-      add_residual((const X*)args.x + begin, (const R*)args.residual + begin, sum, args.width);
-      row = sum;
+    if (args.residual) {  // statistics of the stored, rounded sum, which the backward pass reads
+      R* residual_out = (R*)args.residual_out + begin;
+      add_residual((const X*)args.x + begin, (const R*)args.residual + begin, residual_out, args.width);
+      row = residual_out;
     }
     normalize_row(args, row, (R*)args.out + begin, args.mean + r, args.rstd + r);
   });
@@ -91,7 +91,7 @@ template <class T>
 GPTCORE_INLINE void backward_row(const LayerNormArgs& args, int64_t r, float* weight_partial, float* bias_partial) {
   const int64_t n = args.width, begin = r * n;
   const T *x = (const T*)args.x + begin, *grad_out = (const T*)args.grad_out + begin;
-  const T* grad_sum = args.grad_residual_out ? (const T*)args.grad_residual_out + begin : nullptr;
+  const T* grad_residual = args.grad_residual_out ? (const T*)args.grad_residual_out + begin : nullptr;
   T* grad_x = (T*)args.grad_x + begin;
   const float mean = args.mean[r], rstd = args.rstd[r];
 
@@ -115,7 +115,7 @@ GPTCORE_INLINE void backward_row(const LayerNormArgs& args, int64_t r, float* we
     Vec xhat = (load_up_to(x + i, left) - mean) * rstd - shift, dy = load_up_to(grad_out + i, left);
     Vec g = rounded(load_up_to(args.weight + i, left) * dy);  // not fused with the difference: mean_g is of rounded g
     Vec dx = (g - mean_g - xhat * mean_g_xhat) * rstd;
-    if (grad_sum) dx += load_up_to(grad_sum + i, left);
+    if (grad_residual) dx += load_up_to(grad_residual + i, left);
     store_up_to(grad_x + i, dx, left);
     store_up_to(weight_partial + i, load_up_to(weight_partial + i, left) + dy * xhat, left);
     store_up_to(bias_partial + i, load_up_to(bias_partial + i, left) + dy, left);

@@ -365,8 +365,8 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(Lay
       load_chunk(x_row + c, left(width - c), vectors, x);
       load_chunk(dy_row + c, left(width - c), vectors, dy);
       load_chunk(args.weight + c, left(width - c), vectors, weight);
-      const T* grad_sum = static_cast<const T*>(args.grad_residual_out) + row * width + c;
-      load_chunk(grad_sum, args.grad_residual_out ? left(width - c) : 0, vectors, dx);
+      const T* grad_residual = static_cast<const T*>(args.grad_residual_out) + row * width + c;
+      load_chunk(grad_residual, args.grad_residual_out ? left(width - c) : 0, vectors, dx);
       load_chunk(weight_sum + c, first ? 0 : left(width - c), vectors, dweight);
       load_chunk(bias_sum + c, first ? 0 : left(width - c), vectors, dbias);
 #pragma unroll
