@@ -39,15 +39,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with what was expected.
         TypeError: an argument has the wrong type.
-        RuntimeError: the requested backend cannot run the call.
+        RuntimeError: the backend that was asked for cannot run the call.
     """
     arguments.check_tensors(x=x, weight=weight)
     arguments.check_tensors(optional=True, bias=bias)
     dtype = _check(x, weight, bias)
     if backend is None and registry.in_use() in (None, "cpu") and not _is_faster(x, weight, bias, dtype):
         backend = "torch"
-    # The kernel reads float32 and `dtype`; other dtypes under autocast are cast here
-    if not all(tensor is None or tensor.dtype in (dtype, torch.float32) for tensor in (x, weight, bias)):
+    # The kernel reads float32 as it is
+    if not {x.dtype, weight.dtype, dtype if bias is None else bias.dtype} <= {dtype, torch.float32}:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     out: Tensor = registry.select("linear", backend, x)(x, weight, bias, dtype)
     return out
@@ -63,15 +63,17 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},) like weight's rows")
-    others = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    dtype, autocast = x.dtype, None
+    device, dtype, autocast = x.device, x.dtype, None
     if dtype != torch.float64 and (autocast := arguments.autocast_dtype(x)) is not None:
         dtype = autocast
-    for name, other in others.items():
-        if other.device != x.device:
-            raise ValueError(f"{name} is on {other.device}, expected {x.device} like x")
-        castable = autocast is not None and other.dtype.is_floating_point and other.dtype != torch.float64
-        if other.dtype != dtype and not castable:
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is None:
+            continue
+        if other.device != device:
+            raise ValueError(f"{name} is on {other.device}, expected {device} like x")
+        if other.dtype != dtype and (
+            autocast is None or not other.dtype.is_floating_point or other.dtype == torch.float64
+        ):
             raise ValueError(f"{name} is {other.dtype}, expected {dtype}{' like x' if autocast is None else ''}")
     return dtype
 
