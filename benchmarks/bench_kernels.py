@@ -6,6 +6,7 @@ and intermediate tensors do not count.
 
 from __future__ import annotations
 
+import functools
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from benchmarks import measure
 from benchmarks.measure import PYTORCH, name_of, pick, reference
 from gptcore import _C, ops
 from gptcore.ops.attention import Settings
+from gptcore.ops.registry import OPERATIONS
 
 Compare = Callable[..., None]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -148,26 +150,18 @@ def bench_decode_native(dtype: torch.dtype, compare: Compare) -> None:
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
-@pytest.mark.parametrize("op", ["attention", "layer norm", "GELU"])
+@pytest.mark.parametrize("op", [name for name, operation in OPERATIONS.items() if operation.counterpart])
 def bench_call(op: str, backward: bool, compare: Compare) -> None:
     """Time calls on tiny tensors: the time is the overhead of a call."""
-    q, k, v, x, w, b = (
-        torch.randn(*shape).requires_grad_(backward)
-        for shape in ((1, 2, 1, 16), (1, 2, 4, 16), (1, 2, 4, 16), (4, 16), (16,), (16,))
-    )
-    cases: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]] = {
-        "attention": (ops.attention, F.scaled_dot_product_attention, [q, k, v]),
-        "layer norm": (ops.layer_norm, lambda x, w, b: F.layer_norm(x, w.shape, w, b), [x, w, b]),
-        "GELU": (ops.gelu, lambda x: F.gelu(x, approximate="tanh"), [x]),
-    }
-    ours, theirs, inputs = cases[op]
-    grads = [torch.randn(inputs[0].shape)]
-    case = f"forward{' + backward' * backward} of almost nothing"
+    operation = OPERATIONS[op]
+    (sample,) = (sample for sample in operation.samples if sample.name == "plain")
+    inputs = [tensor.requires_grad_(backward) for tensor in sample.tensors()]
+    calls: Any = sample.call, operation.counterpart
     if backward:
-        runs = forward_backward(ours, inputs, grads), forward_backward(theirs, inputs, grads)
+        runs = [forward_backward(call, inputs, [torch.ones_like(call(*inputs))]) for call in calls]
     else:
-        runs = (lambda: ours(*inputs)), (lambda: theirs(*inputs))
-    compare(f"call of {op}", case, *runs, against="PyTorch")
+        runs = [functools.partial(call, *inputs) for call in calls]
+    compare(f"call of {op}", f"forward{' + backward' * backward} of its sample", *runs, against="PyTorch")
 
 
 @dtypes

@@ -74,12 +74,14 @@ def test_the_page_adds_an_operation_that_works(tmp_path: Path) -> None:
     if ccache := shutil.which("ccache"):
         configure.append(f"-DCMAKE_CXX_COMPILER_LAUNCHER={ccache}")
     tests = ("tests/test_operations.py", "tests/test_native.py::test_the_stubs_say_what_the_module_has[_C]")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path)}
+    # Objects of the same sources in another folder are found, too
+    environment |= {"CCACHE_BASEDIR": str(tmp_path), "CCACHE_NOHASHDIR": "1"}
     for command in (
         configure,
         [cmake, "--build", "build", "--target", "_C", "--parallel", "2"],
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *tests, "-k", "rms_norm or stubs"],
     ):
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path)}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     # 3 dtypes on each backend, 2 of them compiled, and the stubs

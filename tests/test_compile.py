@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptcore import ops
+from gptcore.ops import registry
 
 
 @pytest.fixture(autouse=True)
@@ -26,34 +28,11 @@ def inputs(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list
 
 QKV = ((2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8))
 PACKED = torch.tensor([0, 4, 9, 9, 18])
-CASES: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
-    "attention": (lambda b, q, k, v: ops.attention(q, k, v, backend=b), QKV),
-    "window and lse": (
-        lambda b, q, k, v: ops.attention_with_lse(q, k, v, causal=False, window=(3, 1), scale=0.3, backend=b),
-        QKV,
-    ),
-    "documents": (lambda b, q, k, v: ops.attention(q, k, v, cu_seqlens=PACKED, backend=b), QKV),
-    "documents of queries and keys": (
-        lambda b, q, k, v: ops.attention(q, k, v, cu_seqlens=(PACKED, torch.tensor([0, 2, 7, 7, 14])), backend=b),
-        ((2, 4, 9, 8), (2, 2, 7, 8), (2, 2, 7, 8)),
-    ),
-    "packed": (lambda b, x: ops.attention_qkvpacked(x, backend=b), ((2, 9, 3, 2, 8),)),
-    "fused projection": (
-        lambda b, x: ops.attention(*x.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4), backend=b)
-        .transpose(1, 2).flatten(2),
-        ((2, 9, 48),),
-    ),
-    "layer norm": (lambda b, x, w, c: ops.layer_norm(x, w, c, eps=1e-3, backend=b), ((3, 5, 12), (12,), (12,))),
-    "layer norm without bias": (lambda b, x, w: ops.layer_norm(x, w, backend=b), ((5, 12), (12,))),
-    "residual": (
-        lambda b, x, w, c, r: ops.layer_norm(x, w, c, residual=r, backend=b),
-        ((3, 5, 12), (12,), (12,), (3, 5, 12)),
-    ),
-    "gelu": (lambda b, x: ops.gelu(x, backend=b), ((3, 5, 12),)),
-    "linear": (lambda b, x, w, c: ops.linear(x, w, c, backend=b), ((3, 5, 12), (7, 12), (7,))),
-    "linear without bias": (lambda b, x, w: ops.linear(x, w, backend=b), ((5, 12), (7, 12))),
-    "gelu with bias": (lambda b, x, c: ops.gelu(x, bias=c, approximate="none", backend=b), ((3, 5, 12), (12,))),
-}  # fmt: skip
+SAMPLES = {
+    f"{operation.name} {sample.name}": sample
+    for operation in registry.OPERATIONS.values()
+    for sample in operation.samples
+}
 
 
 def results(run: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
@@ -64,12 +43,14 @@ def results(run: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize("name", CASES)
-def test_compiled_equals_eager_in_one_graph(name: str, backend: str) -> None:
-    function, shapes = CASES[name]
-    tensors = inputs(*shapes)
-    compiled = torch.compile(lambda *t: function(backend, *t), fullgraph=True, backend="aot_eager")
-    for ours, eager in zip(results(compiled, tensors), results(lambda *t: function(backend, *t), tensors), strict=True):
+def test_slices_of_one_projection_compile(backend: str) -> None:
+    def run(x: Tensor) -> Tensor:
+        q, k, v = x.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return ops.attention(q, k, v, backend=backend).transpose(1, 2).flatten(2)
+
+    tensors = inputs((2, 9, 48))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(results(compiled, tensors), results(run, tensors), strict=True):
         torch.testing.assert_close(ours, eager)
         assert ours.stride() == eager.stride()
 
@@ -109,20 +90,31 @@ def test_compiled_dropout_draws_anew_each_time(backend: str) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["attention", "residual", "gelu with bias", "linear without bias"])
-def test_compiled_for_any_size(name: str) -> None:
-    function, shapes = CASES[name]
-    compiled = torch.compile(lambda *t: function("cpu", *t), fullgraph=True, backend="aot_eager", dynamic=True)
+TOKENS = {3: 1, 4: 2, 5: 1}  # the dimension that grows, by the number of dimensions of a tensor
+OF_ANY_LENGTH = [
+    name
+    for name, sample in SAMPLES.items()
+    if not {"cu_seqlens", "targets"} & {*sample.settings}
+    and any(len(shape) in TOKENS for shape in sample.shapes.values())
+]
+
+
+@pytest.mark.parametrize("name", OF_ANY_LENGTH)
+def test_compiled_for_any_length(name: str) -> None:
+    sample = SAMPLES[name]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return sample.run(tensors, backend="cpu")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
     for extra in (0, 3):
         tensors = inputs(
             *(
-                (shape[0], *(n + extra for n in shape[1:-1]), shape[-1]) if len(shape) == 3 else shape
-                for shape in shapes
+                tuple(n + extra * (dim == TOKENS.get(len(shape))) for dim, n in enumerate(shape))
+                for shape in sample.shapes.values()
             )
         )
-        for ours, eager in zip(
-            results(compiled, tensors), results(lambda *t: function("cpu", *t), tensors), strict=True
-        ):
+        for ours, eager in zip(results(compiled, tensors), results(run, tensors), strict=True):
             torch.testing.assert_close(ours, eager)
 
 
@@ -150,32 +142,28 @@ def test_a_block_through_inductor(bf16: bool) -> None:
         torch.testing.assert_close(a, b, **({"rtol": 5e-2, "atol": 5e-2} if bf16 else {"rtol": 1e-4, "atol": 1e-5}))
 
 
-def test_the_operators_keep_what_they_promise() -> None:
+class Recorded(TorchDispatchMode):
+    """Records the calls of gptcore's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "gptcore":
+            self.calls.append((func, torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, args)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*SAMPLES, "layer_norm with a residual in another dtype"])
+def test_the_operators_keep_what_they_promise(name: str) -> None:
     """torch.library.opcheck: the schema tells what changes, and the fake has the real one's shapes, types, strides."""
-    native = torch.ops.gptcore
-    q, k, v = (torch.randn(shape) for shape in QKV)
-    x, weight, bias = torch.randn(5, 12), torch.randn(12), torch.randn(12)
-    seed, none = torch.tensor([5]), None
-    for cu, settings in (
-        (none, (0.3, True, -1, -1, 0.0, "cpu")),
-        (PACKED, (0.3, False, 2, 1, 0.5, "cpu")),
-    ):
-        arguments = (q, k, v, cu, cu, seed if cu is not None else none, *settings)
-        torch.library.opcheck(native.attention_forward.default, arguments)
-        out, lse = native.attention_forward(*arguments)
-        grad_lse, backend = lse if cu is None else none, arguments[-1]
-        for packed in (False, True):
-            tensors = (out, grad_lse, q, q, q, out, lse) if packed else (out, grad_lse, q, k, v, out, lse)
-            torch.library.opcheck(native.attention_backward.default, (*tensors, *arguments[3:-1], packed, backend))
-    for residual in (none, x, x.bfloat16()):
-        total = x if residual is none or residual is x else x.bfloat16()
-        arguments = (total, weight, bias, residual, 1e-5, "cpu")
-        torch.library.opcheck(native.layer_norm_forward.default, arguments)
-        _, _, mean, rstd = native.layer_norm_forward(*arguments)
-        for has_bias in (True, False):
-            torch.library.opcheck(
-                native.layer_norm_backward.default, (total, residual, total, weight, mean, rstd, has_bias, "cpu")
-            )
-    for maybe in (none, bias):
-        torch.library.opcheck(native.gelu_forward.default, (x, maybe, True, "cpu"))
-        torch.library.opcheck(native.gelu_backward.default, (x, x, maybe, False, "cpu"))
+    with Recorded() as recorded:
+        if name in SAMPLES:
+            results(lambda *tensors: SAMPLES[name].run(tensors, backend="cpu"), inputs(*SAMPLES[name].shapes.values()))
+        else:
+            x, weight = inputs((5, 12), (12,))
+            results(lambda x, weight: ops.layer_norm(x.bfloat16(), weight, residual=x, backend="cpu"), [x, weight])
+    assert recorded.calls
+    for func, arguments in recorded.calls:
+        torch.library.opcheck(func, arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib
 import math
 import os
@@ -20,11 +21,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from grid import threads
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptcore import _C, ops
-from gptcore.ops import native
+from gptcore.ops import native, registry
 from gptcore.ops.attention import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -243,49 +245,58 @@ def check_reason(error: BaseException) -> None:
     assert len(str(error)) > 10, f"a {type(error).__name__} that gives no reason"
 
 
+KERNELS = {
+    name: arguments
+    for name, stub in stubs_of("_C").items()
+    if isinstance(stub, ast.FunctionDef)
+    and {"execution", "num_threads"} & set(arguments := [argument.arg for argument in stub.args.args])
+}  # the arguments of each native function that runs one
+
+
+@functools.cache
+def recorded() -> dict[str, dict[str, Any]]:
+    """Return the arguments with which the first sample of each operation calls the kernels, by native function."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def record(name: str, run: Callable[..., Any], *args: Any) -> Any:
+        arguments = dict(zip(KERNELS[name], args, strict=False))
+        if "settings" in arguments:
+            arguments |= zip(Settings._fields, arguments.pop("settings"), strict=True)
+        found[name] = {argument: fresh(value) for argument, value in arguments.items()}
+        return run(*args)
+
+    with pytest.MonkeyPatch.context() as patch, threads(2):
+        for name in KERNELS:
+            patch.setattr(_C, name, functools.partial(record, name, getattr(_C, name)))
+        for operation in registry.OPERATIONS.values():
+            for sample in operation.samples[:1]:
+                tensors = [tensor.requires_grad_() for tensor in sample.tensors()]
+                outs = sample.run(tensors, backend="cpu")
+                torch.autograd.grad(outs, tensors, [torch.ones_like(out) for out in outs])
+    return found
+
+
+def fresh(value: Any) -> Any:
+    """Return a copy of a tensor with its strides."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
 def valid_arguments() -> dict[str, dict[str, Any]]:
-    """Valid arguments for each function."""
-    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8)
-    lse, cu_q, cu_k = torch.zeros(2, 4, 5), torch.tensor([0, 2, 5, 10]), torch.tensor([0, 3, 6, 12])
-    x, row, rows = torch.randn(6, 10), torch.ones(10), torch.ones(6)
-    kind = {
-        "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "scale": 0.5, "causal": True, "window_left": 3, "window_right": -1,
-        "dropout_p": 0.1, "seed": torch.tensor([7]), "execution": 2,
-    }  # fmt: skip
+    """Return valid arguments of each function."""
+    cu_q, cu_k = torch.tensor([0, 2, 5, 10]), torch.tensor([0, 3, 6, 12])
+    segments = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "batch": 2, "query_len": 5, "kv_len": 6}
     return {
-        "attention_forward": {"query": q, "key": k, "value": k.clone(), "out": q.clone(), "lse": lse, **kind},
-        "attention_backward": {
-            "grad_out": q.clone(), "grad_lse": lse.clone(), "query": q, "key": k, "value": k.clone(), "out": q.clone(),
-            "lse": lse, "grad_query": q.clone(), "grad_key": k.clone(), "grad_value": k.clone(), **kind,
-        },
-        "check_segments": {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "batch": 2, "query_len": 5, "kv_len": 6},
-        "segments": {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "batch": 2, "query_len": 5, "kv_len": 6},
-        "layer_norm_forward": {
-            "x": x, "residual": x.clone(), "weight": row, "bias": row.clone(), "out": x.clone(),
-            "residual_out": x.clone(), "mean": rows, "rstd": rows.clone(), "eps": 1e-5, "execution": 2,
-        },
-        "layer_norm_backward": {
-            "grad_out": x.clone(), "grad_residual_out": x.clone(), "x": x, "weight": row, "mean": rows,
-            "rstd": rows.clone(), "grad_x": x.clone(), "grad_weight": row.clone(), "grad_bias": row.clone(),
-            "execution": 2,
-        },
-        "gelu_forward": {"x": x, "bias": row, "out": x.clone(), "tanh_form": True, "execution": 2},
-        "gelu_backward": {
-            "grad_out": x.clone(), "x": x, "bias": row, "grad_x": x.clone(), "grad_bias": row.clone(),
-            "tanh_form": True, "execution": 2,
-        },
-        "linear_forward": {
-            "x": x, "weight": x[:4].clone(), "bias": rows[:4], "out": torch.ones(6, 4), "num_threads": 2,
-        },
-        "linear_backward": {
-            "grad_out": torch.ones(6, 4), "x": x, "weight": x[:4].clone(), "grad_x": x.clone(),
-            "grad_weight": x[:4].clone(), "grad_bias": rows[:4], "num_threads": 2,
-        },
-        "cross_entropy": {
-            "logits": x.clone(), "targets": torch.arange(6), "gradient": True, "num_threads": 2,
-        },
+        **{name: {key: fresh(value) for key, value in arguments.items()} for name, arguments in recorded().items()},
+        "check_segments": segments,
+        "segments": {**segments},
         "use_cpu_isa": {"name": _C.cpu_isa()},
-    }  # fmt: skip
+    }
+
+
+def test_the_samples_call_every_kernel() -> None:
+    assert {*recorded()} == {*KERNELS} - {"adamw", "grad_norm"}  # the optimizer's, which has no samples
+    for name, arguments in recorded().items():
+        assert not [key for key, value in arguments.items() if value is None], name
 
 
 # Ways to spoil a tensor; `others` are the tensors of the same call

@@ -68,3 +68,4 @@ def test_a_compiled_sample_equals_eager(name: str, run: str) -> None:
             results(compiled, sample.tensors(F32)), results(of(sample, backend), sample.tensors(F32)), strict=True
         ):
             torch.testing.assert_close(ours, eager)
+            assert ours.stride() == eager.stride()

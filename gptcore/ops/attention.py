@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore import _C
@@ -477,8 +478,14 @@ registry.register(
             Sample(
                 "everything",
                 attention_with_lse,
-                _QKV,
-                {"causal": False, "window": (3, 1), "scale": 0.3, "cu_seqlens": _DOCUMENTS, "dropout_p": 0.25},
+                {"q": (2, 4, 9, 8), "k": (2, 2, 7, 8), "v": (2, 2, 7, 8)},
+                {
+                    "causal": False,
+                    "window": (3, 1),
+                    "scale": 0.3,
+                    "cu_seqlens": (_DOCUMENTS, torch.tensor([0, 2, 7, 7, 14], device="cpu")),
+                    "dropout_p": 0.25,
+                },
             ),
             Sample("plain", attention, _QKV),
             Sample("window and lse", attention_with_lse, _QKV, {"causal": False, "window": (3, 1), "scale": 0.3}),
@@ -492,6 +499,7 @@ registry.register(
             {"q": (1, 4, 150, head_dim), "k": (1, 2, 150, head_dim), "v": (1, 2, 150, head_dim)},
             {"window": (100, -1)},
         ),
+        counterpart=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
         per_head_dim=True,
     )
 )

@@ -5,10 +5,12 @@ Hendrycks and Gimpel 2016, "Gaussian Error Linear Units" (arXiv:1606.08415).
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore.ops import arguments, native, registry
@@ -127,6 +129,7 @@ registry.register(
             Sample("with bias", gelu, {"x": (3, 5, 12), "bias": (12,)}, {"approximate": "none"}),
             Sample("plain", gelu, {"x": (3, 5, 12)}),
         ],
+        counterpart=functools.partial(F.gelu, approximate="tanh"),
         first_use=lambda _: Sample("first use", gelu, {"x": (70, 776), "bias": (776,)}),
     )
 )

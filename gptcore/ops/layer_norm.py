@@ -9,6 +9,7 @@ import math
 from typing import Any, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore.ops import arguments, native, registry
@@ -212,6 +213,7 @@ registry.register(
             Sample("plain", layer_norm, _SHAPES),
             Sample("without bias", layer_norm, {"x": (5, 12), "weight": (12,)}),
         ],
+        counterpart=lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias),
         first_use=lambda _: Sample("first use", layer_norm, {"x": (70, 776), "weight": (776,), "bias": (776,)}),
     )
 )

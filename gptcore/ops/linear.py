@@ -39,14 +39,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with what was expected.
         TypeError: an argument has the wrong type.
-        RuntimeError: the backend that was asked for cannot run the call.
+        RuntimeError: the requested backend cannot run the call.
     """
     arguments.check_tensors(x=x, weight=weight)
     arguments.check_tensors(optional=True, bias=bias)
     dtype = _check(x, weight, bias)
     if backend is None and registry.in_use() in (None, "cpu") and not _is_faster(x, weight, bias, dtype):
         backend = "torch"
-    # The kernel reads float32 as it is
+    # The kernel reads float32 and `dtype`; other dtypes under autocast are cast here
     if not {x.dtype, weight.dtype, dtype if bias is None else bias.dtype} <= {dtype, torch.float32}:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     out: Tensor = registry.select("linear", backend, x)(x, weight, bias, dtype)
@@ -181,5 +181,6 @@ registry.register(
             Sample("with bias", linear, {"x": (3, 5, 12), "weight": (7, 12), "bias": (7,)}),
             Sample("plain", linear, {"x": (5, 12), "weight": (7, 12)}),
         ],
+        counterpart=F.linear,
     )
 )

@@ -29,12 +29,17 @@ class Sample:
 
     def run(self, tensors: Sequence[Tensor], **settings: Any) -> tuple[Tensor, ...]:
         """Call the operation, with settings on the device of the tensors, and return its outputs."""
-        arguments = {
-            name: setting.to(tensors[0].device) if isinstance(setting, Tensor) else setting
-            for name, setting in {**self.settings, **settings}.items()
-        }
+        device = tensors[0].device
+        arguments = {name: _moved(setting, device) for name, setting in {**self.settings, **settings}.items()}
         out = self.call(**dict(zip(self.shapes, tensors, strict=True)), **arguments)
         return out if isinstance(out, tuple) else (out,)
+
+
+def _moved(setting: Any, device: torch.device) -> Any:
+    """Return a setting with its tensors on a device."""
+    if isinstance(setting, tuple):
+        return tuple(_moved(part, device) for part in setting)
+    return setting.to(device) if isinstance(setting, Tensor) else setting
 
 
 @dataclass(frozen=True)
@@ -46,4 +51,6 @@ class Operation:
     samples: Sequence[Sample]  # small; the first sets every optional tensor and setting
     # The call that checks a kernel on its first use on a GPU, given head_dim if it depends on it. None: not checked.
     first_use: Callable[[int], Sample] | None = None
+    # PyTorch's own function for the tensors of the sample "plain", against which a call is timed. None: not timed.
+    counterpart: Callable[..., Tensor] | None = None
     per_head_dim: bool = False  # each head_dim, the last dimension, has its own kernel
