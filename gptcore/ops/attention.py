@@ -487,7 +487,7 @@ registry.register(
                     "dropout_p": 0.25,
                 },
             ),
-            Sample("plain", attention, _QKV),
+            Sample("plain", attention, dict.fromkeys("qkv", (2, 4, 9, 8))),
             Sample("window and lse", attention_with_lse, _QKV, {"causal": False, "window": (3, 1), "scale": 0.3}),
             Sample("documents", attention, _QKV, {"cu_seqlens": _DOCUMENTS}),
             Sample("packed", attention_qkvpacked, {"qkv": (2, 9, 3, 2, 8)}),
@@ -499,7 +499,7 @@ registry.register(
             {"q": (1, 4, 150, head_dim), "k": (1, 2, 150, head_dim), "v": (1, 2, 150, head_dim)},
             {"window": (100, -1)},
         ),
-        counterpart=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        counterpart=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
         per_head_dim=True,
     )
 )
