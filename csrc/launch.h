@@ -1,4 +1,4 @@
-// Kernel launches, on a GPU or in the GPU simulator, csrc/simt.
+// One launch function for a GPU and for the GPU simulator, csrc/simt.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@ namespace gptcore {
 struct Launch {
   const char* kernel;  // its name, for errors and counters
   unsigned grid_x, grid_y, grid_z;
-  unsigned threads;  // per block, in one dimension
+  unsigned threads;  // of a block, which has one dimension
   size_t shared_bytes;
   void* stream;
 };
@@ -38,7 +38,7 @@ struct Call {
   void (*kernel)(P...);
   std::tuple<P...> arguments;
 
-  // Not instrumented: the simulator must not report reads of `arguments`, whose memory it does not track.
+  // Not instrumented: the simulator does not track the memory of the arguments, which the kernel copies to its stack.
   template <size_t... I>
   __attribute__((no_sanitize("thread"))) void invoke(std::index_sequence<I...>) { kernel(std::get<I>(arguments)...); }
   static __attribute__((no_sanitize("thread"))) void invoke(void* call) {
@@ -57,11 +57,11 @@ void launch(const Launch& at, void (*kernel)(P...), A... arguments) {
 
 inline void check_launch(cudaError_t status, const Launch& at) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // clears the error, or the next call would return it again
+  cudaGetLastError();  // or the next call would find this error again
   throw std::runtime_error("cannot launch " + describe(at) + ": " + cudaGetErrorString(status));
 }
 
-// Launches the kernel asynchronously. Throws std::runtime_error.
+// Puts the kernel on the stream; does not wait for it. Raises std::runtime_error.
 template <class... P, class... A>
 void launch(const Launch& at, void (*kernel)(P...), A... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);

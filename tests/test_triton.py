@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import grid
+import numpy as np
 import pytest
 import test_attention as attention_grid
 import test_gelu as gelu_grid
 import test_layer_norm as layer_norm_grid
+import test_nonfinite as nonfinite
 import test_ops as ops_grid
 import torch
 
@@ -34,6 +36,11 @@ from test_attention import (  # noqa: F401
 )
 from test_gelu import Gelu, test_gelu_of_every_16_bit_number, test_zero_keeps_its_sign  # noqa: F401
 from test_layer_norm import LayerNorm, test_a_bad_row_stays_a_row  # noqa: F401
+from test_nonfinite import (  # noqa: F401
+    test_gelu_of_infinity,
+    test_layer_norm_that_overflows_is_nan,
+    test_queries_without_heads,
+)
 from test_ops import (  # noqa: F401
     test_a_second_derivative_is_refused,
     test_autocast,
@@ -73,10 +80,11 @@ def extents(arguments: Iterable[Any]) -> list[tuple[int, int]]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _interpreter() -> Iterator[None]:
-    """Two changes of the interpreter.
+    """Change the interpreter in three ways.
 
-    It patches triton.language at each call of each function, half of its time: here once a launch. And it reads and
-    writes wherever a pointer points: here only within one of the tensors that the kernel was given.
+    It patches triton.language at each call of each function, half of its time: here once a launch. It reads and writes
+    any address: here only within the tensors that the kernel was given. And its dot is NumPy's, whose Q K^T and
+    (K Q^T)^T differ with some BLAS: here every sum runs in the order of k, on every CPU.
     """
     from triton.runtime import interpreter
 
@@ -112,8 +120,15 @@ def _interpreter() -> Iterator[None]:
         check(pointers, mask)
         return store(self, pointers, value, mask, *rest)
 
+    def dot_in_order(self: Any, a: Any, b: Any, total: Any, *_: Any) -> Any:
+        acc, product = np.zeros(total.data.shape, np.float32), np.empty(total.data.shape, np.float32)
+        for column, row in zip(a.data.T, b.data, strict=True):
+            acc += np.multiply(column[:, None], row, out=product)
+        return interpreter.TensorHandle(acc + total.data, total.dtype.scalar)
+
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        monkeypatch.setattr(builder, "create_dot", dot_in_order)
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
         monkeypatch.setattr(builder, "create_masked_load", checked_load)
         monkeypatch.setattr(builder, "create_masked_store", checked_store)
@@ -182,6 +197,16 @@ def test_layer_norm(case: LayerNorm) -> None:
 @pytest.mark.parametrize("case", gelu_grid.GELUS, ids=grid.name_of)
 def test_gelu(case: Gelu) -> None:
     gelu_grid.test_gelu("triton", case)
+
+
+@pytest.mark.parametrize("case", nonfinite.MASKS, ids=nonfinite.IDS)
+def test_a_bad_value_reaches_exactly_the_queries_that_attend_to_it(case: Attention) -> None:
+    nonfinite.test_a_bad_value_reaches_exactly_the_queries_that_attend_to_it("triton", case, F32)
+
+
+@pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "grad_out"])
+def test_a_bad_row_reaches_only_the_gradients_of_what_attends_to_it(which: int) -> None:
+    nonfinite.test_a_bad_row_reaches_only_the_gradients_of_what_attends_to_it("triton", nonfinite.MASKS[1], which)
 
 
 def test_dropout_drops_what_the_reference_drops() -> None:

@@ -1,5 +1,5 @@
-// Prints of every kernel "name threads shared_bytes", the most that a launch of it takes of either; tools/sass.py
-// compiles it. A name is the beginning of the kernel's, without namespaces. What is never launched does no harm here.
+// Prints "name threads shared_bytes" for every kernel, with the maximum of its launches; tools/sass.py compiles it. A
+// name is a prefix of the kernel's name, without namespaces. Kernels that are never launched do no harm.
 #include <cstdio>
 
 #include "kernels/cuda/attention_backward.cuh"
@@ -20,9 +20,9 @@ void attention_backward(const char* math) {
 template <class Math, int kWidth>
 void attention(const char* math) {
   using Forward = ForwardShared<Math, kWidth, false>;
-  using Few = ForwardShared<Math, kWidth, true>;
+  using Decode = ForwardShared<Math, kWidth, true>;
   std::printf("attention_forward_kernel<%s, %d, false> %d %d\n", math, kWidth, Forward::kThreads, Forward::kBytes);
-  std::printf("attention_forward_kernel<%s, %d, true> %d %d\n", math, kWidth, Few::kThreads, Few::kBytes);
+  std::printf("attention_forward_kernel<%s, %d, true> %d %d\n", math, kWidth, Decode::kThreads, Decode::kBytes);
   attention_backward<Math, kWidth, Gradients::query>(math);
   attention_backward<Math, kWidth, Gradients::key>(math);
   attention_backward<Math, kWidth, Gradients::value>(math);

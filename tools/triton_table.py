@@ -28,7 +28,7 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from gptcore.kernels import attention, gelu, layer_norm, tiles
+from gptcore.kernels import attention, gelu, heads, layer_norm, tiles
 
 HERE = Path(__file__).parent
 TABLE, PAGE = HERE / "data" / "triton.json", HERE.parent / "docs" / "kernels-triton.md"
@@ -161,7 +161,7 @@ def launching(run: Callable[..., None], architecture: str) -> Iterator[None]:
         mock.patch.object(tiles, "architecture", return_value=architecture),
         mock.patch.object(layer_norm, "processors", return_value=132),
         mock.patch.object(gelu, "processors", return_value=132),
-        mock.patch.object(attention, "cache_bytes", return_value=50 << 20),
+        mock.patch.object(heads, "cache_bytes", return_value=50 << 20),
     ):
         yield
 

@@ -5,21 +5,21 @@
 
 #include "csrc/gpu/rows.h"
 #include "kernels/cuda/policy.h"
+#include "kernels/cuda/tile.cuh"
 #include "kernels/kernels.h"
 
 namespace gptcore {
 namespace GPTCORE_GPU {
 
-// The parameters that both kernels have, from the arguments. `tensors` are all that the kernel touches by rows.
-template <class Params>
-void set_common(Params& p, const AttentionArgs& args, std::initializer_list<HeadsView> tensors) {
+// Sets the parameters that both kernels share. `tensors` are all that the kernel accesses by rows.
+inline void set_common(AttentionParams& p, const AttentionArgs& args, std::initializer_list<HeadsView> tensors) {
   constexpr int64_t kNoLimit = int64_t{1} << 40;  // more than any position
-  p.query = args.query, p.key = args.key, p.value = args.value, p.out = args.out;
+  p.query = args.query, p.key = args.key, p.value = args.value, p.out = args.out, p.lse = args.lse;
   p.cu_seqlens_q = args.cu_seqlens_q, p.cu_seqlens_k = args.cu_seqlens_k, p.num_boundaries = args.num_boundaries;
-  p.batch = int(args.batch), p.group = int(args.query_heads / args.kv_heads);
+  p.batch = int(args.batch), p.kv_heads = int(args.kv_heads), p.group = int(args.query_heads / args.kv_heads);
   p.query_len = int(args.query_len), p.kv_len = int(args.kv_len), p.head_dim = int(args.head_dim);
-  p.before = args.window_left < 0 ? kNoLimit : args.window_left;
-  p.after = args.causal ? 0 : args.window_right < 0 ? kNoLimit : args.window_right;
+  p.window_left = args.window_left < 0 ? kNoLimit : args.window_left;
+  p.window_right = args.causal ? 0 : args.window_right < 0 ? kNoLimit : args.window_right;
 
   const int64_t element_size = args.dtype == DType::float32 ? 4 : 2;
   const auto whole = [&](int64_t elements) { return elements * element_size % 16 == 0; };
@@ -34,13 +34,13 @@ void set_common(Params& p, const AttentionArgs& args, std::initializer_list<Head
   p.seed = args.seed;
 }
 
-// How many heads of rows take turns, where `sharing` of them have the same `columns` rows of two tensors.
-inline int heads_taking_turns(const AttentionArgs& args, int64_t heads, int64_t columns, int64_t sharing) {
+// heads_per_wave for heads of rows, `sharing` of which read the same `columns` rows of two tensors.
+inline int heads_per_wave(const AttentionArgs& args, int64_t heads, int64_t columns, int64_t sharing) {
   const int64_t bytes = 2 * columns * args.head_dim * (args.dtype == DType::float32 ? 4 : 2) / sharing;
-  return heads_together(l2_bytes(), bytes, int(args.batch * heads));
+  return gptcore::heads_per_wave(l2_bytes(), bytes, int(args.batch * heads));
 }
 
-// body(Math()) for the way in which products of these arguments are computed.
+// Calls body(Math()) with the Math of these arguments.
 template <class Body>
 auto with_math(const AttentionArgs& args, Body body) {
   if (args.dtype == DType::bfloat16) return body(bfloat16());

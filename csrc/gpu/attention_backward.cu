@@ -14,7 +14,7 @@ AttentionBackwardParams backward_params(const AttentionArgs& args) {
                        args.grad_value});
   p.grad_out = args.grad_out, p.grad_query = args.grad_query;
   p.grad_key = args.grad_key, p.grad_value = args.grad_value;
-  p.lse = args.lse, p.grad_lse = args.grad_lse, p.delta = reinterpret_cast<float*>(args.workspace);
+  p.grad_lse = args.grad_lse, p.delta = reinterpret_cast<float*>(args.workspace);
   p.query_heads = int(args.query_heads);
   p.scale = args.scale;
   return p;
@@ -27,8 +27,8 @@ void launch_gradients(const AttentionArgs& args, AttentionBackwardParams p) {
   const int64_t heads = Shared::kKeyRows ? args.kv_heads : args.query_heads;
   const int64_t blocks = ceil_div(length, Shared::kRows) * heads * args.batch;
   if (blocks == 0) return;
-  p.together = Shared::kKeyRows ? heads_taking_turns(args, heads, args.query_len * p.group, 1)
-                                : heads_taking_turns(args, heads, args.kv_len, p.group);
+  p.heads_per_wave = Shared::kKeyRows ? heads_per_wave(args, heads, args.query_len * p.group, 1)
+                                      : heads_per_wave(args, heads, args.kv_len, p.group);
   constexpr const char* kNames[] = {"attention_backward_query", "attention_backward_key", "attention_backward_value",
                                     "attention_backward_key_value"};
   launch({kNames[int(kOf)], unsigned(blocks), 1, 1, Shared::kThreads, Shared::kBytes, args.stream},
@@ -48,8 +48,8 @@ void launch_width(const AttentionArgs& args, const AttentionBackwardParams& p) {
 
 template <class Math>
 void launch_all(const AttentionArgs& args, const AttentionBackwardParams& p) {
-  constexpr int kRowsOfBlock = kDeltaThreads / kDeltaLanes<Storage<Math>>;
-  const int64_t blocks = ceil_div(args.batch * args.query_heads * args.query_len, kRowsOfBlock);
+  constexpr int kRowsPerBlock = kDeltaThreads / kDeltaLanes<Storage<Math>>;
+  const int64_t blocks = ceil_div(args.batch * args.query_heads * args.query_len, kRowsPerBlock);
   if (blocks > 0)
     launch({"attention_delta", unsigned(blocks), 1, 1, kDeltaThreads, 0, args.stream},
            attention_delta<Storage<Math>>, p);

@@ -11,9 +11,9 @@ namespace GPTCORE_GPU {
 namespace {
 
 struct ForwardPlan {
-  bool few;
-  int width, splits;
-  int64_t blocks;  // without the splits
+  bool is_decode;
+  int width, num_splits;
+  int64_t blocks;  // of one split
   ForwardTile tile;
 };
 
@@ -22,51 +22,49 @@ ForwardPlan plan_of(const AttentionArgs& args) {
   const int64_t rows = args.query_len * (args.query_heads / args.kv_heads);
   ForwardPlan plan{};
   plan.width = tile_width(int(args.head_dim), element_size);
-  plan.few = rows <= forward_tile(plan.width, element_size, true).rows();
-  if (plan.few) plan.width = few_width(plan.width);
-  plan.tile = forward_tile(plan.width, element_size, plan.few);
+  plan.is_decode = rows <= forward_tile(plan.width, element_size, true).rows();
+  if (plan.is_decode) plan.width = decode_width(plan.width);
+  plan.tile = forward_tile(plan.width, element_size, plan.is_decode);
   plan.blocks = ceil_div(rows, plan.tile.rows()) * args.kv_heads * args.batch;
-  plan.splits = forward_splits(plan.tile, rows, plan.blocks, args.kv_len, multiprocessors());
+  plan.num_splits = num_splits(plan.tile, rows, plan.blocks, args.kv_len, multiprocessors());
   return plan;
 }
 
 int64_t partial_rows(const AttentionArgs& args, const ForwardPlan& plan) {
-  return plan.splits > 1 ? plan.splits * args.batch * args.query_heads * args.query_len : 0;
+  return plan.num_splits > 1 ? plan.num_splits * args.batch * args.query_heads * args.query_len : 0;
 }
 
 AttentionForwardParams forward_params(const AttentionArgs& args, const ForwardPlan& plan) {
   AttentionForwardParams p{};
   set_common(p, args, {args.query, args.key, args.value, args.out});
-  p.kv_heads = int(args.kv_heads);
-  p.lse = args.lse;
   p.sign = args.scale == 0 ? 0.0f : args.scale < 0 ? -1.0f : 1.0f;
   p.scale = args.scale == 0 ? 1.0f : std::fabs(args.scale);
   p.scale_log2 = p.scale * kLog2e;
-  p.splits = plan.splits;
+  p.num_splits = plan.num_splits;
   p.width = plan.width;
-  p.together = heads_taking_turns(args, args.kv_heads, args.kv_len, 1);
+  p.heads_per_wave = heads_per_wave(args, args.kv_heads, args.kv_len, 1);
   p.partial_out = reinterpret_cast<float*>(args.workspace);
   p.partial_softmax = reinterpret_cast<RowSoftmax*>(p.partial_out + partial_rows(args, plan) * p.width);
   return p;
 }
 
-template <class Math, int kWidth, bool kFew>
+template <class Math, int kWidth, bool kIsDecode>
 void launch_forward(const AttentionArgs& args, const ForwardPlan& plan, const AttentionForwardParams& p) {
-  using Shared = ForwardShared<Math, kWidth, kFew>;
-  launch({kFew ? "attention_decode" : "attention_forward", unsigned(plan.blocks * plan.splits), 1, 1, Shared::kThreads,
-          Shared::kBytes, args.stream},
-         attention_forward_kernel<Math, kWidth, kFew>, p);
+  using Shared = ForwardShared<Math, kWidth, kIsDecode>;
+  launch({kIsDecode ? "attention_decode" : "attention_forward", unsigned(plan.blocks * plan.num_splits), 1, 1,
+          Shared::kThreads, Shared::kBytes, args.stream},
+         attention_forward_kernel<Math, kWidth, kIsDecode>, p);
 }
 
 template <class Math>
 void launch_width(const AttentionArgs& args, const ForwardPlan& plan, const AttentionForwardParams& p) {
-  if (plan.few) {
-    // Decoding waits for memory, not for products: it does without TF32.
-    using FewMath = std::conditional_t<kTf32<Math>, float, Math>;
+  if (plan.is_decode) {
+    // Decoding is bound by memory bandwidth and does not use TF32.
+    using DecodeMath = std::conditional_t<kTf32<Math>, float, Math>;
     switch (plan.width) {
-      case 64: return launch_forward<FewMath, 64, true>(args, plan, p);
-      case 128: return launch_forward<FewMath, 128, true>(args, plan, p);
-      default: return launch_forward<FewMath, 256, true>(args, plan, p);
+      case 64: return launch_forward<DecodeMath, 64, true>(args, plan, p);
+      case 128: return launch_forward<DecodeMath, 128, true>(args, plan, p);
+      default: return launch_forward<DecodeMath, 256, true>(args, plan, p);
     }
   }
   if constexpr (sizeof(Storage<Math>) == 2) {
@@ -96,7 +94,7 @@ void attention_forward(const AttentionArgs& args) {
   with_math(args, [&](auto math) {
     using Math = decltype(math);
     launch_width<Math>(args, plan, p);
-    if (plan.splits > 1)
+    if (plan.num_splits > 1)
       launch({"attention_combine", unsigned(ceil_div(rows, kCombineThreads / 32)), 1, 1, kCombineThreads,
               kCombineThreads / 32 * kMaxSplits * sizeof(float), args.stream},
              attention_combine_kernel<Storage<Math>>, p);

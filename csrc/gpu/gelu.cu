@@ -9,7 +9,7 @@ namespace gptcore {
 namespace GPTCORE_GPU {
 namespace {
 
-// Without a bias the elements are one line, cut where it suits.
+// Without a bias the tensor is one line, cut into rows of kGeluColumns.
 GeluPlan plan_of(const GeluArgs& args, int64_t rows_per_block) {
   GeluPlan plan{};
   plan.size = args.rows * args.width;
@@ -22,8 +22,8 @@ GeluPlan plan_of(const GeluArgs& args, int64_t rows_per_block) {
   return plan;
 }
 
-// How many rows a block takes: as many as are on their way at a time, or, where it writes a row of partial sums, so
-// many that this row does not count.
+// Rows per block: as many as are in flight at a time; with a bias at least 128, so that the row of partial sums that a
+// block writes is negligible.
 constexpr int64_t kForwardRows = 4 * kGeluWarps;
 int64_t backward_rows(const GeluArgs& args) {
   return args.grad_bias ? std::max<int64_t>(128, ceil_div(args.rows, 256)) : kForwardRows;

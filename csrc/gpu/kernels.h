@@ -1,4 +1,4 @@
-// The kernels of this module for a GPU or the GPU simulator, and the requirements on the GPU.
+// The GPU kernels of this module (or of the simulator), and the GPUs that can run them.
 #pragma once
 
 #include <string>
@@ -15,7 +15,7 @@ GPTCORE_OPERATIONS(GPTCORE_DECLARE_KERNELS, GPTCORE_SKIP)
 
 }  // namespace GPTCORE_GPU
 
-// Why no kernel can run on this machine; empty if one can. Needs no driver.
+// The reason why no kernel can run on this machine; empty if one can. Needs no driver.
 std::string cuda_problem();
 
 }  // namespace gptcore

@@ -9,15 +9,15 @@ namespace gptcore {
 namespace GPTCORE_GPU {
 namespace {
 
-// As many warps as a row needs, if each of their threads holds `chunks` of it; none if a block has too few.
+// The warps per row if each thread holds `chunks` chunks; 0 if that is more than max_warps.
 int warps_of_row(int64_t width, int chunks, int max_warps) {
   const int64_t warps = ceil_div(width, 32 * chunks * kChunk);
   return warps > max_warps ? 0 : int(warps);
 }
 
-// A block reads weight and bias once. Rows of one warp never wait for each other, so one block takes as many as a
-// multiprocessor runs at a time (fewer where all multiprocessors would not have a block). Rows of several warps wait at
-// barriers: there small blocks load while others add up.
+// A block reads weight and bias once. Rows of one warp need no barrier, so a block takes as many as a multiprocessor
+// runs (fewer if some multiprocessors would have no block). Rows of several warps do: small blocks overlap loads and
+// sums.
 RowPlan forward_plan(const LayerNormArgs& args) {
   const bool vectors =
       whole_vectors(args.width, {args.x, args.residual, args.weight, args.bias, args.out, args.residual_out});
@@ -26,7 +26,7 @@ RowPlan forward_plan(const LayerNormArgs& args) {
   return {warps, warps == kForwardSharing ? 2 : 1, vectors};
 }
 
-// As many rows at a time as a block holds.
+// As many concurrent rows as fit into a block.
 template <class T>
 RowPlan backward_plan(const LayerNormArgs& args) {
   const bool vectors =
@@ -36,8 +36,8 @@ RowPlan backward_plan(const LayerNormArgs& args) {
   return {warps, warps == 0 ? 1 : kBackwardWarps / warps, vectors};
 }
 
-// A multiprocessor runs one block, which writes partial sums and has them read again, 16 bytes a column in all: less
-// than its rows if these are four or more, at three times 2 or 4 bytes a column.
+// One block per multiprocessor. Its partial sums move 16 bytes per column; each of its rows moves three times 2 or 4,
+// so a block has at least four rows.
 unsigned backward_blocks(const LayerNormArgs& args, const RowPlan& plan) {
   return unsigned(std::min<int64_t>(ceil_div(args.rows, std::max(4, plan.groups)), multiprocessors()));
 }
@@ -51,7 +51,7 @@ void forward(const LayerNormArgs& args) {
            layer_norm_forward_wide<X, R>, args, plan.vectors);
     return;
   }
-  // As many blocks as a GPU runs at a time with 128 registers a thread: so each stays for many rows.
+  // As many blocks as are resident with 128 registers per thread, each looping over many rows.
   const int warps = plan.warps * plan.groups, resident = multiprocessors() * std::max(1, kForwardWarps / warps);
   const unsigned blocks = unsigned(std::min<int64_t>(ceil_div(args.rows, plan.groups), resident));
   launch({"layer_norm_forward", blocks, 1, 1, unsigned(32 * warps),

@@ -9,7 +9,7 @@
 namespace gptcore {
 namespace GPTCORE_GPU {
 
-// body(T()) for the storage type T that dtype names.
+// Calls body(T()) with the storage type T of dtype.
 template <class Body>
 void with_type(DType dtype, Body body) {
   if (dtype == DType::float32) body(float());
@@ -26,7 +26,7 @@ inline bool whole_vectors(int64_t width, std::initializer_list<const void*> tens
   return whole;
 }
 
-// Of the current device. The simulator has an A100's, but a small cache, so that small tensors exceed it.
+// Attributes of the current device. The simulator is an A100 with a small L2 cache, which small tensors fill.
 #ifdef GPTCORE_SIMT
 inline int multiprocessors() { return 108; }
 inline int l2_bytes() { return 64 << 10; }
@@ -34,7 +34,7 @@ inline int l2_bytes() { return 64 << 10; }
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
-    throw std::runtime_error(std::string("cannot ask the GPU for its attributes: ") +
+    throw std::runtime_error(std::string("cannot read the attributes of the GPU: ") +
                              cudaGetErrorString(cudaGetLastError()));
   return value;
 }

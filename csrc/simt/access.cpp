@@ -1,5 +1,5 @@
-// Judges every access of a kernel, which the compiler's instrumentation for ThreadSanitizer reports to the functions at
-// the end of this file, and counts what the accesses of a warp would cost.
+// Checks every access of a kernel, which the compiler's ThreadSanitizer instrumentation passes to the functions at the
+// end of this file, and counts the cost of the accesses of a warp.
 #include <algorithm>
 #include <cstring>
 
@@ -140,7 +140,7 @@ void Block::global_access(uintptr_t address, unsigned width, bool write, uint32_
       return std::string(write ? "writes " : "reads ") + bytes_text(width) + " at " +
              (unwritable ? unwritable->element(address) : "an address " + tensors->describe_outside(address));
     });
-  if (!tensor->written) return;  // nothing writes it
+  if (!tensor->written) return;  // an input
   const int64_t first = (address - region->begin) / region->granule;
   const int64_t last = (address + width - 1 - region->begin) / region->granule;
   for (int64_t i = first; i <= last; ++i) {

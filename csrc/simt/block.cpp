@@ -218,7 +218,7 @@ void Block::fail(const char* rule, uint32_t pc, std::function<std::string()> det
     }
   }
   if (lock_) lock_->clear(std::memory_order_release), lock_ = nullptr;
-  switch_fiber(lane().fiber, main_);  // this fiber is never resumed
+  switch_fiber(lane().fiber, main_);  // never resumed
   __builtin_unreachable();
 }
 

@@ -1,4 +1,4 @@
-// The simulator's side of a kernel that g++ compiles: CUDA's keywords, and the functions behind kernels/cuda/ptx.cuh.
+// The simulator's interface for kernels compiled by g++: CUDA keywords, and the functions behind kernels/cuda/ptx.cuh.
 #pragma once
 
 #include <stdint.h>

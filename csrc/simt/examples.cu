@@ -1,4 +1,4 @@
-// Small kernels that each break one rule of a GPU, with a twin that keeps it: what the model must report, and must not.
+// Small kernels that each violate one rule, which the simulator must report, with correct twins, which it must not.
 // And kernels of a single warp-wide instruction, to look at the layouts of its operands.
 //
 // All run as two blocks of 64 threads on x, 64 rows of 4 floats that lie 8 apart, and out, 128 rows of 4 floats.

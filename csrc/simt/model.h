@@ -1,4 +1,4 @@
-// The simulator: blocks of fibers, and the records by which their accesses are checked and counted.
+// The simulator: blocks of fibers, and the state with which their accesses are checked and counted.
 #pragma once
 
 #include <array>

@@ -1,4 +1,4 @@
-// gptcore._simt: the CUDA kernels on the CPU, in a GPU simulator that checks and counts their memory accesses.
+// gptcore._simt: the CUDA kernels in a GPU simulator that checks and counts their memory accesses.
 #include "csrc/gpu/kernels.h"
 #include "csrc/operations.h"
 #include "csrc/simt/model.h"

@@ -1,4 +1,4 @@
-// The tensors that a launch may touch, and what has happened to each piece of their memory.
+// The tensors that a launch may access, and the state of each piece of their memory.
 #pragma once
 
 #include <atomic>
@@ -50,7 +50,8 @@ struct Region {
 };
 constexpr uint8_t kRead = 1, kWritten = 2;
 
-// Registers tensors for the launches of this thread, until it is destroyed. What a launch wrote, the next may read.
+// Registers tensors for the launches of this thread, until it is destroyed. Later launches may read what earlier ones
+// wrote.
 class Tensors {
  public:
   explicit Tensors(std::vector<Tensor> tensors);

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gptcore import _C
 from gptcore.ops import arguments, native, registry
+from gptcore.ops.dropout import dropout_keep
 from gptcore.ops.operation import Operation, Sample
 
 Boundaries = Tensor | tuple[Tensor, Tensor]
@@ -69,7 +70,7 @@ def attention(
 
     Returns:
         (batch, query_heads, query_len, head_dim), laid out so that `.transpose(1, 2).flatten(2)` is a view. A query
-        that attends to no key gets zeros.
+        that attends to no key gets zeros. NaN or infinities in a value reach exactly the queries that attend to it.
 
     Raises:
         ValueError: shapes, dtypes, strides or arguments that do not fit, with what was expected.
@@ -289,34 +290,6 @@ def _mask(q: Tensor, k: Tensor, settings: Settings) -> Tensor:
     return allowed[:, None]
 
 
-def _dropout_keep(shape: torch.Size, seed: Tensor, dropout_p: float, device: torch.device) -> Tensor:
-    """Return which softmax weights are kept, by Philox4x32-10 (Salmon et al. 2011) of (seed, head, query, key).
-
-    Word key % 4 of the counter (key // 4, query, batch x heads + head, 0); kept where it is at least dropout_p x 2^32.
-    """
-    batch, heads, query_len, kv_len = shape
-    low = 0xFFFFFFFF
-
-    def multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:  # the high and the low 32 bits of a product
-        b_high, b_low = b >> 16, b & 0xFFFF  # in halves: int64 has no room for a full 64-bit product
-        middle = a * b_high + (a * b_low >> 16)
-        return middle >> 16, ((middle & 0xFFFF) << 16) | (a * b_low & 0xFFFF)
-
-    grid = torch.meshgrid(
-        *(torch.arange(n, device=device) for n in (batch * heads, query_len, (kv_len + 3) // 4)), indexing="ij"
-    )
-    c2, c1, c0 = grid
-    c3 = torch.zeros_like(c0)
-    k0, k1 = seed & low, seed >> 32
-    for _ in range(10):
-        high0, low0 = multiply(0xD2511F53, c0)
-        high1, low1 = multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    words = torch.stack((c0, c1, c2, c3), dim=-1).flatten(2)[..., :kv_len]
-    return (words >= int(dropout_p * 2**32)).view(batch, heads, query_len, kv_len)
-
-
 def _attention_torch(q: Tensor, k: Tensor | None, v: Tensor | None, settings: Settings) -> tuple[Tensor, Tensor]:
     if k is None or v is None:
         q, k, v = _parts(q)
@@ -330,10 +303,20 @@ def _attention_torch(q: Tensor, k: Tensor | None, v: Tensor | None, settings: Se
     no_keys = ~allowed.any(dim=-1, keepdim=True)  # queries whose output is 0, where softmax would give NaN
     probs = scores.masked_fill(no_keys, 0.0).softmax(dim=-1).masked_fill(no_keys, 0.0)
     if settings.seed is not None:
-        keep = _dropout_keep(scores.shape, settings.seed.to(q.device), settings.dropout_p, q.device)
+        keep = dropout_keep(scores.shape, settings.seed.to(q.device), settings.dropout_p, q.device)
         probs = probs * keep / (1.0 - settings.dropout_p)
-    out = probs @ values
+    out = _weighted_sum(probs, values, allowed)
     return out.transpose(1, 2).contiguous().transpose(1, 2).to(q.dtype), lse.to(torch.float32)
+
+
+def _weighted_sum(probs: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
+    """Return probs @ values, in which values that are not finite reach only the queries that may attend to them."""
+    eager = values.is_cpu and not torch.compiler.is_compiling() and not registry.is_transformed()
+    if eager and not native.is_watched(values) and values.isfinite().all():
+        return probs @ values
+    nonfinite = ~values.isfinite()  # left out of the product: a masked weight of 0 times NaN is NaN
+    reached = allowed.to(values.dtype) @ nonfinite.to(values.dtype) > 0
+    return probs @ values.masked_fill(nonfinite, 0.0) * torch.where(reached, math.nan, 1.0).to(values.dtype)
 
 
 # ---- the kernels -------------------------------------------------------------------------------------------------

@@ -60,11 +60,12 @@ def _gelu_torch(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if bias is not None:
         wide = wide + bias
+    bounded = wide.masked_fill(wide < -32.0, -32.0).masked_fill(wide > 32.0, 32.0)  # inf * 0 would be NaN
     if tanh_form:
-        curve = torch.tanh(math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide**3))
+        curve = torch.tanh(math.sqrt(2.0 / math.pi) * (bounded + 0.044715 * bounded**3))
     else:
-        curve = torch.erf(wide / math.sqrt(2.0))
-    return (0.5 * wide * (1.0 + curve)).to(x.dtype)
+        curve = torch.erf(bounded / math.sqrt(2.0))
+    return torch.where(wide > 32.0, wide, 0.5 * bounded * (1.0 + curve)).to(x.dtype)
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------

@@ -45,12 +45,12 @@ def layer_norm(
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; statistics in float32.
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; statistics in float32.
 
     Args:
         x: (..., width).
         weight, bias: (width,), in x's dtype or float32; bias is optional.
-        residual: added to x first; x's shape, in x's dtype or float32. Both outputs have its dtype.
+        residual: added to x first: the same shape, x's dtype or float32, which is the dtype of both outputs.
 
     Returns:
         out, in x's shape; with a residual (out, residual_out), where residual_out = x + residual.
@@ -58,7 +58,7 @@ def layer_norm(
     Raises:
         ValueError: shapes, dtypes or arguments that do not fit, with what was expected.
         TypeError: an argument has the wrong type.
-        RuntimeError: the requested backend cannot run the call.
+        RuntimeError: the backend that was asked for cannot run the call.
     """
     arguments.check_tensors(x=x, weight=weight)
     arguments.check_tensors(optional=True, bias=bias, residual=residual)
@@ -85,8 +85,10 @@ def _layer_norm_torch(
     residual_out = x if residual is None else x + residual
     wide = residual_out.to(torch.promote_types(residual_out.dtype, torch.float32))
     centred = wide - wide.mean(dim=-1, keepdim=True)
-    centred = centred - centred.mean(dim=-1, keepdim=True)  # a second time, to correct the rounding of the mean
-    out = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps) * weight
+    centred = centred - centred.mean(dim=-1, keepdim=True)  # again: the mean was rounded
+    variance = centred.square().mean(dim=-1, keepdim=True)
+    overflow = variance - variance  # NaN if the squares overflow: the row must not become zeros
+    out = centred * torch.rsqrt(variance + eps + overflow) * weight
     if bias is not None:
         out = out + bias
     return out.to(residual_out.dtype), residual_out
@@ -94,8 +96,8 @@ def _layer_norm_torch(
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
-# They take dense tensors, with weight and bias in float32; without a residual, residual_out is empty. Outputs are not
-# views: autograd forbids in-place changes of a view that a Function returned.
+# They take dense tensors, with weight and bias in float32; without a residual, residual_out is empty. Outputs have x's
+# shape: autograd allows no in-place change of a view that a Function returned.
 
 
 def _forward_native(
@@ -153,7 +155,7 @@ _forward = native.define(
     native.compiled("layer_norm_forward", _forward_native) | native.triton("layer_norm", "forward"),
     _outputs,
 )
-# x is the normalised tensor: residual_out if there was a residual.
+# x is what was normalised: residual_out where there is a residual.
 _backward = native.define(
     "layer_norm_backward(Tensor grad_out, Tensor? grad_residual_out, Tensor x, Tensor weight, Tensor mean, "
     "Tensor rstd, bool bias) -> (Tensor, Tensor, Tensor)",

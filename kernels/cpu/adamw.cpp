@@ -1,8 +1,9 @@
-// AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2) and the norm of gradients, of many tensors at once.
+// AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2) and the norm of gradients, for many tensors at a
+// time.
 //
-// Memory is the limit: parameter, gradient and both moments are read once, and all but the gradient written once.
-// A parameter that the model has in 16 bits is kept in float32 beside it: an update is often less than half of the last
-// of 16 bits, and would be lost.
+// Bound by memory bandwidth: parameter, gradient and both moments are read once, all but the gradient written once.
+// 16-bit parameters have float32 master weights, since most updates are smaller than half a unit in the last place of
+// 16 bits.
 #include "kernels/cpu/rows.h"
 
 namespace gptcore {
@@ -34,7 +35,7 @@ GPTCORE_INLINE void update(const AdamWArgs& args, const ParameterPiece& piece) {
   for (int64_t i = 0; i < piece.size; i += kLanes) {
     const int64_t left = piece.size - i;
     Vec param = load_up_to(piece.param + i, left), grad = load_up_to(grads + i, left) * args.grad_scale;
-    if (sizeof(T) == 2) {  // someone may have written other weights into the model
+    if (sizeof(T) == 2) {  // the model's weights may have been replaced since the last step
       Vec copy = load_up_to(copies + i, left);
       param = copy == rounded_to<T>(param) ? param : copy;
     }
@@ -50,12 +51,12 @@ GPTCORE_INLINE void update(const AdamWArgs& args, const ParameterPiece& piece) {
   }
 }
 
-// In double, in which no square of a float32 overflows or vanishes.
+// In double: the square of a float32 neither overflows nor underflows.
 template <class T>
 GPTCORE_INLINE double sum_of_squares(const T* x, int64_t n) {
   typedef float Floats __attribute__((vector_size(kLanes * 2)));
   typedef double Doubles __attribute__((vector_size(kLanes * 4)));
-  constexpr int kWidth = kLanes / 2, kVecs = 2;  // four sums: one addition need not wait for the one before it
+  constexpr int kWidth = kLanes / 2, kVecs = 2;  // four independent sums hide the latency of additions
   Doubles sums[kVecs][2] = {};
   for (int64_t i = 0; i < n; i += kVecs * kLanes)
     for (int j = 0; j < kVecs; ++j) {

@@ -1,4 +1,4 @@
-// Which keys a query of attention sees, and which of those dropout keeps.
+// The mask and the dropout of attention.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -8,14 +8,14 @@ namespace gptcore {
 namespace GPTCORE_ISA {
 namespace {
 
-// ---- what a query may see ---------------------------------------------------------------------------------------------
+// ---- masks ----------------------------------------------------------------------------------------------------------
 
-// The keys [begin, end) of its segment that a query sees. Both ends only grow from one query to the next.
+// The keys [begin, end) of its segment that a query attends to. Both ends increase with the query.
 struct Range {
   int64_t begin, end;
 };
-Range visible(const AttentionArgs& args, const Segment& segment, int64_t query) {
-  int64_t position = query + segment.key_len - segment.query_len;  // the last query stands at the last key
+Range attended(const AttentionArgs& args, const Segment& segment, int64_t query) {
+  int64_t position = query + segment.key_len - segment.query_len;  // the last query is at the last key
   int64_t begin = args.window_left < 0 ? 0 : position - args.window_left, end = segment.key_len;
   if (args.causal) end = smaller(end, position + 1);
   if (args.window_right >= 0) end = smaller(end, position + args.window_right + 1);
@@ -23,37 +23,38 @@ Range visible(const AttentionArgs& args, const Segment& segment, int64_t query) 
   return {smaller(larger(begin, 0), end), end};
 }
 
-// kPanel queries of one head: what each lane may see, and which blocks of keys that concerns.
+// kPanel queries of one head, with the range of keys of each lane.
 struct Panel {
   int64_t first, rows;  // queries [first, first + rows) of the segment; the other lanes are idle
-  int64_t key_begin, key_end;      // keys that any of them sees
+  int64_t key_begin, key_end;      // the keys that any of them attends to
   alignas(64) int32_t begin[kPanel], end[kPanel];
 
   Panel(const AttentionArgs& args, const Segment& segment, int64_t first_query)
       : first(first_query), rows(smaller(kPanel, segment.query_len - first_query)) {
     for (int i = 0; i < kPanel; ++i) {
-      Range range = visible(args, segment, first + smaller(i, rows - 1));
+      Range range = attended(args, segment, first + smaller(i, rows - 1));
       begin[i] = (int32_t)range.begin, end[i] = (int32_t)range.end;
     }
     key_begin = begin[0], key_end = end[rows - 1];
   }
   int vectors() const { return (int)((rows + kLanes - 1) / kLanes); }
+  // The keys of a block of `count` from `key` that each vector of queries attends to.
   template <class T>
-  Seen seen(int64_t key, int64_t count) const {
-    Seen seen{vectors(), {}};
-    for (int v = 0; v < seen.vectors; ++v)
-      seen.count[v] = smaller(count, round_up(larger(0, end[(v + 1) * kLanes - 1] - key), kStep<T>));
-    // A tile is as deep as two vectors are long. Those that are cut short cost more than what is masked in whole ones.
-    for (int v = 0; v + 1 < seen.vectors && kInTiles<T>; v += 2) seen.count[v] = seen.count[v + 1];
-    return seen;
+  KeyCounts key_counts(int64_t key, int64_t count) const {
+    KeyCounts counts{vectors(), {}};
+    for (int v = 0; v < counts.vectors; ++v)
+      counts.count[v] = smaller(count, round_up(larger(0, end[(v + 1) * kLanes - 1] - key), kStep<T>));
+    // An AMX tile is as deep as two vectors are long, and partial tiles cost more than masked elements of whole ones.
+    for (int v = 0; v + 1 < counts.vectors && kInTiles<T>; v += 2) counts.count[v] = counts.count[v + 1];
+    return counts;
   }
-  // How many keys from `key` on all queries of a vector see: these need no mask.
+  // The number of keys from `key` on that all queries of a vector attend to: these need no mask.
   int64_t unmasked(int vector, int64_t key, int64_t count) const {
     return key < begin[(vector + 1) * kLanes - 1] ? 0 : smaller(count, larger(0, end[vector * kLanes] - key));
   }
 
-  // All ones in the lanes that see this key.
-  IntVec sees(int vector, int64_t key) const {
+  // All ones in the lanes that attend to this key.
+  IntVec attends(int vector, int64_t key) const {
     IntVec from, to;
     memcpy(&from, begin + vector * kLanes, sizeof from);
     memcpy(&to, end + vector * kLanes, sizeof to);
@@ -61,11 +62,11 @@ struct Panel {
   }
 };
 
-// ---- dropout ----------------------------------------------------------------------------------------------------------
+// ---- dropout --------------------------------------------------------------------------------------------------------
 
-// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). Whether a weight is kept is a
-// function of (seed, head, query, key) alone, so the backward, another backend or another tiling draws the same.
-// One call gives the words of four neighbouring keys: counter = (key / 4, query, batch x heads + head, 0).
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). Whether a weight is kept depends
+// only on (seed, head, query, key): the backward and every other backend draw the same. One call covers four adjacent
+// keys: counter = (key / 4, query, batch x heads + head, 0).
 class Dropout {
  public:
   Dropout(const AttentionArgs& args, const Segment& segment, int64_t head, int64_t first_query)
@@ -77,9 +78,9 @@ class Dropout {
 
   // All ones in the lanes that keep this key of the segment.
   IntVec keeps(int vector, int64_t key) {
-    uint64_t at = (uint64_t)(first_key_ + key);
-    if (at / 4 != group_[vector]) generate(vector, group_[vector] = at / 4);
-    return words_[vector][at % 4] >= threshold_;
+    uint64_t index = (uint64_t)(first_key_ + key);
+    if (index / 4 != group_[vector]) generate(vector, group_[vector] = index / 4);
+    return words_[vector][index % 4] >= threshold_;
   }
 
  private:
@@ -102,7 +103,7 @@ class Dropout {
   uint64_t seed_;
   uint32_t threshold_, head_, first_query_;
   int64_t first_key_;
-  uint64_t group_[kPanelVectors];  // whose words are in hand
+  uint64_t group_[kPanelVectors];  // of four keys, whose words are in words_
   UintVec words_[kPanelVectors][4];
 };
 

@@ -11,8 +11,8 @@ struct Normal {
   Vec cdf, x_pdf;
 };
 
-// What a result of type T needs: all of float32's accuracy, or just enough for 16 bits (their rounding errors are 2^-9
-// and 2^-12) at about half of the instructions.
+// The accuracy for results of type T: full for float32; for 16 bits, with rounding errors of 2^-9 and 2^-12, reduced at
+// about half the instructions.
 template <class T> constexpr int kExpDegree = 6;
 template <> constexpr int kExpDegree<bfloat16> = 3;
 template <> constexpr int kExpDegree<float16> = 4;
@@ -26,6 +26,11 @@ GPTCORE_INLINE Vec reciprocal_for(Vec x) {
   return 1.0f / x;
 }
 
+// Beyond +-32 cdf is 0 or 1: inputs of the formulas are clamped, and infinities do not become NaN.
+constexpr float kSaturated = 32.0f;
+GPTCORE_INLINE Vec clamp_below(Vec x) { return max(splat(-kSaturated), x); }  // NaN stays NaN
+GPTCORE_INLINE Vec clamp_gelu(Vec x) { return clamp_below(min(splat(kSaturated), x)); }
+
 // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), which does not cancel for negative u, with u = sqrt(2/pi) (x + 0.044715 x^3).
 template <class T>
 GPTCORE_INLINE Normal tanh_form(Vec x) {
@@ -33,8 +38,7 @@ GPTCORE_INLINE Normal tanh_form(Vec x) {
   Vec square = x * x;
   Vec e = exp2_for<T>(x * (square * (-kSlope * kCube * kLog2e) - kSlope * kLog2e));
   Vec cdf = reciprocal_for<T>(1.0f + e);
-  Vec upper = min(e * cdf, splat(1.0f));  // 1 - cdf without cancelling; inf * 0 = NaN counts as 1
-  square = min(splat(1e3f), square);  // finite, so that no 0 * inf comes of a large x: by then cdf is 0 or 1
+  Vec upper = min(e * cdf, splat(1.0f));  // 1 - cdf without cancelling; inf * 0 = NaN becomes 1
   return {cdf, (upper * cdf * x) * (square * (3 * kSlope * kCube) + kSlope)};
 }
 
@@ -45,7 +49,6 @@ GPTCORE_INLINE Normal tanh_form(Vec x) {
 template <class T>
 GPTCORE_INLINE Normal erf_form(Vec x) {
   Vec a = x < 0.0f ? -x : x;
-  a = min(splat(20.0f), a);
   Vec gauss = exp2_for<T>((a * a) * (-0.5f * kLog2e));
   Vec v = a * reciprocal_for<T>(a + 3.0f);
   Vec r = splat(2.72342142e-2f);
@@ -63,9 +66,9 @@ GPTCORE_INLINE Normal erf_form(Vec x) {
 }
 
 template <class T, bool kTanh>
-GPTCORE_INLINE Normal normal(Vec x) { return kTanh ? tanh_form<T>(x) : erf_form<T>(x); }
+GPTCORE_INLINE Normal normal(Vec x) { return kTanh ? tanh_form<T>(clamp_gelu(x)) : erf_form<T>(clamp_gelu(x)); }
 
-// The work is cut into lines: rows where there is a bias to add to each, else stretches of any length.
+// The work is divided into lines: rows if there is a bias, otherwise ranges of 4096 elements.
 struct Lines {
   int64_t count, length, size;
   explicit Lines(const GeluArgs& args) : length(args.bias ? args.width : 4096), size(args.rows * args.width) {
@@ -86,12 +89,12 @@ void forward(const GeluArgs& args) {
     for (int64_t i = 0; i < n; i += kLanes) {
       Vec v = load_up_to(x + i, n - i);
       if (args.bias) v += load_up_to(args.bias + i, n - i);
-      store_up_to(out + i, v * normal<T, kTanh>(v).cdf, n - i);
+      store_up_to(out + i, clamp_below(v) * normal<T, kTanh>(v).cdf, n - i);
     }
   });
 }
 
-// n elements from `begin` on; with a bias, their gradients are added to sum[0..n) as well.
+// n elements from `begin` on; with a bias, their gradients are also added to sum[0..n).
 template <class T, bool kTanh>
 GPTCORE_INLINE void backward_line(const GeluArgs& args, int64_t begin, int64_t n, const float* bias, float* sum) {
   const T *x = (const T*)args.x + begin, *grad_out = (const T*)args.grad_out + begin;
@@ -100,15 +103,14 @@ GPTCORE_INLINE void backward_line(const GeluArgs& args, int64_t begin, int64_t n
     const int64_t left = n - i;
     Vec v = load_up_to(x + i, left);
     if (bias) v += load_up_to(bias + i, left);
-    Normal at = normal<T, kTanh>(v);
-    Vec grad = load_up_to(grad_out + i, left) * (at.cdf + at.x_pdf);
+    Normal gelu = normal<T, kTanh>(v);
+    Vec grad = load_up_to(grad_out + i, left) * (gelu.cdf + gelu.x_pdf);
     store_up_to(grad_x + i, grad, left);
     if (bias) store_up_to(sum + i, load_up_to(sum + i, left) + grad, left);
   }
 }
 
-// A chunk of rows and its part of grad_bias, which is summed in blocks of rows: the fewer float32 additions follow one
-// another, the more exact is the sum.
+// A chunk of rows and its part of grad_bias. Short blocks of rows are summed first, which reduces the rounding error.
 template <class T, bool kTanh>
 GPTCORE_INLINE void backward_chunk(const GeluArgs& args, int64_t row_begin, int64_t row_end, float* partial) {
   constexpr int64_t kColumns = 4096, kRows = 16;

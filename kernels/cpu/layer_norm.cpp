@@ -1,22 +1,22 @@
 // Layer normalisation (Ba et al. 2016, arXiv:1607.06450), with the residual addition before it fused in.
 //
-// Memory is the limit: every row is read from it once, and stays in the cache for the passes after the first.
+// Bound by memory bandwidth: each row is read from memory once and stays in the cache for the later passes.
 #include "kernels/cpu/rows.h"
 
 namespace gptcore {
 namespace GPTCORE_ISA {
 namespace {
 
-// body(begin, length) for stretches of a row. A float32 sum of many more terms, one after the other, would lose digits:
-// stretches are summed in float32 and added up in double.
+// Calls body(begin, length) for blocks of a row. Blocks are summed in float32 and added in double, which bounds the
+// rounding error of long rows.
 template <class Body>
-GPTCORE_INLINE void for_stretches(int64_t n, Body body) {
-  constexpr int64_t kStretch = 4096;
-  for (int64_t i = 0; i < n; i += kStretch) body(i, n - i < kStretch ? n - i : kStretch);
+GPTCORE_INLINE void for_blocks(int64_t n, Body body) {
+  constexpr int64_t kBlock = 4096;
+  for (int64_t i = 0; i < n; i += kBlock) body(i, n - i < kBlock ? n - i : kBlock);
 }
 
-// visit(v, j) for each vector of a row; j < 4 numbers the sum to add it to, because one addition must not wait for the
-// one before it. Lanes past the end read `fill`, which must add nothing.
+// Calls visit(v, j) for each vector of a row; j < 4 is the accumulator to use: four independent chains hide the latency
+// of additions. Lanes past the end read `fill`, which must add nothing.
 template <class T, class Visit>
 GPTCORE_INLINE void visit_row(const T* row, int64_t n, float fill, Visit visit) {
   int64_t i = 0;
@@ -28,24 +28,24 @@ GPTCORE_INLINE void visit_row(const T* row, int64_t n, float fill, Visit visit) 
 GPTCORE_INLINE float total(const Vec* sums) { return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])); }
 
 template <class X, class R>
-GPTCORE_INLINE void add_residual(const X* x, const R* residual, R* sum, int64_t n) {
+GPTCORE_INLINE void add_residual(const X* x, const R* residual, R* residual_out, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes)
-    store_up_to(sum + i, load_up_to(x + i, n - i) + load_up_to(residual + i, n - i), n - i);
+    store_up_to(residual_out + i, load_up_to(x + i, n - i) + load_up_to(residual + i, n - i), n - i);
 }
 
-// In two passes, since E[x^2] - mean^2 cancels when the mean is large. The second also finds by how much the mean was
-// rounded: at mean 100 and deviation 1 that is most of the error of a float32 layer norm.
+// Two passes, since E[x^2] - mean^2 cancels. The second also computes `rest`, the rounding error of the mean. rstd is
+// NaN if the sum of squares overflows float32: the overflow does not become a row of zeros.
 template <class T>
 GPTCORE_INLINE void normalize_row(const LayerNormArgs& args, const T* row, T* out, float* mean_out, float* rstd_out) {
   const int64_t n = args.width;
   double sum = 0, sum_rest = 0, sum_square = 0;
-  for_stretches(n, [&](int64_t begin, int64_t length) {
+  for_blocks(n, [&](int64_t begin, int64_t length) {
     Vec sums[4] = {};
     visit_row(row + begin, length, 0.0f, [&](Vec v, int j) { sums[j] += v; });
     sum += total(sums);
   });
   const float mean = sum / n;
-  for_stretches(n, [&](int64_t begin, int64_t length) {
+  for_blocks(n, [&](int64_t begin, int64_t length) {
     Vec rests[4] = {}, squares[4] = {};
     visit_row(row + begin, length, mean, [&](Vec v, int j) {
       Vec difference = v - mean;
@@ -54,8 +54,8 @@ GPTCORE_INLINE void normalize_row(const LayerNormArgs& args, const T* row, T* ou
     });
     sum_rest += total(rests), sum_square += total(squares);
   });
-  const float rest = sum_rest / n, variance = sum_square / n - rest * rest;
-  const float rstd = 1.0f / __builtin_sqrtf(variance + args.eps), shift = rest * rstd;
+  const float rest = sum_rest / n, variance = sum_square / n - rest * rest, square = sum_square;
+  const float rstd = 1.0f / __builtin_sqrtf(variance + args.eps + (square - square)), shift = rest * rstd;
   for (int64_t i = 0; i < n; i += kLanes) {
     Vec v = ((load_up_to(row + i, n - i) - mean) * rstd - shift) * load_up_to(args.weight + i, n - i);
     if (args.bias) v += load_up_to(args.bias + i, n - i);
@@ -83,10 +83,9 @@ void forward(const LayerNormArgs& args) {
   });
 }
 
-// With xhat = (x - mean) * rstd and g = weight * grad_out:  grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)),
-// and what this row adds to grad_weight = sum of grad_out * xhat and to grad_bias = sum of grad_out.
-//
-// args.mean is rounded. `shift`, the mean of the xhat that comes of it, is what must be taken from every xhat.
+// With xhat = (x - mean) * rstd and g = weight * grad_out:  grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)). The
+// row adds grad_out * xhat to grad_weight and grad_out to grad_bias. `shift` is the mean of xhat, not 0 since args.mean
+// is rounded, and is subtracted from xhat.
 template <class T>
 GPTCORE_INLINE void backward_row(const LayerNormArgs& args, int64_t r, float* weight_partial, float* bias_partial) {
   const int64_t n = args.width, begin = r * n;
@@ -96,7 +95,7 @@ GPTCORE_INLINE void backward_row(const LayerNormArgs& args, int64_t r, float* we
   const float mean = args.mean[r], rstd = args.rstd[r];
 
   double sum_xhat = 0, sum_g = 0, sum_g_xhat = 0;
-  for_stretches(n, [&](int64_t begin, int64_t length) {
+  for_blocks(n, [&](int64_t begin, int64_t length) {
     Vec xhats = {}, gs = {}, g_xhats = {};
     for (int64_t i = begin; i < begin + length; i += kLanes) {
       const int64_t left = n - i;
@@ -113,7 +112,7 @@ GPTCORE_INLINE void backward_row(const LayerNormArgs& args, int64_t r, float* we
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t left = n - i;
     Vec xhat = (load_up_to(x + i, left) - mean) * rstd - shift, dy = load_up_to(grad_out + i, left);
-    Vec g = rounded(load_up_to(args.weight + i, left) * dy);  // not fused with the difference: mean_g is of rounded g
+    Vec g = rounded(load_up_to(args.weight + i, left) * dy);  // not fused: mean_g is the mean of rounded g
     Vec dx = (g - mean_g - xhat * mean_g_xhat) * rstd;
     if (grad_residual) dx += load_up_to(grad_residual + i, left);
     store_up_to(grad_x + i, dx, left);

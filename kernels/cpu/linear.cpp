@@ -1,8 +1,8 @@
 // A linear layer, y = x W^T + b, and its gradients dx = dy W, dW = dy^T x, db = the sum of the rows of dy.
 //
-// Each is a product C = A B. All of B is packed first, in panels of few columns. Then each thread takes one band of rows
-// of C after the other: what it reads of A stays in the cache while B passes by, panel after panel.
-// Results leave the registers once, as what they are to be, with the bias added.
+// Each is a product C = A B. All of B is packed first, in panels of few columns. Then each thread takes one band of
+// rows of C after the other: what it reads of A stays in the cache while B passes by, panel after panel. Results leave
+// the registers once, as what they are to be, with the bias added.
 #include <omp.h>
 
 #include "kernels/cpu/rows.h"
@@ -67,8 +67,8 @@ GPTCORE_INLINE void store_exactly(uint32_t* p, const Vec* v) {
   store((float*)p, bit_cast<Vec>(bit_cast<UintVec>(v[0]) >> 16 | bit_cast<UintVec>(v[1])));
 }
 
-// Rows of a source that follow each other in depth: Width columns of each, of which `columns` are there. The last vector
-// may be written beyond Width, where the next row goes.
+// Rows of a source that follow each other in depth: Width columns of each, of which `columns` are there. The last
+// vector may be written beyond Width, where the next row goes.
 template <int Width, class S, class T>
 void pack_from_rows(Wide<T>* to, const S* source, int64_t stride, int64_t rows, int64_t columns) {
   auto pack = [&](int64_t count, auto load_at) {
@@ -213,8 +213,8 @@ void multiply_all(const Product<T>& p, char* workspace, int num_threads) {
   }
 }
 
-// The sums of the rows of a matrix, in blocks of rows: the fewer float32 additions follow one another, the more exact they
-// are.
+// The sums of the rows of a matrix, in blocks of rows: the fewer float32 additions follow one another, the more exact
+// they are.
 void sum_rows(const Matrix& m, int64_t rows, int64_t columns, void* to, DType to_dtype, int num_threads) {
   constexpr int kSome = 8, kBlock = 16;  // vectors and rows
   parallel_for((columns + kSome * kLanes - 1) / (kSome * kLanes), num_threads, [&](int64_t some) {

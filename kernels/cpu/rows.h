@@ -1,4 +1,4 @@
-// Types, threads and sums over rows: what operations on rows share.
+// Types, threads and sums over rows, shared by the operations on rows.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -7,11 +7,11 @@
 namespace gptcore {
 namespace GPTCORE_ISA {
 
-// Sums over rows (grad_weight, grad_bias) are taken in this many chunks and the chunks added in order, so that the
-// result depends on the shape alone and never on the number of threads.
+// The number of chunks of sums over rows (grad_weight, grad_bias). Chunks are added in order, so that the result
+// depends only on the shape, not on the number of threads.
 static inline constexpr int64_t row_chunks(int64_t rows) { return rows < 64 ? 1 : rows < 2048 ? rows / 64 : 32; }
 
-// body(T()) for the storage type T that dtype names.
+// Calls body(T()) with the storage type T of dtype.
 template <class Body>
 GPTCORE_INLINE void with_type(DType dtype, Body body) {
   if (dtype == DType::float32) body(float());
@@ -19,8 +19,8 @@ GPTCORE_INLINE void with_type(DType dtype, Body body) {
   else body(float16());
 }
 
-// body(i) for each i < n, shared out to the threads; without OpenMP for one thread, since opening a region costs more
-// than a small tensor.
+// Calls body(i) for each i < n on num_threads threads; without OpenMP for one thread, since a parallel region costs
+// more than a small tensor.
 template <class Body>
 GPTCORE_INLINE void parallel_for(int64_t n, int num_threads, Body body) {
   if (num_threads <= 1) {

@@ -1,9 +1,9 @@
-// One vector type for every instruction set: GCC's vector extensions, with intrinsics only where they say more.
+// One vector type for every instruction set: GCC's vector extensions, with intrinsics only where these generate better
+// code.
 //
-// Every file of kernels/cpu is compiled once for each instruction set that it gains from, with GPTCORE_ISA naming the
-// namespace that its code lands in. Nothing here or in those files may be an external template or inline function
-// (`static` only, no STL): the linker would keep one copy for everybody, and an AVX-512 copy kills an older CPU.
-// tests/test_native.py looks at the symbols.
+// Every file of kernels/cpu is compiled once per instruction set, into the namespace GPTCORE_ISA. Templates and inline
+// functions must have internal linkage, and the STL must not be used: the linker would keep one copy, and an AVX-512
+// copy crashes on an older CPU. tests/test_native.py checks the symbols.
 #pragma once
 
 #include <stdint.h>
@@ -50,7 +50,7 @@ GPTCORE_INLINE IntVec lane_index() {
   return v;
 }
 
-// ---- loads and stores: memory of any of the three types, float32 in registers ----------------------------------------
+// ---- loads and stores: memory of any of the three types, float32 in registers ---------------------------------------
 
 template <class T, class U>
 GPTCORE_INLINE T bit_cast(const U& from) {
@@ -68,7 +68,7 @@ GPTCORE_INLINE Vec load(const float* p) {
 GPTCORE_INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
 
 GPTCORE_INLINE Vec load(const bfloat16* p) {
-#if defined(__AVX512F__)  // GCC 12 makes four instructions of the general form
+#if defined(__AVX512F__)  // GCC 12 compiles the general form to four instructions
   return bit_cast<Vec>((UintVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
 #elif defined(__AVX2__)
   return bit_cast<Vec>((UintVec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
@@ -125,7 +125,7 @@ GPTCORE_INLINE void store(float16* p, Vec v) {
 #endif
 }
 
-// The first n < kLanes elements only; the other lanes read `fill` and are not written.
+// Loads or stores the first n < kLanes elements; the other lanes are `fill`.
 template <class T>
 GPTCORE_INLINE Vec load_partial(const T* p, int64_t n, float fill = 0.0f) {
   T buffer[kLanes] = {};
@@ -157,9 +157,9 @@ GPTCORE_INLINE void store_up_to(T* p, Vec v, int64_t n) {
   else store_partial(p, v, n);
 }
 
-// ---- arithmetic -------------------------------------------------------------------------------------------------------
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
 
-#if defined(__AVX512F__)  // GCC 12 makes a comparison and a masked move of the general form
+#if defined(__AVX512F__)  // GCC 12 compiles the general form to a comparison and a masked move
 GPTCORE_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }  // b where either is NaN
 GPTCORE_INLINE Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
 #else
@@ -167,7 +167,7 @@ GPTCORE_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where eithe
 GPTCORE_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 #endif
 
-// x itself: a product that went into it is rounded, never fused with an addition of what follows.
+// Returns x. A product in x is rounded, never fused with a following addition.
 GPTCORE_INLINE Vec rounded(Vec x) {
 #if defined(__x86_64__)
   __asm__("" : "+v"(x));
@@ -191,8 +191,8 @@ GPTCORE_INLINE bool any(IntVec mask) {  // of lanes that are all ones or all zer
 #endif
 }
 
-GPTCORE_INLINE float sum_lanes(Vec v) {  // a fixed tree, so that the order of addition never varies
-#if defined(__AVX512F__)  // the same tree, without GCC 12's detour through memory
+GPTCORE_INLINE float sum_lanes(Vec v) {  // a fixed tree: the order of addition is always the same
+#if defined(__AVX512F__)  // the same tree; GCC 12 compiles the loop to memory accesses
   return _mm512_reduce_add_ps((__m512)v);
 #endif
   for (int half = kLanes / 2; half > 0; half /= 2)
@@ -200,11 +200,11 @@ GPTCORE_INLINE float sum_lanes(Vec v) {  // a fixed tree, so that the order of a
   return v[0];
 }
 
-// 2^x: 0 below -150, infinity above 128, NaN for NaN; 1.5 ulp or better with kDegree 6, 2 ulp with 5. For results that
-// are rounded to 16 bits: relative error 3e-6 with 4, and with 3, of bfloat16, 9e-5.
+// 2^x: 0 below -150, infinity above 128, NaN for NaN; at most 1.5 ulp with kDegree 6, 2 ulp with 5. For results rounded
+// to 16 bits: relative error 3e-6 with 4 and, for bfloat16, 9e-5 with 3.
 template <int kDegree = 6>
 GPTCORE_INLINE Vec exp2(Vec x) {
-  static_assert(3 <= kDegree && kDegree <= 6, "the degrees that there are coefficients for");
+  static_assert(3 <= kDegree && kDegree <= 6, "a degree with coefficients below");
 #if defined(__AVX512F__)
   Vec f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x), 0 for infinity
 #else
@@ -242,7 +242,7 @@ GPTCORE_INLINE Vec exp2(Vec x) {
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);  // p x 2^floor(x)
 #else
   IntVec n = __builtin_convertvector(whole, IntVec);
-  IntVec half = n >> 1;  // in two steps, so that results near both ends of the range survive
+  IntVec half = n >> 1;  // in two steps, which neither overflow nor underflow early
   return p * bit_cast<Vec>((half + 127) << 23) * bit_cast<Vec>((n - half + 127) << 23);
 #endif
 }

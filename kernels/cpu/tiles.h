@@ -1,4 +1,4 @@
-// Products of tiles of matrices, and the packing of their operands, for attention and linear layers.
+// Matrix products of tiles, and the packing of their operands, for attention and linear layers.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -11,8 +11,8 @@ namespace {
 constexpr int kPanel = kPanelVectors * kLanes;  // queries in one block of scores
 constexpr int kBlockN = 64;                     // keys in one block of scores
 constexpr int kTileRows = 6;                    // rows of a tile in vector registers
-// Terms of a dot product that are added up on their own: the error of a sum grows with its length. Fewer where vectors
-// are short, since there a product is rounded before it is added.
+// Length of the partial sums of a dot product: the error of a sum grows with its length. Shorter for short vectors,
+// where a product is rounded before it is added.
 constexpr int kDepth = 4 * kLanes;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -32,14 +32,14 @@ GPTCORE_INLINE void exchange(Vec (&v)[kLanes]) {
   if constexpr (Half > 1) exchange<Half / 2>(v);
 }
 
-// Transposes kLanes vectors in registers, by exchanging quarters of halves of halves.
+// Transposes kLanes vectors in registers, by recursive exchange of halves.
 GPTCORE_INLINE void transpose(Vec (&v)[kLanes]) { exchange<kLanes / 2>(v); }
 
-// ---- the matrix product -----------------------------------------------------------------------------------------------
+// ---- the matrix product ---------------------------------------------------------------------------------------------
 //
-// C (rows x width) = or += A (rows x depth) B (depth x width), in T. B is in Wide<T>: a float, or two bfloat16 that are
-// neighbours in depth, side by side for one column; `steps` counts those, so depth = steps x kStep. B and C lie in
-// panels of kPanel columns, one after the other: a product is made for one panel of each.
+// C = A B or C += A B in T, with A (rows x depth), B (depth x width), C (rows x width). An element of B is a Wide<T>: a
+// float, or two bfloat16 adjacent in depth; depth = steps x kStep. B and C are stored in panels of kPanel columns, and
+// one call multiplies one panel.
 
 template <class T> struct Operand;
 template <> struct Operand<float> { using Wide = float; static constexpr int kStep = 1; };
@@ -52,12 +52,12 @@ using Bfloat16Operand = float;
 template <class T> using Wide = typename Operand<T>::Wide;
 template <class T> constexpr int kStep = Operand<T>::kStep;
 #if defined(__AMX_BF16__)
-template <class T> constexpr bool kInTiles = kStep<T> == 2;  // multiplied in the tile registers of AMX
+template <class T> constexpr bool kInTiles = kStep<T> == 2;  // multiplied in AMX tile registers
 #else
 template <class T> constexpr bool kInTiles = false;
 #endif
 
-// A: the kStep numbers of row r and step k begin at data + r * row + k * step.
+// A: the kStep elements of row r and step k begin at data + r * row + k * step.
 template <class T>
 struct Left {
   const T* data;
@@ -67,7 +67,7 @@ struct Left {
 };
 template <class T>
 Left<T> by_rows(const T* data, int64_t ld) { return {data, ld, kStep<T>}; }
-template <class T>  // what was packed as a right operand, turned
+template <class T>  // the transpose of a packed right operand
 Left<T> by_columns(const Wide<T>* data) { return {(const T*)data, kStep<T>, kStep<T> * kPanel}; }
 
 GPTCORE_INLINE void multiply_add(Vec& acc, Vec a, Vec b) { acc += a * b; }
@@ -86,7 +86,7 @@ GPTCORE_INLINE UintVec splat_wide(const bfloat16* p) {
 GPTCORE_INLINE UintVec load_wide(const uint32_t* p) { return bit_cast<UintVec>(load((const float*)p)); }
 #endif
 
-// Unrolled by hand: left to itself GCC 12 keeps part of the accumulators in memory.
+// Unrolled explicitly: otherwise GCC 12 keeps part of the accumulators in memory.
 #define GPTCORE_UNROLL _Pragma("GCC unroll 12")
 
 template <int Rows, int Vectors, int Panel, class T>
@@ -116,7 +116,7 @@ GPTCORE_INLINE void tile(Left<T> a, const Wide<T>* b, int64_t steps, float* c, b
 template <int Vectors, class T>
 void multiply_rows(Left<T> a, const Wide<T>* b, int64_t rows, int64_t steps, float* c, bool accumulate) {
   for (int64_t tiles = (rows + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
-    const int64_t count = (rows + tiles - 1) / tiles;  // of tiles that are about the same
+    const int64_t count = (rows + tiles - 1) / tiles;  // tiles of about the same size
     switch (count) {
       case 6: tile<6, Vectors>(a, b, steps, c, accumulate); break;
       case 5: tile<5, Vectors>(a, b, steps, c, accumulate); break;
@@ -130,13 +130,12 @@ void multiply_rows(Left<T> a, const Wide<T>* b, int64_t rows, int64_t steps, flo
 }
 
 #if defined(__AMX_BF16__)
-// The same in the tile registers of AMX, of 16 rows x 64 bytes: 16 rows and 16 steps of A, 16 steps and a vector of columns
-// of B, 16 rows and a vector of columns of C. In the operands a tile's rows lie at equal distances, as the loads want
-// them; but for a turned A, which is turned back. Every product of 16-bit numbers comes here, tails too, so that equal
-// numbers are summed in one order wherever they meet.
+// The same in AMX tile registers of 16 rows x 64 bytes: 16 rows and 16 steps of A, 16 steps and a vector of columns of
+// B, 16 rows and a vector of columns of C. Tile loads need rows at one stride; a transposed A is transposed back first.
+// All 16-bit products use tiles, tails included, so that equal numbers are always summed in the same order.
 constexpr int kTile = 16;  // rows and steps
 
-// The shape of the tiles from now on, whose contents are lost.
+// Sets the shape of the tiles; their contents are lost.
 inline void shape_tiles(int64_t rows, int64_t steps) {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -145,17 +144,17 @@ inline void shape_tiles(int64_t rows, int64_t steps) {
   } shape;
   for (int i = 0; i < 4; ++i) shape.row_bytes[i] = 4 * kTile, shape.rows[i] = rows;  // C
   shape.row_bytes[4] = 4 * steps, shape.rows[4] = rows;                              // A
-  for (int i = 5; i < 8; ++i) shape.row_bytes[i] = 4 * kTile, shape.rows[i] = steps;  // B, by turns
+  for (int i = 5; i < 8; ++i) shape.row_bytes[i] = 4 * kTile, shape.rows[i] = steps;  // B, alternately
   __asm__ volatile("ldtilecfg %0" ::"m"(shape));
 }
-// What a thread has while it multiplies in T.
+// Configures the tile registers of a thread for its lifetime, if T is multiplied in them.
 template <class T>
 struct TileRegisters {
   TileRegisters() { if (kInTiles<T>) shape_tiles(kTile, kTile); }
   ~TileRegisters() { if (kInTiles<T>) __asm__ volatile("tilerelease"); }
 };
 
-// The compiler does not know of these registers, nor, but for "memory", of what they are loaded from.
+// The compiler does not track these registers; "memory" tells it about their loads.
 #define GPTCORE_LOAD_TILE(tile, from, stride) \
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"((int64_t)(stride)) : "memory")
 #define GPTCORE_STORE_TILE(tile, to, stride) \
@@ -163,7 +162,7 @@ struct TileRegisters {
 #define GPTCORE_ZERO_TILE(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
 #define GPTCORE_MULTIPLY_TILES(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
 
-// One tile of rows, in tiles of the shape that they have.
+// One tile of rows, with the configured shape.
 template <int Vectors>
 void multiply_tiles(const void* a, int64_t a_stride, const uint32_t* b, int64_t steps, float* c, bool accumulate) {
 #define GPTCORE_BEGIN(v)                                                                          \
@@ -188,7 +187,7 @@ void multiply_tiles(const void* a, int64_t a_stride, const uint32_t* b, int64_t 
 
 template <int Vectors>
 void multiply_rows(Left<bfloat16> a, const uint32_t* b, int64_t rows, int64_t steps, float* c, bool accumulate) {
-  alignas(64) uint32_t turned[kTile * kBlockN / 2];
+  alignas(64) uint32_t transposed[kTile * kBlockN / 2];
   const int64_t whole = steps / kTile * kTile;
   for (int64_t r = 0; r < rows; r += kTile, c += kTile * kPanel) {
     const void* rows_of_a = a.data + r * a.row;
@@ -199,9 +198,9 @@ void multiply_rows(Left<bfloat16> a, const uint32_t* b, int64_t rows, int64_t st
         for (int i = 0; i < kTile; ++i)
           v[i] = k + i < steps ? load((const float*)(a.data + r * a.row + (k + i) * a.step)) : Vec{};
         transpose(v);
-        for (int i = 0; i < kTile; ++i) store((float*)turned + i * (kBlockN / 2) + k, v[i]);
+        for (int i = 0; i < kTile; ++i) store((float*)transposed + i * (kBlockN / 2) + k, v[i]);
       }
-      rows_of_a = turned, stride = kBlockN / 2 * sizeof *turned;
+      rows_of_a = transposed, stride = kBlockN / 2 * sizeof *transposed;
     }
     const int64_t here = smaller(kTile, rows - r);
     if (here < kTile) shape_tiles(here, kTile);
@@ -217,11 +216,11 @@ void multiply_rows(Left<bfloat16> a, const uint32_t* b, int64_t rows, int64_t st
 #else
 template <class T>
 struct TileRegisters {
-  TileRegisters() {}  // not trivial, as with AMX: nobody warns of a variable that is not used
+  TileRegisters() {}  // not trivial, so that the compiler does not warn of an unused variable
 };
 #endif
 
-// The first `width` columns, rounded up to whole vectors.
+// Multiplies the first `width` columns, rounded up to whole vectors.
 template <class T>
 void multiply(Left<T> a, const Wide<T>* b, int64_t rows, int64_t steps, int64_t width, float* c, bool accumulate) {
   switch ((width + kLanes - 1) / kLanes) {
@@ -234,9 +233,9 @@ void multiply(Left<T> a, const Wide<T>* b, int64_t rows, int64_t steps, int64_t 
   }
 }
 
-// ---- packing: from strided rows of any storage type S to operands of type T -------------------------------------------
+// ---- packing: from strided rows of any storage type S to operands of type T -----------------------------------------
 
-// A vector of the sums over the lanes of each of kLanes vectors: as above, but of the two halves only the sum goes on.
+// A vector of the sums over lanes of kLanes vectors: a transposition that adds the two halves.
 template <int Half = kLanes / 2>
 GPTCORE_INLINE Vec sums_of(Vec (&v)[kLanes]) {
   const IntVec lane = lane_index();
@@ -253,7 +252,7 @@ GPTCORE_INLINE void store_wide(uint32_t* p, const Vec* v) {  // rounds halves up
   store((float*)p, bit_cast<Vec>(low >> 16 | (high & 0xffff0000u)));
 }
 
-// A kLanes x kLanes corner of the source; zeros beyond its rows and columns.
+// A kLanes x kLanes block of the source; zeros beyond its rows and columns.
 template <class S>
 GPTCORE_INLINE void load_square(Vec (&v)[kLanes], const S* source, int64_t stride, int64_t rows, int64_t columns) {
   for (int i = 0; i < kLanes; ++i) v[i] = i < rows ? load_up_to(source + i * stride, columns) : Vec{};
@@ -262,8 +261,8 @@ GPTCORE_INLINE void load_square(Vec (&v)[kLanes], const S* source, int64_t strid
 template <class S, class T> constexpr bool kSame = false;
 template <class T> constexpr bool kSame<T, T> = true;
 
-// A, one source row a row, zeros up to `depth` columns (a multiple of kStep). It would do as it lies, if nothing is
-// converted; but this copy comes in from memory at full speed, which rows that are read side by side do not.
+// Packs A: one source row per row, zeros up to `depth` columns (a multiple of kStep). Also useful without conversion:
+// the copy reads memory at full bandwidth, which a product that reads several rows at a time does not.
 template <class S, class T>
 void pack_rows(T* to, int64_t depth, const S* source, int64_t stride, int64_t rows, int64_t columns, int64_t row_size) {
   for (int64_t i = 0; i < rows; ++i, to += row_size, source += stride)
@@ -283,25 +282,25 @@ void pack_rows(T* to, int64_t depth, const S* source, int64_t stride, int64_t ro
   pack_rows(to, depth, source, stride, rows, columns, depth);
 }
 
-// B, one source row a column: depth runs along the source's columns; Panel source rows, times `sign`.
+// Packs B, one source row per column: depth runs along the source's columns; Panel source rows, times `sign`.
 template <class S, class T, int Panel = kPanel>
 void pack_panel_columns(Wide<T>* to, const S* source, int64_t stride, int64_t rows, int64_t columns, float sign) {
   if constexpr (kStep<T> == 2)
-    if (columns % 2 == 0 && stride % 2 == 0 && sign == 1.0f)  // neighbours stay together: move them as one float
+    if (columns % 2 == 0 && stride % 2 == 0 && sign == 1.0f)  // move adjacent pairs as one float
       return pack_panel_columns<float, float, Panel>((float*)to, (const float*)source, stride / 2, rows, columns / 2, 1.0f);
   for (int64_t i = 0; i < Panel; i += kLanes)
     for (int64_t j = 0; j < columns; j += kLanes) {
       Vec v[kLanes];
       load_square(v, source + i * stride + j, stride, rows - i, columns - j);
       transpose(v);
-      if (sign != 1.0f)  // a product with 1 would change the bits of two bfloat16 that look like a NaN
+      if (sign != 1.0f)  // multiplying by 1 would change pairs of bfloat16 that look like a NaN
         for (int c = 0; c < kLanes; ++c) v[c] *= sign;
       for (int64_t c = 0; c < smaller(kLanes, columns - j); c += kStep<T>)
         store_wide(to + (j + c) / kStep<T> * Panel + i, v + c);
     }
 }
 
-// B, one source column a column: depth runs along the rows, `depth` of them; in panels of kPanel columns.
+// Packs B, one source column per column: depth runs along the rows, `depth` of them; in panels of kPanel columns.
 template <class S, class T>
 void pack_panel_rows(Wide<T>* to, const S* source, int64_t stride, int64_t rows, int64_t columns, int64_t depth) {
   for (int64_t j = 0; j < columns; j += kLanes) {
@@ -315,7 +314,7 @@ void pack_panel_rows(Wide<T>* to, const S* source, int64_t stride, int64_t rows,
   }
 }
 
-// From row 0 of accumulators in panels, each `rows` long, to a row of a tensor, times `factor`.
+// Stores row 0 of accumulators in panels, each `rows` long, to a row of a tensor, times `factor`.
 template <class S>
 void unpack_row(S* to, const float* from, int64_t rows, int64_t columns, float factor) {
   for (int64_t j = 0; j < columns; j += kLanes)

@@ -3,12 +3,10 @@
 //     S = Q K^T    P = exp(scale S - LSE)    dP = dO V^T    dS = P (dP - delta)    delta = rowsum(dO O) - dLSE
 //     dV = P^T dO            dK = scale dS^T Q            dQ = scale dS K
 //
-// Every sum has one owner and one order, so the gradients are the same bits in every run. That is why there are two
-// passes: blocks that own rows of keys sum dK and dV over the queries, blocks that own rows of queries sum dQ over the
-// keys. Both compute S and dP anew: seven products where atomic additions to dQ would do with five.
+// Deterministic, without atomics: one pass owns rows of keys and accumulates dK and dV over the queries, one owns rows
+// of queries and accumulates dQ over the keys. Both recompute S and dP: seven products instead of five.
 //
-// The passes are one kernel, since each is the other with queries and keys exchanged. "Rows" are what the block owns,
-// "columns" what passes by:
+// The passes are one kernel with queries and keys exchanged. A block owns "rows" and iterates over tiles of "columns":
 //
 //                    rows: A1, A2   columns: B1, B2   S = A1 B1^T   dP = A2 B2^T    sums
 //     dQ             Q, dO          K, V                                            dQ += dS B1
@@ -26,32 +24,23 @@
 namespace gptcore {
 namespace GPTCORE_GPU {
 
-struct AttentionBackwardParams {
-  HeadsView query, key, value, out, grad_out, grad_query, grad_key, grad_value;
-  const float *lse, *grad_lse;  // grad_lse may be null
-  float* delta;                 // (batch, query_heads, query_len)
-  const int64_t *cu_seqlens_q, *cu_seqlens_k;
-  int64_t num_boundaries;
-  int batch, query_heads, group, query_len, kv_len, head_dim, together;
+struct AttentionBackwardParams : AttentionParams {
+  HeadsView grad_out, grad_query, grad_key, grad_value;
+  const float* grad_lse;  // may be null
+  float* delta;           // (batch, query_heads, query_len)
+  int query_heads;
   float scale;
-  int64_t before, after;  // a query at position i sees the keys from i - before to i + after
-  bool vectors;           // every row of every tensor is whole 16-byte vectors
-  bool dropout;
-  uint32_t dropout_threshold;
-  float dropout_scale;
-  uint64_t seed;
 };
 
-// ---- delta -----------------------------------------------------------------------------------------------------------
+// ---- delta ----------------------------------------------------------------------------------------------------------
 
 constexpr int kDeltaThreads = 128;
-// Lanes to a row. One for float: it sums in the order in which multiply_transposed sums dP, so that where one key has all
-// the weight and O is its value bit for bit (kDifferenceFirst) dP - delta is exactly 0, and the gradient of a large score
-// is no rounding error.
+// Lanes per row. One for float, which adds in the order of multiply_transposed: with a probability of exactly 1 (see
+// kDifferenceFirst) dP - delta is then exactly 0.
 template <class T>
 constexpr int kDeltaLanes = sizeof(T) == 4 ? 1 : 8;
 
-// delta = rowsum(dO O) - dLSE, of every query. dLSE enters like -delta, for d LSE / d S = P.
+// delta = rowsum(dO O) - dLSE of each query. dLSE enters with a minus sign, since d LSE / d S = P.
 template <class T>
 __global__ void __launch_bounds__(kDeltaThreads) attention_delta(AttentionBackwardParams p) {
   constexpr int kPerChunk = 16 / sizeof(T);
@@ -82,9 +71,9 @@ __global__ void __launch_bounds__(kDeltaThreads) attention_delta(AttentionBackwa
   if (valid && lane == 0) p.delta[row] = sum - (p.grad_lse ? p.grad_lse[row] : 0.0f);
 }
 
-// ---- dQ, dK, dV ------------------------------------------------------------------------------------------------------
+// ---- dQ, dK, dV -----------------------------------------------------------------------------------------------------
 
-// What one launch sums. With head_dim 256 the sums of dK and dV do not fit into the registers together.
+// The accumulators of one launch. With head_dim 256 dK and dV do not fit into the registers together.
 enum class Gradients { query, key, value, key_value };
 
 template <class Math, int kWidth, Gradients kOf>
@@ -99,46 +88,28 @@ struct BackwardShared {
   static constexpr int kBytes = kRanges + kRows * sizeof(Range);
 };
 
-// P or dS becomes 0 outside of what its row sees. `ranges` is the first of the warp's rows, `column` the chunk's first.
-template <int kM, int kN>
-GPTCORE_DEVICE void zero_unseen(float (&s)[kM][kN][4], const Range* ranges, int column, int lane) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Range range = ranges[m * 16 + half * 8 + lane / 4];
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int at = column + n * 8 + lane % 4 * 2 + i;
-          if (at < range.begin || at >= range.end) s[m][n][half * 2 + i] = 0.0f;
-        }
-    }
-}
-
-// Which weights of a chunk dropout keeps: of a lane's element [m][n][i], bit 4 (kN m + n) + i. One Philox decides on
-// four keys of a query. These are two elements of each of two lanes, or, where rows are keys, one of each of four: so
-// the lanes draw in turn, each for the element `mine` of its own four, and tell each other.
+// The dropout mask of a chunk: bit 4 (kN m + n) + i for a lane's element [m][n][i]. One Philox covers four keys of a
+// query: two elements of each of two lanes, or, if rows are keys, one element of each of four. Each lane draws for its
+// element `drawn_element` of four, and the lanes exchange the bits.
 template <bool kKeyRows, int kM, int kN>
 GPTCORE_DEVICE uint32_t kept_weights(const AttentionBackwardParams& p, int first_row, int first_column,
                                      uint32_t batch_head, int lane) {
   static_assert(kM * kN * 4 <= 32, "a bit for each element");
-  const int mine = kKeyRows ? lane / 4 % 4 : lane % 2 * 2;
+  const int drawn_element = kKeyRows ? lane / 4 % 4 : lane % 2 * 2;
   uint32_t kept = 0;
 #pragma unroll 1
   for (int tile = 0; tile < kM * kN; ++tile) {
-    const int row = first_row + tile / kN * 16 + lane / 4 + mine / 2 * 8;
-    const int column = first_column + tile % kN * 8 + lane % 4 * 2 + mine % 2;
+    const int row = first_row + tile / kN * 16 + lane / 4 + drawn_element / 2 * 8;
+    const int column = first_column + tile % kN * 8 + lane % 4 * 2 + drawn_element % 2;
     const Philox words(kKeyRows ? row / 4 : column / 4, kKeyRows ? column : row, batch_head, p.seed);
     uint32_t drawn = 0;
 #pragma unroll
     for (int k = 0; k < 4; ++k) drawn |= uint32_t(words.w[k] >= p.dropout_threshold) << k;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t theirs = shuffle(drawn, kKeyRows ? (lane & ~12) | i * 4 : (lane & ~1) | i / 2);
+      const uint32_t bits = shuffle(drawn, kKeyRows ? (lane & ~12) | i * 4 : (lane & ~1) | i / 2);
       const int key = kKeyRows ? lane / 4 % 4 : lane % 2 * 2 + i % 2;  // of the four
-      kept |= (theirs >> key & 1) << (tile * 4 + i);
+      kept |= (bits >> key & 1) << (tile * 4 + i);
     }
   }
   return kept;
@@ -162,8 +133,8 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
   using Shared = BackwardShared<Math, kWidth, kOf>;
   constexpr BackwardTile kTile = Shared::kTile;
   constexpr bool kKeyRows = Shared::kKeyRows;
-  constexpr bool kSumScores = kOf != Gradients::value;                                // dS: dQ or dK
-  constexpr bool kSumProbs = kOf == Gradients::value || kOf == Gradients::key_value;  // P: dV
+  constexpr bool kHasDs = kOf != Gradients::value;                               // dQ or dK
+  constexpr bool kHasDv = kOf == Gradients::value || kOf == Gradients::key_value;
   constexpr int kThreads = Shared::kThreads, kRows = Shared::kRows, kColumns = kTile.columns, kChunk = kTile.chunk;
   constexpr int kM = kTile.m_tiles, kN = kChunk / 8;
 
@@ -174,12 +145,12 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
   const auto b2 = [&](int stage) { return SharedTile<T, kWidth>{b1(stage).data + Shared::kColumnBytes}; };
   const auto stats = [&](int stage) { return reinterpret_cast<float*>(b2(stage).data + Shared::kColumnBytes); };
 
-  // Which rows of which head.
+  // The rows and head of this block.
   const int row_len = kKeyRows ? p.kv_len : p.query_len, column_len = kKeyRows ? p.query_len : p.kv_len;
-  const int tiles = (row_len + kRows - 1) / kRows, heads = kKeyRows ? p.query_heads / p.group : p.query_heads;
-  const BlockTile block = block_tile(blockIdx.x, tiles, p.batch * heads, p.together);
+  const int tiles = (row_len + kRows - 1) / kRows, heads = kKeyRows ? p.kv_heads : p.query_heads;
+  const BlockTile block = block_tile(blockIdx.x, tiles, p.batch * heads, p.heads_per_wave);
   const int head = block.head % heads, batch = block.head / heads;
-  const int first_row = (kKeyRows ? block.tile : tiles - 1 - block.tile) * kRows;  // under a causal mask the longest first
+  const int first_row = (kKeyRows ? block.tile : tiles - 1 - block.tile) * kRows;  // causal: the longest first
   const int rows = row_len - first_row < kRows ? row_len - first_row : kRows;
   const int first_head = kKeyRows ? head * p.group : head, query_heads = kKeyRows ? p.group : 1;
 
@@ -187,16 +158,16 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
   const HeadsView &a1_view = kKeyRows ? p.key : p.query, &a2_view = kKeyRows ? p.value : p.grad_out;
   const HeadsView &b1_view = kKeyRows ? p.query : p.key, &b2_view = kKeyRows ? p.grad_out : p.value;
 
-  // What each row sees; those beyond the end see nothing.
+  // The range of columns of each row; empty beyond the last row.
   for (int i = threadIdx.x; i < kRows; i += kThreads) {
     const Documents queries(p.cu_seqlens_q, p.num_boundaries, batch, p.query_len);
     const Documents keys(p.cu_seqlens_k, p.num_boundaries, batch, p.kv_len);
     const int row = first_row + (i < rows ? i : rows - 1);
-    const Range range = kKeyRows ? visible(row, keys, queries, p.num_boundaries, p.after, p.before)
-                                 : visible(row, queries, keys, p.num_boundaries, p.before, p.after);
+    const Range range = kKeyRows ? attended(row, keys, queries, p.num_boundaries, p.window_right, p.window_left)
+                                 : attended(row, queries, keys, p.num_boundaries, p.window_left, p.window_right);
     store_words(ranges + i, i < rows ? range.begin : range.end, range.end);
   }
-  barrier();  // the ranges are there
+  barrier();  // ranges written
 
   const int first_column = ranges[0].begin / kColumns * kColumns;
   const int column_tiles = (ranges[kRows - 1].end - first_column + kColumns - 1) / kColumns;
@@ -211,38 +182,39 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
     load_tile<kColumns, kThreads>(b2(stage), rows_of<const T>(b2_view, batch, column_head, column), b2_view.row_stride,
                                   count, p.head_dim, p.vectors);
     if constexpr (kKeyRows) {
-      const int64_t at = ((int64_t)batch * p.query_heads + query_head) * p.query_len + column;
+      const int64_t first = ((int64_t)batch * p.query_heads + query_head) * p.query_len + column;
       for (int i = threadIdx.x; i < 2 * kColumns; i += kThreads)
-        copy_async<4>(stats(stage) + i, (i < kColumns ? p.lse : p.delta) + at + i % kColumns, i % kColumns < count);
+        copy_async<4>(stats(stage) + i, (i < kColumns ? p.lse : p.delta) + first + i % kColumns, i % kColumns < count);
     }
     copy_commit();
   };
 
-  // LSE and delta of the rows, where these are queries.
+  // LSE and delta of the rows, if these are queries.
   float row_lse[kM][2] = {}, row_delta[kM][2] = {};
   if constexpr (!kKeyRows) {
-    const int64_t at = ((int64_t)batch * p.query_heads + head) * p.query_len + first_row;
+    const int64_t first = ((int64_t)batch * p.query_heads + head) * p.query_len + first_row;
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = warp_row + m * 16 + half * 8 + lane / 4;
-        if (row < rows) row_lse[m][half] = p.lse[at + row], row_delta[m][half] = p.delta[at + row];
+        if (row < rows) row_lse[m][half] = p.lse[first + row], row_delta[m][half] = p.delta[first + row];
       }
   }
 
-  float sum_scores[kM][kSumScores ? kWidth / 8 : 1][4] = {}, sum_probs[kM][kSumProbs ? kWidth / 8 : 1][4] = {};
+  float acc_ds[kM][kHasDs ? kWidth / 8 : 1][4] = {}, acc_dv[kM][kHasDv ? kWidth / 8 : 1][4] = {};
+  Flag<Math> nonfinite1 = 0, nonfinite2 = 0;  // in columns B1 and B2
   if (steps > 0) {
     load_tile<kRows, kThreads>(a1, rows_of<const T>(a1_view, batch, head, first_row), a1_view.row_stride, rows,
                                p.head_dim, p.vectors);
-    if constexpr (kSumScores)
+    if constexpr (kHasDs)
       load_tile<kRows, kThreads>(a2, rows_of<const T>(a2_view, batch, head, first_row), a2_view.row_stride, rows,
                                  p.head_dim, p.vectors);
   }
 #pragma unroll 1
   for (int step = -1; step < steps; ++step) {
     copy_wait<0>();
-    barrier();  // this step's columns are there, and nobody reads the last step's any more
+    barrier();  // columns loaded; the previous buffer is free
     if (step + 1 < steps) load_columns(step + 1);
     if (step < 0) continue;
     const int stage = step % 2, column = first_column + step % column_tiles * kColumns;
@@ -251,44 +223,62 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
       const Range first = ranges[warp_row], last = ranges[warp_row + 16 * kM - 1];  // of the warp's rows
       const int begin = column + chunk, end = begin + kChunk;
       if (begin >= last.end || end <= first.begin) continue;
-      float s[kM][kN][4], dp[kM][kN][4];
+      float s[kM][kN][4], dp[kM][kN][4];  // S, then P; dP, then dS
       multiply_transposed<Math>(s, a1, warp_row, b1(stage), chunk, lane);
-      if constexpr (kSumScores) multiply_transposed<Math>(dp, a2, warp_row, b2(stage), chunk, lane);
+      if constexpr (kHasDs) multiply_transposed<Math>(dp, a2, warp_row, b2(stage), chunk, lane);
 
       uint32_t kept = 0;
       if (p.dropout) {
         const uint32_t batch_head = batch * p.query_heads + first_head + step / column_tiles;
         kept = kept_weights<kKeyRows, kM, kN>(p, first_row + warp_row, begin, batch_head, lane);
-        if constexpr (kSumScores) drop(dp, kept, p.dropout_scale);
+        if constexpr (kHasDs) drop(dp, kept, p.dropout_scale);
       }
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
-        Float2 lse{}, delta{};  // of the columns, where these are queries
+        Float2 lse{}, delta{};  // of the columns, if these are queries
         if constexpr (kKeyRows) lse = load_shared<Float2>(stats(stage) + chunk + n * 8 + lane % 4 * 2);
-        if constexpr (kKeyRows && kSumScores)
+        if constexpr (kKeyRows && kHasDs)
           delta = load_shared<Float2>(stats(stage) + kColumns + chunk + n * 8 + lane % 4 * 2);
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             s[m][n][i] = probability(s[m][n][i], p.scale, kKeyRows ? lse.v[i % 2] : row_lse[m][i / 2]);
-            if constexpr (kSumScores)
+            if constexpr (kHasDs)
               dp[m][n][i] = s[m][n][i] * (dp[m][n][i] - (kKeyRows ? delta.v[i % 2] : row_delta[m][i / 2]));
           }
       }
-      if (begin < last.begin || end > first.end) {  // not every row of the warp sees every column
-        zero_unseen(s, ranges + warp_row, begin, lane);
-        if constexpr (kSumScores) zero_unseen(dp, ranges + warp_row, begin, lane);
+      const bool masked = begin < last.begin || end > first.end;  // some row does not attend to some column
+      if (masked) {
+        mask_scores(s, ranges + warp_row, begin, 0.0f, lane);
+        if constexpr (kHasDs) mask_scores(dp, ranges + warp_row, begin, 0.0f, lane);
       }
-      if constexpr (kSumProbs) {
+      if constexpr (kHasDv) {
         if (p.dropout) drop(s, kept, p.dropout_scale);
-        multiply_add<Math>(sum_probs, s, b2(stage), chunk, lane);
+        if (masked) multiply_add<Math, true>(acc_dv, s, b2(stage), chunk, lane, nonfinite2);
+        else multiply_add<Math, false>(acc_dv, s, b2(stage), chunk, lane, nonfinite2);
       }
-      if constexpr (kSumScores) multiply_add<Math>(sum_scores, dp, b1(stage), chunk, lane);
+      if constexpr (kHasDs) {
+        if (masked) multiply_add<Math, true>(acc_ds, dp, b1(stage), chunk, lane, nonfinite1);
+        else multiply_add<Math, false>(acc_ds, dp, b1(stage), chunk, lane, nonfinite1);
+      }
     }
   }
 
-  // A warp alone reads its rows of A1, so it may use them to bring its sums into whole vectors.
+  const auto add_nonfinite_columns = [&](auto& acc, const HeadsView& view) {
+#pragma unroll 1
+    for (int i = 0; i < query_heads; ++i) {
+      const int column_head = kKeyRows ? first_head + i : first_head / p.group;
+      const auto row_at = [&](int column) { return rows_of<const T>(view, batch, column_head, column); };
+      add_nonfinite<T>(acc, ranges + warp_row, ranges[0].begin, ranges[kRows - 1].end, row_at, p.head_dim, lane);
+    }
+  };
+  if constexpr (kHasDs)
+    if (any_lane(nonfinite1)) add_nonfinite_columns(acc_ds, b1_view);
+  if constexpr (kHasDv)
+    if (any_lane(nonfinite2)) add_nonfinite_columns(acc_dv, b2_view);
+
+  // Only this warp reads its rows of A1: the accumulators go through them, to be stored in whole vectors.
   const auto store = [&](const auto& sums, const HeadsView& view, float factor) {
     warp_barrier();
 #pragma unroll
@@ -305,8 +295,8 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
     };
     store_rows<16 * kM>(a1, warp_row, row_at, p.head_dim, p.vectors, lane);
   };
-  if constexpr (kSumProbs) store(sum_probs, p.grad_value, 1.0f);
-  if constexpr (kSumScores) store(sum_scores, kKeyRows ? p.grad_key : p.grad_query, p.scale);
+  if constexpr (kHasDv) store(acc_dv, p.grad_value, 1.0f);
+  if constexpr (kHasDs) store(acc_ds, kKeyRows ? p.grad_key : p.grad_query, p.scale);
 }
 
 }  // namespace GPTCORE_GPU

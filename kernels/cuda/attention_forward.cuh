@@ -1,18 +1,18 @@
 // Attention forward: softmax(scale Q K^T + mask) V and the log-sum-exp of every query, as FlashAttention-2 computes
 // them (Dao 2023, arXiv:2307.08691).
 //
-//             keys and values, in tiles that pass by, two stages
+//             tiles of keys and values, two stages
 //            +-------+-------+-------+-------+
 //            | K0 V0 | K1 V1 | K2 V2 | K3 V3 |
 //            +-------+-------+-------+-------+
 //     warp 0 |       |     \ |  not  |       |     A block owns a tile of query rows, a warp whole rows of it. Scores
 //     Q   1  | full  | masked| visited       |     S = Q K^T stay in the warp's registers, become probabilities there,
-//         2  |       |       \       |       |     and are the left operand of O += P V. Nothing but K and V passes
-//         3  |       |       | \     |       |     through shared memory in the loop, and one barrier a tile suffices.
+//         2  |       |       \       |       |     and are the left operand of O += P V. Only K and V pass through
+//         3  |       |       | \     |       |     shared memory in the loop, with one barrier per tile.
 //            +-------+-------+-------+-------+
 //
-// The query heads that share a head of K and V are rows of one tile: row r is query r / group of head r % group. So K
-// and V are read once for all of them, and decoding, with few queries, fills its rows with heads.
+// Grouped-query attention: the query heads that share a head of K and V are rows of one tile. Row r is query r / group
+// of head r % group. K and V are read once for all of them, and decoding fills its rows with heads.
 #pragma once
 
 #include "kernels/cuda/policy.h"
@@ -22,30 +22,19 @@
 namespace gptcore {
 namespace GPTCORE_GPU {
 
-// The largest score of a row so far, and the sum of its exponentials relative to that.
+// The running maximum of the scores of a row, and the running sum of exponentials relative to it.
 struct RowSoftmax {
   float max, sum;
 };
 
-struct AttentionForwardParams {
-  HeadsView query, key, value, out;
-  float* lse;  // (batch, query_heads, query_len)
-  const int64_t *cu_seqlens_q, *cu_seqlens_k;
-  int64_t num_boundaries;
-  int batch, kv_heads, group, query_len, kv_len, head_dim, together;
-  // Scores are scaled by sign x scale. The sign goes into S, so that the largest score has the largest probability;
-  // scale x log2(e) goes into the exponent. A scale of 0 is sign 0 and scale 1.
+struct AttentionForwardParams : AttentionParams {
+  // The scale of the scores is sign x scale. The sign is applied to S, so that the largest score has the largest
+  // probability; scale x log2(e) is part of the exponent. A scale of 0 is sign 0 and scale 1.
   float sign, scale, scale_log2;
-  int64_t before, after;  // a query at position i sees the keys from i - before to i + after
-  bool vectors;           // every row of every tensor is whole 16-byte vectors
-  bool dropout;
-  uint32_t dropout_threshold;
-  float dropout_scale;
-  uint64_t seed;
-  // With more than one split each sums up its share of the key tiles, and attention_combine adds the shares.
-  int splits;
-  RowSoftmax* partial_softmax;  // (batch, query_heads, query_len, splits)
-  float* partial_out;           // (batch, query_heads, query_len, splits, width), relative to its softmax
+  // With several splits each block covers a part of the key tiles; attention_combine adds the parts.
+  int num_splits;
+  RowSoftmax* partial_softmax;  // (batch, query_heads, query_len, num_splits)
+  float* partial_out;           // (batch, query_heads, query_len, num_splits, width), not divided by the sum
   int width;                    // of the tiles
 };
 
@@ -53,48 +42,28 @@ struct AttentionForwardParams {
 
 constexpr float kMinusInfinity = -__builtin_inff();
 
-// S outside of what its row sees becomes -inf. `ranges` is the first of the warp's rows, `key` the tile's first key.
-template <int kM, int kN>
-GPTCORE_DEVICE void mask_scores(float (&s)[kM][kN][4], const Range* ranges, int key, int lane) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Range range = ranges[m * 16 + half * 8 + lane / 4];
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int column = key + n * 8 + lane % 4 * 2 + i;
-          if (column < range.begin || column >= range.end) s[m][n][half * 2 + i] = kMinusInfinity;
-        }
-    }
-}
+// Lazy rescaling (FlashAttention-4): the accumulators are rescaled only if the maximum rises by more than this, in
+// units of log2. Until then probabilities are at most 2^8.
+constexpr float kRescaleThreshold = 8.0f;
 
-// How far a row's maximum may lag behind its scores, in units of log2: probabilities then go up to 2^8 before the
-// division by their sum, and the sums so far hardly ever need to be scaled (FlashAttention-4).
-constexpr float kMaxLag = 8.0f;
-
-// Exponents are (score - max) scale_log2. For 16 bits one fused multiply-add subtracts the maximum times the scale, which
-// is rounded once and the same wherever this maximum is used: its error cancels. For float32 the difference comes first,
-// one operation more, so that the maximum has a probability of exactly 1: where one key has all the weight, the output
-// is its value, bit for bit, and the backward subtracts equal numbers.
+// How exponents are rounded; docs/kernels.md, "Rounding". 16 bits: fma(score, scale_log2, -(max scale_log2)).
+// float32: (score - max) scale_log2, so that the maximum has a probability of exactly 1.
 template <class T>
 constexpr bool kDifferenceFirst = sizeof(T) == 4;
 
-// From sums relative to one maximum to sums relative to another.
+// The factor from sums relative to one maximum to sums relative to another.
 template <class T>
-GPTCORE_DEVICE float rescale(float from, float to, float scale_log2) {
+GPTCORE_DEVICE float rescale_factor(float from, float to, float scale_log2) {
   return exp2_approx(kDifferenceFirst<T> ? mul_rn(from - to, scale_log2)
                                          : mul_rn(from, scale_log2) - mul_rn(to, scale_log2));
 }
 
-// One step of the online softmax: scores become probabilities relative to the row's maximum; if that has to rise, what
-// was summed under the old one is scaled down. Sums are of the lane's own columns; its quad's are added at the end.
+// One step of the online softmax: scores become probabilities relative to the row maximum, and acc_o and the row sums
+// are rescaled if it rises. Row sums cover the columns of one lane; the quad is reduced at the end.
 template <class T, int kM, int kN, int kO>
 GPTCORE_DEVICE void softmax_step(float (&s)[kM][kN][4], RowSoftmax (&rows)[kM][2], float (&acc)[kM][kO][4],
                                  float scale_log2) {
-  // All rows together, so that one waits while the others compute.
+  // The shuffles of all rows are interleaved, which hides their latency.
   float max[kM][2];
 #pragma unroll
   for (int m = 0; m < kM; ++m)
@@ -110,22 +79,22 @@ GPTCORE_DEVICE void softmax_step(float (&s)[kM][kN][4], RowSoftmax (&rows)[kM][2
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) max[m][half] = fmaxf(max[m][half], shuffle_xor(max[m][half], mask));
-  bool rises = false;  // also when there was no maximum yet; not if there still is none
+  bool rises = false;  // true for the first maximum (from -inf), false while it stays at -inf
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) rises |= (max[m][half] - rows[m][half].max) * scale_log2 > kMaxLag;
+    for (int half = 0; half < 2; ++half) rises |= (max[m][half] - rows[m][half].max) * scale_log2 > kRescaleThreshold;
   if (rises) {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         RowSoftmax& row = rows[m][half];
-        const float shrink = max[m][half] == row.max ? 1.0f : rescale<T>(row.max, max[m][half], scale_log2);
+        const float rescale = max[m][half] == row.max ? 1.0f : rescale_factor<T>(row.max, max[m][half], scale_log2);
         row.max = max[m][half];
-        row.sum *= shrink;
+        row.sum *= rescale;
 #pragma unroll
-        for (int j = 0; j < kO; ++j) acc[m][j][half * 2] *= shrink, acc[m][j][half * 2 + 1] *= shrink;
+        for (int j = 0; j < kO; ++j) acc[m][j][half * 2] *= rescale, acc[m][j][half * 2 + 1] *= rescale;
       }
   }
 #pragma unroll
@@ -145,26 +114,26 @@ GPTCORE_DEVICE void softmax_step(float (&s)[kM][kN][4], RowSoftmax (&rows)[kM][2
     }
 }
 
-// Zeros the probabilities that are dropped; the others are scaled at the end. Four keys share the words of one Philox,
-// so of two neighbouring lanes each draws for one half of the rows. `row` is the warp's first, of the rows of kv_head.
+// Zeroes the dropped probabilities; the scale of the kept ones is applied at the end. One Philox covers four keys, held
+// by two adjacent lanes: each of them draws for one half of the rows. `row` is the warp's first row of kv_head.
 template <int kM, int kN>
 GPTCORE_DEVICE void drop(float (&s)[kM][kN][4], const AttentionForwardParams& p, int batch, int kv_head, int row,
                          int key, int lane) {
-  static_assert(4 * kN <= 32, "one bit for each key of a lane's row");
+  static_assert(4 * kN <= 32, "one bit for each key of a row");
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
-    const int own_row = row + m * 16 + lane % 2 * 8 + lane / 4;
-    const int head = (batch * p.kv_heads + kv_head) * p.group + own_row % p.group;
-    uint32_t own_kept = 0;
+    const int drawn_row = row + m * 16 + lane % 2 * 8 + lane / 4;
+    const int head = (batch * p.kv_heads + kv_head) * p.group + drawn_row % p.group;
+    uint32_t drawn = 0;
 #pragma unroll 1
     for (int n = 0; n < kN; ++n) {
-      const Philox words(key / 4 + n * 2 + lane % 4 / 2, own_row / p.group, head, p.seed);
+      const Philox words(key / 4 + n * 2 + lane % 4 / 2, drawn_row / p.group, head, p.seed);
 #pragma unroll
-      for (int w = 0; w < 4; ++w) own_kept |= (uint32_t)(words.w[w] >= p.dropout_threshold) << (n * 4 + w);
+      for (int w = 0; w < 4; ++w) drawn |= (uint32_t)(words.w[w] >= p.dropout_threshold) << (n * 4 + w);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t kept = shuffle(own_kept, lane / 2 * 2 + half) >> lane % 2 * 2;
+      const uint32_t kept = shuffle(drawn, lane / 2 * 2 + half) >> lane % 2 * 2;
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
@@ -177,30 +146,30 @@ GPTCORE_DEVICE void drop(float (&s)[kM][kN][4], const AttentionForwardParams& p,
 template <class T>
 GPTCORE_DEVICE float log_sum_exp(RowSoftmax row, float scale, float scale_log2) {
   if (row.sum == 0.0f) return kMinusInfinity;
-  // The sum is relative to the rounded shift; the score that the LSE stands for is rounded as the backward rounds it.
+  // The sum is relative to the rounded shift. max scale is rounded as in the backward.
   const float shift_error = kDifferenceFirst<T> ? 0.0f : fmaf(row.max, scale_log2, -mul_rn(row.max, scale_log2));
   return mul_rn(row.max, scale) + (log_of(row.sum) - kLn2 * shift_error);
 }
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-template <class Math, int kWidth, bool kFew>
+template <class Math, int kWidth, bool kIsDecode>
 struct ForwardShared {
   using T = Storage<Math>;
-  static constexpr ForwardTile kTile = forward_tile(kWidth, sizeof(T), kFew);
+  static constexpr ForwardTile kTile = forward_tile(kWidth, sizeof(T), kIsDecode);
   static constexpr int kThreads = kTile.threads(), kBlocks = kTile.blocks(), kRows = kTile.rows();
   static constexpr int kQueryBytes = kRows * kWidth * sizeof(T);
-  static constexpr int kKeyBytes = kTile.keys * kWidth * sizeof(T);  // and as many of values
+  static constexpr int kKeyBytes = kTile.keys * kWidth * sizeof(T);  // the same for values
   static constexpr int kRanges = kQueryBytes + 2 * 2 * kKeyBytes;
   static constexpr int kBytes = kRanges + kRows * sizeof(Range);
 };
 
-template <class Math, int kWidth, bool kFew>
+template <class Math, int kWidth, bool kIsDecode>
 __global__ void
-__launch_bounds__(ForwardShared<Math, kWidth, kFew>::kThreads, ForwardShared<Math, kWidth, kFew>::kBlocks)
+__launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShared<Math, kWidth, kIsDecode>::kBlocks)
     attention_forward_kernel(AttentionForwardParams p) {
   using T = Storage<Math>;
-  using Shared = ForwardShared<Math, kWidth, kFew>;
+  using Shared = ForwardShared<Math, kWidth, kIsDecode>;
   constexpr int kThreads = Shared::kThreads, kRows = Shared::kRows, kKeys = Shared::kTile.keys;
   constexpr int kM = Shared::kTile.m_tiles;
 
@@ -212,28 +181,28 @@ __launch_bounds__(ForwardShared<Math, kWidth, kFew>::kThreads, ForwardShared<Mat
   };
   const auto value_tile = [&](int tile) { return SharedTile<T, kWidth>{key_tile(tile).data + Shared::kKeyBytes}; };
 
-  // Which rows of which head, and which split of their keys. Under a causal mask the last rows take longest: first.
+  // The rows, head and split of this block. Under a causal mask the last rows take longest and come first.
   const int all_rows = p.query_len * p.group, row_tiles = (all_rows + kRows - 1) / kRows;
-  const int split = blockIdx.x % p.splits;
-  const BlockTile block = block_tile(blockIdx.x / p.splits, row_tiles, p.batch * p.kv_heads, p.together);
+  const int split = blockIdx.x % p.num_splits;
+  const BlockTile block = block_tile(blockIdx.x / p.num_splits, row_tiles, p.batch * p.kv_heads, p.heads_per_wave);
   const int first_row = (row_tiles - 1 - block.tile) * kRows;
   const int kv_head = block.head % p.kv_heads, batch = block.head / p.kv_heads;
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * kM;
 
-  // What each row sees. The ends keep growing beyond the last row, where nothing is stored.
+  // The range of keys of each row. The ends also increase beyond the last row, where nothing is stored.
   for (int i = threadIdx.x; i < kRows; i += kThreads) {
     const Documents queries(p.cu_seqlens_q, p.num_boundaries, batch, p.query_len);
     const Documents keys(p.cu_seqlens_k, p.num_boundaries, batch, p.kv_len);
     const int query = (first_row + i) / p.group;
-    const Range range = visible(query, queries, keys, p.num_boundaries, p.before, p.after);
+    const Range range = attended(query, queries, keys, p.num_boundaries, p.window_left, p.window_right);
     store_words(ranges + i, range.begin, range.end);
   }
-  barrier();  // ranges
-  const int begin = ranges[0].begin, end = ranges[kRows - 1].end;  // of the keys that any row sees
+  barrier();  // ranges written
+  const int begin = ranges[0].begin, end = ranges[kRows - 1].end;  // the keys that any row attends to
   const Range warp_first = ranges[warp_row], warp_last = ranges[warp_row + 16 * kM - 1];
-  const int seen_tiles = begin < end ? (end - 1) / kKeys + 1 - begin / kKeys : 0;
-  const int first_tile = begin / kKeys + (int)((int64_t)seen_tiles * split / p.splits);
-  const int end_tile = begin / kKeys + (int)((int64_t)seen_tiles * (split + 1) / p.splits);
+  const int attended_tiles = begin < end ? (end - 1) / kKeys + 1 - begin / kKeys : 0;
+  const int first_tile = begin / kKeys + (int)((int64_t)attended_tiles * split / p.num_splits);
+  const int end_tile = begin / kKeys + (int)((int64_t)attended_tiles * (split + 1) / p.num_splits);
 
   const auto load_keys = [&](int tile) {
     const int key = tile * kKeys, count = end - key;
@@ -244,13 +213,14 @@ __launch_bounds__(ForwardShared<Math, kWidth, kFew>::kThreads, ForwardShared<Mat
     copy_commit();
   };
   const auto row_of = [&](const HeadsView& view, int row) -> T* {
-    const int at = first_row + row;
-    if (at >= all_rows) return nullptr;
-    if (p.group == 1) return rows_of<T>(view, batch, kv_head, at);  // without the divisions
-    return rows_of<T>(view, batch, kv_head * p.group + at % p.group, at / p.group);
+    const int index = first_row + row;
+    if (index >= all_rows) return nullptr;
+    if (p.group == 1) return rows_of<T>(view, batch, kv_head, index);  // without the divisions
+    return rows_of<T>(view, batch, kv_head * p.group + index % p.group, index / p.group);
   };
 
-  float acc[kM][kWidth / 8][4] = {};
+  float acc_o[kM][kWidth / 8][4] = {};
+  Flag<Math> nonfinite = 0;
   RowSoftmax rows[kM][2];
 #pragma unroll
   for (int m = 0; m < kM; ++m) rows[m][0] = rows[m][1] = {kMinusInfinity, 0.0f};
@@ -263,29 +233,34 @@ __launch_bounds__(ForwardShared<Math, kWidth, kFew>::kThreads, ForwardShared<Mat
 #pragma unroll 1
   for (int tile = first_tile; tile < end_tile; ++tile) {
     copy_wait<0>();
-    barrier();  // this tile is there, and nobody reads the one before any more
+    barrier();  // tile loaded; the previous buffer is free
     if (tile + 1 < end_tile) load_keys(tile + 1);
 
     const int key = tile * kKeys;
     if (key >= warp_last.end || key + kKeys <= warp_first.begin || first_row + warp_row >= all_rows) continue;
-    float s[kM][kKeys / 8][4];
-    multiply_transposed<Math>(s, query_tile, warp_row, key_tile(tile), 0, lane);
+    float acc_s[kM][kKeys / 8][4];
+    multiply_transposed<Math>(acc_s, query_tile, warp_row, key_tile(tile), 0, lane);
     if (p.sign != 1.0f) {
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) s[m][n][i] *= p.sign;
+          for (int i = 0; i < 4; ++i) acc_s[m][n][i] *= p.sign;
     }
-    const bool all_see_all = key >= warp_last.begin && key + kKeys <= warp_first.end;
-    if (!all_see_all) mask_scores(s, ranges + warp_row, key, lane);
-    softmax_step<T>(s, rows, acc, p.scale_log2);
-    if (p.dropout) drop(s, p, batch, kv_head, first_row + warp_row, key, lane);
-    multiply_add<Math>(acc, s, value_tile(tile), 0, lane);
+    const bool masked = key < warp_last.begin || key + kKeys > warp_first.end;  // some row does not attend to some key
+    if (masked) mask_scores(acc_s, ranges + warp_row, key, kMinusInfinity, lane);
+    softmax_step<T>(acc_s, rows, acc_o, p.scale_log2);
+    if (p.dropout) drop(acc_s, p, batch, kv_head, first_row + warp_row, key, lane);
+    if (masked) multiply_add<Math, true>(acc_o, acc_s, value_tile(tile), 0, lane, nonfinite);
+    else multiply_add<Math, false>(acc_o, acc_s, value_tile(tile), 0, lane, nonfinite);
+  }
+  if (any_lane(nonfinite)) {
+    const auto value_row = [&](int key) { return rows_of<const T>(p.value, batch, kv_head, key); };
+    add_nonfinite<T>(acc_o, ranges + warp_row, begin, end, value_row, p.head_dim, lane);
   }
 
-  // The sums of a row, from the four lanes that hold it.
+  // Row sums over the quad.
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -293,53 +268,53 @@ __launch_bounds__(ForwardShared<Math, kWidth, kFew>::kThreads, ForwardShared<Mat
       rows[m][half].sum += shuffle_xor(rows[m][half].sum, 1);
       rows[m][half].sum += shuffle_xor(rows[m][half].sum, 2);
     }
-  const auto lse_row = [&](int at) {
-    const int head = (batch * p.kv_heads + kv_head) * p.group + at % p.group;
-    return (int64_t)head * p.query_len + at / p.group;
+  const auto lse_row = [&](int row) {
+    const int head = (batch * p.kv_heads + kv_head) * p.group + row % p.group;
+    return (int64_t)head * p.query_len + row / p.group;
   };
 
-  if (p.splits > 1) {  // as they are, for attention_combine
+  if (p.num_splits > 1) {  // undivided, for attention_combine
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int at = first_row + warp_row + m * 16 + half * 8 + lane / 4;
-        if (at >= all_rows) continue;
-        const RowSoftmax row = rows[m][half];
-        const int64_t part = lse_row(at) * p.splits + split;
-        if (lane % 4 == 0) store_words(p.partial_softmax + part, bits_of(row.max), bits_of(row.sum));
+        const int row = first_row + warp_row + m * 16 + half * 8 + lane / 4;
+        if (row >= all_rows) continue;
+        const RowSoftmax softmax = rows[m][half];
+        const int64_t part = lse_row(row) * p.num_splits + split;
+        if (lane % 4 == 0) store_words(p.partial_softmax + part, bits_of(softmax.max), bits_of(softmax.sum));
         float* const to = p.partial_out + part * kWidth + lane % 4 * 2;
 #pragma unroll
-        for (int j = 0; j < kWidth / 8; ++j) store_pair(to + j * 8, acc[m][j][half * 2], acc[m][j][half * 2 + 1]);
+        for (int j = 0; j < kWidth / 8; ++j) store_pair(to + j * 8, acc_o[m][j][half * 2], acc_o[m][j][half * 2 + 1]);
       }
     return;
   }
 
-  // The output is brought into whole vectors in the warp's rows of the Q tile, which nobody else reads. A row that saw
-  // no key has a sum of 0: it gets zeros.
+  // The output goes through the warp's rows of the Q tile, which only this warp reads, to be stored in whole vectors.
+  // A row that attends to no key has a sum of 0, and its output is 0.
   warp_barrier();  // all lanes have read Q
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const RowSoftmax row = rows[m][half];
-      const int in_tile = warp_row + m * 16 + half * 8 + lane / 4, at = first_row + in_tile;
-      if (lane % 4 == 0 && at < all_rows) p.lse[lse_row(at)] = log_sum_exp<T>(row, p.scale, p.scale_log2);
-      const float factor = row.sum == 0.0f ? 0.0f : p.dropout_scale / row.sum;
+      const RowSoftmax softmax = rows[m][half];
+      const int in_tile = warp_row + m * 16 + half * 8 + lane / 4, row = first_row + in_tile;
+      if (lane % 4 == 0 && row < all_rows) p.lse[lse_row(row)] = log_sum_exp<T>(softmax, p.scale, p.scale_log2);
+      const float factor = softmax.sum == 0.0f ? 0.0f : p.dropout_scale / softmax.sum;
 #pragma unroll
       for (int j = 0; j < kWidth / 8; ++j)
-        store_pair(query_tile.pair(in_tile, j * 8 + lane % 4 * 2), acc[m][j][half * 2] * factor,
-                   acc[m][j][half * 2 + 1] * factor);
+        store_pair(query_tile.pair(in_tile, j * 8 + lane % 4 * 2), acc_o[m][j][half * 2] * factor,
+                   acc_o[m][j][half * 2 + 1] * factor);
     }
-  warp_barrier();  // the warp's output is there
+  warp_barrier();  // the warp's output is in shared memory
   store_rows<16 * kM>(query_tile, warp_row, [&](int row) { return row_of(p.out, row); }, p.head_dim, p.vectors, lane);
 }
 
-// ---- the shares of the splits, added --------------------------------------------------------------------------------
+// ---- combine the splits ---------------------------------------------------------------------------------------------
 
 constexpr int kCombineThreads = 128;
 
-// One warp a row.
+// One warp per row.
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads) attention_combine_kernel(AttentionForwardParams p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -347,20 +322,20 @@ __global__ void __launch_bounds__(kCombineThreads) attention_combine_kernel(Atte
   const int64_t query_heads = (int64_t)p.kv_heads * p.group, all_rows = p.batch * query_heads * p.query_len;
   const int64_t row = (int64_t)blockIdx.x * (kCombineThreads / 32) + warp;
   if (row >= all_rows) return;
-  const RowSoftmax* const parts = p.partial_softmax + row * p.splits;
-  const float* const part_out = p.partial_out + row * p.splits * p.width;
+  const RowSoftmax* const parts = p.partial_softmax + row * p.num_splits;
+  const float* const part_out = p.partial_out + row * p.num_splits * p.width;
 
   RowSoftmax total{kMinusInfinity, 0.0f};
-  for (int i = lane; i < p.splits; i += 32) total.max = fmaxf(total.max, parts[i].max);
+  for (int i = lane; i < p.num_splits; i += 32) total.max = fmaxf(total.max, parts[i].max);
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) total.max = fmaxf(total.max, shuffle_xor(total.max, mask));
-  for (int i = lane; i < p.splits; i += 32) {
-    weights[i] = parts[i].sum == 0.0f ? 0.0f : rescale<T>(parts[i].max, total.max, p.scale_log2);
+  for (int i = lane; i < p.num_splits; i += 32) {
+    weights[i] = parts[i].sum == 0.0f ? 0.0f : rescale_factor<T>(parts[i].max, total.max, p.scale_log2);
     total.sum += weights[i] * parts[i].sum;
   }
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) total.sum += shuffle_xor(total.sum, mask);
-  warp_barrier();  // weights
+  warp_barrier();  // weights written
 
   const int query = row % p.query_len, head = row / p.query_len % query_heads;
   const int batch = row / p.query_len / query_heads;
@@ -368,7 +343,7 @@ __global__ void __launch_bounds__(kCombineThreads) attention_combine_kernel(Atte
   const float factor = total.sum == 0.0f ? 0.0f : p.dropout_scale / total.sum;
   for (int d = lane; d < p.head_dim; d += 32) {
     float sum = 0.0f;
-    for (int i = 0; i < p.splits; ++i)
+    for (int i = 0; i < p.num_splits; ++i)
       if (weights[i] != 0.0f) sum += weights[i] * part_out[i * p.width + d];
     out[d] = from_float<T>(sum * factor);
   }

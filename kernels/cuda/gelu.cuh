@@ -1,9 +1,9 @@
 // GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415): x * Phi(x), with Phi the normal distribution function or the
 // paper's approximation of it by tanh, which is what GPT-2 was trained with.
 //
-// Memory is the limit, so the arithmetic must stay under some 30 instructions an element: the same formulas as the CPU
-// kernel's, by way of exp2, which the GPU has an instruction for. A warp takes 256 columns of a row, so a thread holds
-// the same eight columns of every row that it sees: their bias is read once, and their sums need nobody else.
+// Bound by memory bandwidth as long as an element takes at most some 30 instructions. The formulas are those of the CPU
+// kernel, with exp2 as one instruction. A warp covers 256 columns of a row, and a thread the same eight columns of
+// every row: it reads their bias once and accumulates their gradients in registers.
 #pragma once
 
 #include "kernels/cuda/rows.cuh"
@@ -12,10 +12,10 @@ namespace gptcore {
 namespace GPTCORE_GPU {
 
 constexpr int kGeluWarps = 8, kGeluColumns = 32 * kChunk;  // of a block
-constexpr int kGeluStride = 36;  // of sums in shared memory: neither writes by lane nor reads by column meet in a bank
+constexpr int kGeluStride = 36;  // of sums in shared memory: free of bank conflicts by lane and by column
 constexpr int kGeluSharedBytes = kGeluWarps * kChunk * kGeluStride * sizeof(float);
 
-// How the elements are dealt to blocks. Without a bias any width will do, and the last row may be cut short.
+// The work of each block. Without a bias the width is arbitrary, and the last row may be partial.
 struct GeluPlan {
   int64_t rows, width, size;
   int64_t rows_per_block;
@@ -30,7 +30,12 @@ struct Normal {
 
 constexpr float kLog2e = 1.4426950409f;
 
-// float32 needs all of its accuracy; 16 bits do not.
+// Beyond +-32 cdf is 0 or 1: inputs of the formulas are clamped, and infinities do not become NaN.
+constexpr float kSaturated = 32.0f;
+GPTCORE_DEVICE float clamp_below(float x) { return x < -kSaturated ? -kSaturated : x; }  // NaN stays NaN
+GPTCORE_DEVICE float clamp_gelu(float x) { return x > kSaturated ? kSaturated : clamp_below(x); }
+
+// Accurate for float32, approximate for 16 bits.
 template <class T>
 GPTCORE_DEVICE float reciprocal_for(float x) { return sizeof(T) == 2 ? rcp_approx(x) : 1.0f / x; }
 
@@ -38,21 +43,19 @@ GPTCORE_DEVICE float reciprocal_for(float x) { return sizeof(T) == 2 ? rcp_appro
 template <class T>
 GPTCORE_DEVICE Normal tanh_form(float x) {
   constexpr float kSlope = 1.5957691216f, kCube = 0.044715f;  // 2 sqrt(2/pi)
-  float square = x * x;
-  square = square > 1e3f ? 1e3f : square;  // so that no 0 * inf comes of a large x: by then cdf is 0 or 1
+  const float square = x * x;
   const float e = exp2_approx(x * (square * (-kSlope * kCube * kLog2e) - kSlope * kLog2e));
   const float cdf = reciprocal_for<T>(1.0f + e);
   float upper = e * cdf;  // 1 - cdf without cancelling
-  upper = upper < 1.0f ? upper : 1.0f;  // inf * 0 = NaN counts as 1
+  upper = upper < 1.0f ? upper : 1.0f;  // inf * 0 = NaN becomes 1
   return {cdf, (upper * cdf * x) * (square * (3 * kSlope * kCube) + kSlope)};
 }
 
 // Phi(-a) = exp(-a^2 / 2) R(a) for a = |x|, so that the lower tail does not cancel; R is a polynomial in a / (a + 3).
-// kernels/cpu/gelu.cpp says how it was fitted.
+// kernels/cpu/gelu.cpp documents the fit.
 template <class T>
 GPTCORE_DEVICE Normal erf_form(float x) {
-  float a = x < 0.0f ? -x : x;
-  a = a > 20.0f ? 20.0f : a;
+  const float a = x < 0.0f ? -x : x;
   const float gauss = exp2_approx((a * a) * (-0.5f * kLog2e));
   const float v = a * reciprocal_for<T>(a + 3.0f);
   float r = 2.72342142e-2f;
@@ -71,8 +74,8 @@ GPTCORE_DEVICE Normal erf_form(float x) {
 
 template <class T, bool kTanh>
 GPTCORE_DEVICE Normal normal(float x) {
-  if constexpr (kTanh) return tanh_form<T>(x);
-  else return erf_form<T>(x);
+  if constexpr (kTanh) return tanh_form<T>(clamp_gelu(x));
+  else return erf_form<T>(clamp_gelu(x));
 }
 
 // The rows and columns of one thread.
@@ -97,23 +100,23 @@ struct GeluThread {
   }
   GPTCORE_DEVICE void load_bias(const GeluArgs& args, const GeluPlan& plan, float (&bias)[kChunk]) const {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) bias[i] = -0.0f;  // adds nothing even to -0
+    for (int i = 0; i < kChunk; ++i) bias[i] = -0.0f;  // x + -0 is x, also for x = -0
     if (args.bias) load_chunk(args.bias + column, columns(plan), plan.vectors, bias);
   }
 };
 
 template <class T, bool kTanh>
 __global__ void __launch_bounds__(32 * kGeluWarps) gelu_forward_kernel(GeluArgs args, GeluPlan plan) {
-  constexpr int kRows = 4;  // on their way at a time
-  const GeluThread at(plan);
+  constexpr int kRows = 4;  // in flight
+  const GeluThread lane(plan);
   float bias[kChunk];
-  at.load_bias(args, plan, bias);
-  for (int64_t row = at.first; row < at.last; row += kRows * kGeluWarps) {
+  lane.load_bias(args, plan, bias);
+  for (int64_t row = lane.first; row < lane.last; row += kRows * kGeluWarps) {
     Chunk<T> x[kRows];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
       const int64_t r = row + j * kGeluWarps;
-      x[j].load(static_cast<const T*>(args.x) + r * plan.width + at.column, at.left(plan, r), plan.vectors);
+      x[j].load(static_cast<const T*>(args.x) + r * plan.width + lane.column, lane.left(plan, r), plan.vectors);
     }
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
@@ -123,9 +126,9 @@ __global__ void __launch_bounds__(32 * kGeluWarps) gelu_forward_kernel(GeluArgs 
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         const float biased = v[i] + bias[i];
-        v[i] = biased * normal<T, kTanh>(biased).cdf;
+        v[i] = clamp_below(biased) * normal<T, kTanh>(biased).cdf;
       }
-      store_chunk(static_cast<T*>(args.out) + r * plan.width + at.column, at.left(plan, r), plan.vectors, v);
+      store_chunk(static_cast<T*>(args.out) + r * plan.width + lane.column, lane.left(plan, r), plan.vectors, v);
     }
   }
 }
@@ -135,45 +138,45 @@ __global__ void __launch_bounds__(32 * kGeluWarps) gelu_forward_kernel(GeluArgs 
 template <class T, bool kTanh>
 __global__ void __launch_bounds__(32 * kGeluWarps) gelu_backward_kernel(GeluArgs args, GeluPlan plan) {
   constexpr int kRows = 2;
-  const GeluThread at(plan);
+  const GeluThread lane(plan);
   float bias[kChunk], sum[kChunk] = {};
-  at.load_bias(args, plan, bias);
-  for (int64_t row = at.first; row < at.last; row += kRows * kGeluWarps) {
+  lane.load_bias(args, plan, bias);
+  for (int64_t row = lane.first; row < lane.last; row += kRows * kGeluWarps) {
     Chunk<T> x[kRows], grad_out[kRows];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const int64_t r = row + j * kGeluWarps, begin = r * plan.width + at.column;
-      x[j].load(static_cast<const T*>(args.x) + begin, at.left(plan, r), plan.vectors);
-      grad_out[j].load(static_cast<const T*>(args.grad_out) + begin, at.left(plan, r), plan.vectors);
+      const int64_t r = row + j * kGeluWarps, begin = r * plan.width + lane.column;
+      x[j].load(static_cast<const T*>(args.x) + begin, lane.left(plan, r), plan.vectors);
+      grad_out[j].load(static_cast<const T*>(args.grad_out) + begin, lane.left(plan, r), plan.vectors);
     }
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const int64_t r = row + j * kGeluWarps, begin = r * plan.width + at.column;
+      const int64_t r = row + j * kGeluWarps, begin = r * plan.width + lane.column;
       float v[kChunk], grad[kChunk];
       x[j].get(v), grad_out[j].get(grad);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {  // what is not there has gradient 0
-        const Normal of = normal<T, kTanh>(v[i] + bias[i]);
-        grad[i] *= of.cdf + of.x_pdf;
+      for (int i = 0; i < kChunk; ++i) {  // missing elements have a gradient of 0
+        const Normal gelu = normal<T, kTanh>(v[i] + bias[i]);
+        grad[i] *= gelu.cdf + gelu.x_pdf;
         sum[i] += grad[i];
       }
-      store_chunk(static_cast<T*>(args.grad_x) + begin, at.left(plan, r), plan.vectors, grad);
+      store_chunk(static_cast<T*>(args.grad_x) + begin, lane.left(plan, r), plan.vectors, grad);
     }
   }
   if (!args.grad_bias) return;
 
   float* shared = reinterpret_cast<float*>(shared_memory());
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) shared[(warp * kChunk + i) * kGeluStride + lane] = sum[i];
-  barrier();  // every warp's sums are there
-  const int64_t column = at.block_column + threadIdx.x;
+  for (int i = 0; i < kChunk; ++i) shared[(warp * kChunk + i) * kGeluStride + threadIdx.x % 32] = sum[i];
+  barrier();  // sums of every warp written
+  const int64_t column = lane.block_column + threadIdx.x;
   if (column >= plan.width) return;
   float total = 0.0f;
 #pragma unroll
   for (int other = 0; other < kGeluWarps; ++other)
     total += shared[(other * kChunk + threadIdx.x % kChunk) * kGeluStride + threadIdx.x / kChunk];
-  args.workspace[at.slice * plan.width + column] = total;
+  args.workspace[lane.slice * plan.width + column] = total;
 }
 
 }  // namespace GPTCORE_GPU

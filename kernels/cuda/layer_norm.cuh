@@ -1,9 +1,8 @@
 // Layer normalisation (Ba et al. 2016, arXiv:1607.06450), with the residual addition before it fused in.
 //
-// Memory is the limit. A row is read once, lives in the registers of its warps while its sums are taken, and is written
-// once. Weight and bias are read once a block and kept, since a thread holds the same columns of every row that it sees;
-// a block runs over many rows. A row too wide for registers goes to the *_wide kernels, which read it again for each
-// sum: from the L2 cache, mostly.
+// Bound by memory bandwidth. A row is read once, kept in registers while its statistics are computed, and written once.
+// Weight and bias are read once per block: a block loops over many rows, and a thread has the same columns of each.
+// Rows too wide for registers go to the *_wide kernels, which read them again for each pass, mostly from the L2 cache.
 #pragma once
 
 #include "kernels/cuda/rows.cuh"
@@ -11,50 +10,50 @@
 namespace gptcore {
 namespace GPTCORE_GPU {
 
-// How rows are dealt to a block.
+// The work of a block.
 struct RowPlan {
-  int warps;     // to a row
-  int groups;    // of so many warps in a block: rows at a time
+  int warps;     // per row
+  int groups;    // of `warps` warps in a block, each with a row of its own
   bool vectors;  // every row of every tensor is whole 16-byte vectors
 };
 
-// kForwardSharing and kBackwardSharing are the warps of a row at most where a block has several groups.
+// kForwardSharing and kBackwardSharing: the maximum of warps per row if a block has several groups.
 //
-// 512 threads leave 128 registers to each: enough for three chunks of x, weight and bias, which makes 12288 columns of
-// a block, GPT-3's width. Backward, 384 threads with 168 registers hold four chunks of x and dy as they are stored,
-// weight and two sums: the same width.
+// Forward: 512 threads of 128 registers hold three chunks of x, weight and bias: 12288 columns per block, the width of
+// GPT-3. Backward: 384 threads of 168 registers hold four chunks of x and dy in their storage type, weight and two
+// sums.
 constexpr int kForwardThreads = 512, kForwardWarps = kForwardThreads / 32, kForwardChunks = 3, kForwardSharing = 2;
 constexpr int kBackwardThreads = 384, kBackwardWarps = kBackwardThreads / 32, kBackwardSharing = kBackwardWarps / 2;
 template <class T>
 constexpr int kBackwardChunks = sizeof(T) == 2 ? 4 : 3;
 
-// The part of the block that a thread's row is, and its columns.
+// The row and the columns of a thread.
 struct RowThread {
-  int threads, group, thread;  // threads of a row, which row of the block's, which thread of the row's
+  int threads, group, thread;  // threads per row, the row's group in the block, the thread's index in the row
   GPTCORE_DEVICE explicit RowThread(const RowPlan& plan)
       : threads(32 * plan.warps), group(threadIdx.x / threads), thread(threadIdx.x % threads) {}
   GPTCORE_DEVICE int column(int chunk) const { return (chunk * threads + thread) * kChunk; }
 };
 
-// Chunks of the threads of a row, kWarps warps at most, in shared memory: 16 bytes of each thread after one another, in
-// all banks.
+// Chunks of the threads of a row (at most kWarps warps) in shared memory, interleaved by 16 bytes per thread: free of
+// bank conflicts.
 template <int kWarps>
 struct SharedChunks {
   static constexpr int kParts = Chunk<float>::kParts, kThreads = 32 * kWarps;
   static constexpr int floats(int chunks) { return chunks * kChunk * kThreads; }
-  Vec16* of_thread;
+  Vec16* base;
 
-  GPTCORE_DEVICE SharedChunks(float* shared, int thread) : of_thread(reinterpret_cast<Vec16*>(shared) + thread) {}
+  GPTCORE_DEVICE SharedChunks(float* shared, int thread) : base(reinterpret_cast<Vec16*>(shared) + thread) {}
   GPTCORE_DEVICE void put(int index, const float (&v)[kChunk]) const {
     Chunk<float> chunk;
     chunk.set(v);
 #pragma unroll
-    for (int k = 0; k < kParts; ++k) store_vec(of_thread + (index * kParts + k) * kThreads, chunk.parts[k]);
+    for (int k = 0; k < kParts; ++k) store_vec(base + (index * kParts + k) * kThreads, chunk.parts[k]);
   }
   GPTCORE_DEVICE void get(int index, float (&v)[kChunk]) const {
     Chunk<float> chunk;
 #pragma unroll
-    for (int k = 0; k < kParts; ++k) chunk.parts[k] = load_vec(of_thread + (index * kParts + k) * kThreads);
+    for (int k = 0; k < kParts; ++k) chunk.parts[k] = load_vec(base + (index * kParts + k) * kThreads);
     chunk.get(v);
   }
   GPTCORE_DEVICE void add_to(float (&v)[kChunk], int index) const {
@@ -65,60 +64,60 @@ struct SharedChunks {
   }
 };
 
-// What the first group of the block has read, for the others: chunks `index` and on in shared memory.
+// Copies v of the first group of the block to the others, through chunks `index` and following in shared memory.
 template <int kWarps, int kChunks>
 GPTCORE_DEVICE void share(float (&v)[kChunks][kChunk], SharedChunks<kWarps> shared, int index, int group) {
 #pragma unroll
   for (int j = 0; j < kChunks; ++j)
     if (group == 0) shared.put(index + j, v[j]);
-  barrier();  // they are there
+  barrier();  // chunks written
 #pragma unroll
   for (int j = 0; j < kChunks; ++j)
     if (group > 0) shared.get(index + j, v[j]);
 }
 
 struct Statistics {
-  float mean, rest, rstd;  // the mean is mean + rest: `rest` is by how much it was rounded
+  float mean, rest, rstd;  // the exact mean is mean + rest; rest is the rounding error of mean
 };
 
-// From the sums over the row of x - mean and of its square. E[x^2] - mean^2 would cancel when the mean is large; and at
-// mean 100 and deviation 1 the rounding of the mean is most of the error of a float32 layer norm.
+// From the sums of x - mean and of (x - mean)^2; E[x^2] - mean^2 would cancel. rstd is NaN if the sum of squares is not
+// finite: the overflow does not become a row of zeros.
 GPTCORE_DEVICE Statistics statistics(float mean, const float (&sums)[2], float width, float eps) {
   const float rest = sums[0] / width, variance = sums[1] / width - rest * rest;
-  return {mean, rest, rsqrt_of((variance > 0.0f ? variance : 0.0f) + eps)};
+  return {mean, rest, rsqrt_of((variance > 0.0f ? variance : 0.0f) + eps + (sums[1] - sums[1]))};
 }
 
-// X is the type of x, R that of everything from the sum on. Dynamic shared memory: kForwardSums floats, then, where the
-// block has several groups, kForwardShared of weight and bias.
+// X is the type of x, R that of residual, residual_out and out. Dynamic shared memory: kForwardSums floats, then, if
+// the block has several groups, kForwardShared floats of weight and bias.
 constexpr int kForwardSums = 3 * kForwardWarps;
 constexpr int kForwardShared = SharedChunks<kForwardSharing>::floats(2 * kForwardChunks);
 template <class X, class R>
 __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(LayerNormArgs args, RowPlan plan) {
   float* shared = reinterpret_cast<float*>(shared_memory());
-  const RowThread at(plan);
+  const RowThread lane(plan);
   const int width = args.width;
-  const int own = at.group == 0 ? width : 0;  // the first group reads weight and bias for all
+  const int parameters = lane.group == 0 ? width : 0;  // the first group reads weight and bias for all
   float weight[kForwardChunks][kChunk], bias[kForwardChunks][kChunk];
 #pragma unroll
   for (int j = 0; j < kForwardChunks; ++j) {
-    const int column = at.column(j);
-    load_chunk(args.weight + column, own - column, plan.vectors, weight[j]);
-    load_chunk(args.bias + column, args.bias ? own - column : 0, plan.vectors, bias[j]);
+    const int column = lane.column(j);
+    load_chunk(args.weight + column, parameters - column, plan.vectors, weight[j]);
+    load_chunk(args.bias + column, args.bias ? parameters - column : 0, plan.vectors, bias[j]);
   }
 
   const int64_t begin_rows = int64_t(blockIdx.x) * plan.groups;
   for (int64_t first = begin_rows; first < args.rows; first += gridDim.x * plan.groups) {
-    // Groups past the last row go along with no columns, so that all threads meet at the barriers.
-    const int64_t row = first + at.group, begin = row * width;
+    // Groups past the last row have no columns, but take part in the barriers.
+    const int64_t row = first + lane.group, begin = row * width;
     const int end = row < args.rows ? width : 0;
     Chunk<X> x[kForwardChunks];
 #pragma unroll
     for (int j = 0; j < kForwardChunks; ++j)
-      x[j].load(static_cast<const X*>(args.x) + begin + at.column(j), end - at.column(j), plan.vectors);
-    if (plan.groups > 1 && first == begin_rows) {  // while the first rows are on their way
-      const SharedChunks<kForwardSharing> chunks(shared + kForwardSums, at.thread);
-      share(weight, chunks, 0, at.group);
-      share(bias, chunks, kForwardChunks, at.group);
+      x[j].load(static_cast<const X*>(args.x) + begin + lane.column(j), end - lane.column(j), plan.vectors);
+    if (plan.groups > 1 && first == begin_rows) {  // overlaps the loads of the first rows
+      const SharedChunks<kForwardSharing> chunks(shared + kForwardSums, lane.thread);
+      share(weight, chunks, 0, lane.group);
+      share(bias, chunks, kForwardChunks, lane.group);
     }
     float v[kForwardChunks][kChunk], sum[1] = {};
     if (args.residual) {
@@ -127,15 +126,17 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(Lay
       for (int j = 0; j < kForwardChunks; ++j) {
         float term[kChunk];
         x[j].get(v[j]);
-        load_chunk(static_cast<const R*>(args.residual) + begin + at.column(j), end - at.column(j), plan.vectors, term);
+        load_chunk(static_cast<const R*>(args.residual) + begin + lane.column(j), end - lane.column(j), plan.vectors,
+                   term);
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) v[j][i] += term[i];
         stored[j].set(v[j]);
-        stored[j].get(v[j]);  // the statistics are those of the sum as stored, which the backward pass will see
+        stored[j].get(v[j]);  // the statistics are those of the rounded residual_out, which the backward reads
       }
 #pragma unroll
       for (int j = 0; j < kForwardChunks; ++j)
-        stored[j].store(static_cast<R*>(args.residual_out) + begin + at.column(j), end - at.column(j), plan.vectors);
+        stored[j].store(static_cast<R*>(args.residual_out) + begin + lane.column(j), end - lane.column(j),
+                        plan.vectors);
     } else {
 #pragma unroll
       for (int j = 0; j < kForwardChunks; ++j) x[j].get(v[j]);
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(Lay
     float sums[2] = {};
 #pragma unroll
     for (int j = 0; j < kForwardChunks; ++j) {
-      fill_chunk(end - at.column(j), mean, v[j]);
+      fill_chunk(end - lane.column(j), mean, v[j]);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         const float difference = v[j][i] - mean;
@@ -158,23 +159,23 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(Lay
         sums[1] += difference * difference;
       }
     }
-    sum_over_row(sums, plan.warps, shared + kForwardWarps);  // elsewhere: others may still read the first sum
-    const Statistics of = statistics(mean, sums, width, args.eps);
+    sum_over_row(sums, plan.warps, shared + kForwardWarps);  // warps may still read the first sum
+    const Statistics stats = statistics(mean, sums, width, args.eps);
 
-    const float shift = of.rest * of.rstd;
+    const float shift = stats.rest * stats.rstd;
 #pragma unroll
     for (int j = 0; j < kForwardChunks; ++j) {
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) v[j][i] = ((v[j][i] - mean) * of.rstd - shift) * weight[j][i] + bias[j][i];
-      store_chunk(static_cast<R*>(args.out) + begin + at.column(j), end - at.column(j), plan.vectors, v[j]);
+      for (int i = 0; i < kChunk; ++i) v[j][i] = ((v[j][i] - mean) * stats.rstd - shift) * weight[j][i] + bias[j][i];
+      store_chunk(static_cast<R*>(args.out) + begin + lane.column(j), end - lane.column(j), plan.vectors, v[j]);
     }
-    if (at.thread == 0 && end > 0) args.mean[row] = mean + of.rest, args.rstd[row] = of.rstd;
+    if (lane.thread == 0 && end > 0) args.mean[row] = mean + stats.rest, args.rstd[row] = stats.rstd;
   }
 }
 
 GPTCORE_DEVICE int left(int64_t n) { return n < kChunk ? int(n) : kChunk; }
 
-// One block a row, in three passes over it.
+// One block per row, three passes over it.
 template <class X, class R>
 __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(LayerNormArgs args, bool vectors) {
   float* shared = reinterpret_cast<float*>(shared_memory());
@@ -215,26 +216,26 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(Layer
     sums[0] += chunk[0], sums[1] += chunk[1];
   }
   sum_over_row(sums, kForwardWarps, shared + kForwardWarps);
-  const Statistics of = statistics(mean, sums, width, args.eps);
-  const float shift = of.rest * of.rstd;
+  const Statistics stats = statistics(mean, sums, width, args.eps);
+  const float shift = stats.rest * stats.rstd;
   for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {
     float weight[kChunk], bias[kChunk];
     load_chunk(source + begin + c, left(width - c), vectors, v);
     load_chunk(args.weight + c, left(width - c), vectors, weight);
     load_chunk(args.bias + c, args.bias ? left(width - c) : 0, vectors, bias);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) v[i] = ((v[i] - mean) * of.rstd - shift) * weight[i] + bias[i];
+    for (int i = 0; i < kChunk; ++i) v[i] = ((v[i] - mean) * stats.rstd - shift) * weight[i] + bias[i];
     store_chunk(static_cast<R*>(args.out) + begin + c, left(width - c), vectors, v);
   }
-  if (threadIdx.x == 0) args.mean[row] = mean + of.rest, args.rstd[row] = of.rstd;
+  if (threadIdx.x == 0) args.mean[row] = mean + stats.rest, args.rstd[row] = stats.rstd;
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 //
-// With xhat = (x - mean) * rstd and g = weight * dy:  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), and what a row
-// adds to dweight = sum of dy * xhat and to dbias = sum of dy. args.mean is rounded: the mean of the xhat that comes of
-// it, `shift`, is what must be taken from every xhat. g - mean(g) is of g as it was rounded (mul_rn): 0 in a row of one
-// element. The sums form no such product, or the compiler would keep it in registers, of which there are none left.
+// With xhat = (x - mean) * rstd and g = weight * dy:  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)). A row adds dy
+// * xhat to dweight and dy to dbias. `shift` is the mean of xhat, not 0 since args.mean is rounded, and is subtracted
+// from xhat. g is rounded (mul_rn) before mean(g) is subtracted: 0 in a row of one element. The sums use weight * (dy *
+// xhat) instead of g * xhat, since the compiler would otherwise keep g in registers.
 struct RowMeans {
   float shift, g, g_xhat;
 };
@@ -243,10 +244,10 @@ GPTCORE_DEVICE RowMeans row_means(const float (&sums)[3], float width) {
   return {shift, g, sums[2] / width - shift * g};
 }
 
-// A row is read once; the sums over rows stay in registers until the end, when the groups of the block add theirs up,
-// one after the other, and the last writes partial row blockIdx.x of args.workspace: (gridDim.x, 2, width).
-// Dynamic shared memory: kBackwardSums floats, then, where the block has several groups, kBackwardShared of the weight,
-// later of two sums.
+// A row is read once. The sums over rows stay in registers until the end, when the groups of the block add theirs up in
+// order, and the last one writes partial row blockIdx.x of args.workspace: (gridDim.x, 2, width). Dynamic shared
+// memory: kBackwardSums floats, then, if the block has several groups, kBackwardShared floats of weight, later of two
+// sums.
 constexpr int kBackwardSums = 6 * kBackwardWarps;
 template <class T>
 constexpr int kBackwardShared = SharedChunks<kBackwardSharing>::floats(2 * kBackwardChunks<T>);
@@ -254,36 +255,36 @@ template <class T>
 __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(LayerNormArgs args, RowPlan plan) {
   constexpr int kChunks = kBackwardChunks<T>;
   float* shared = reinterpret_cast<float*>(shared_memory());
-  const RowThread at(plan);
+  const RowThread lane(plan);
   const int width = args.width;
-  const int own = at.group == 0 ? width : 0;  // as in the forward
+  const int parameters = lane.group == 0 ? width : 0;  // as in the forward
   float weight[kChunks][kChunk], weight_sum[kChunks][kChunk] = {}, bias_sum[kChunks][kChunk] = {};
 #pragma unroll
   for (int j = 0; j < kChunks; ++j)
-    load_chunk(args.weight + at.column(j), own - at.column(j), plan.vectors, weight[j]);
+    load_chunk(args.weight + lane.column(j), parameters - lane.column(j), plan.vectors, weight[j]);
 
-  const SharedChunks<kBackwardSharing> chunks(shared + kBackwardSums, at.thread);
-  int turn = 0;  // a fast warp writes its part of the next row's sums while a slow one still reads this row's: elsewhere
+  const SharedChunks<kBackwardSharing> chunks(shared + kBackwardSums, lane.thread);
+  int parity = 0;  // of the double-buffered row sums: a warp may write the next while others read these
   const int64_t begin_rows = int64_t(blockIdx.x) * plan.groups;
-  for (int64_t first = begin_rows; first < args.rows; first += gridDim.x * plan.groups, turn ^= 1) {
-    const int64_t row = first + at.group, begin = row * width;
+  for (int64_t first = begin_rows; first < args.rows; first += gridDim.x * plan.groups, parity ^= 1) {
+    const int64_t row = first + lane.group, begin = row * width;
     const int end = row < args.rows ? width : 0;
     float mean = 0.0f, rstd = 0.0f;
     if (threadIdx.x % 32 == 0 && end > 0) mean = args.mean[row], rstd = args.rstd[row];
     Chunk<T> x[kChunks], dy[kChunks];
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
-      x[j].load(static_cast<const T*>(args.x) + begin + at.column(j), end - at.column(j), plan.vectors);
-      dy[j].load(static_cast<const T*>(args.grad_out) + begin + at.column(j), end - at.column(j), plan.vectors);
+      x[j].load(static_cast<const T*>(args.x) + begin + lane.column(j), end - lane.column(j), plan.vectors);
+      dy[j].load(static_cast<const T*>(args.grad_out) + begin + lane.column(j), end - lane.column(j), plan.vectors);
     }
     mean = shuffle(mean, 0), rstd = shuffle(rstd, 0);
-    if (plan.groups > 1 && first == begin_rows) share(weight, chunks, 0, at.group);
+    if (plan.groups > 1 && first == begin_rows) share(weight, chunks, 0, lane.group);
     float sums[3] = {};
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
       float x_row[kChunk], dy_row[kChunk];
       x[j].get(x_row), dy[j].get(dy_row);
-      fill_chunk(end - at.column(j), mean, x_row);
+      fill_chunk(end - lane.column(j), mean, x_row);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         const float xhat = (x_row[i] - mean) * rstd;
@@ -292,51 +293,51 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
         sums[2] += weight[j][i] * (dy_row[i] * xhat);
       }
     }
-    sum_over_row(sums, plan.warps, shared + turn * (kBackwardWarps * 3));
-    const RowMeans of = row_means(sums, width);
+    sum_over_row(sums, plan.warps, shared + parity * (kBackwardWarps * 3));
+    const RowMeans means = row_means(sums, width);
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
       float x_row[kChunk], dy_row[kChunk], dx[kChunk];
       x[j].get(x_row), dy[j].get(dy_row);
-      const int more = args.grad_residual_out ? end - at.column(j) : 0;
-      load_chunk(static_cast<const T*>(args.grad_residual_out) + begin + at.column(j), more, plan.vectors, dx);
+      const int more = args.grad_residual_out ? end - lane.column(j) : 0;
+      load_chunk(static_cast<const T*>(args.grad_residual_out) + begin + lane.column(j), more, plan.vectors, dx);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {  // past the row's end dy is 0, and dx is not stored
-        const float xhat = (x_row[i] - mean) * rstd - of.shift;
-        dx[i] += (mul_rn(weight[j][i], dy_row[i]) - of.g - xhat * of.g_xhat) * rstd;
+      for (int i = 0; i < kChunk; ++i) {  // past the end of the row dy is 0, and dx is not stored
+        const float xhat = (x_row[i] - mean) * rstd - means.shift;
+        dx[i] += (mul_rn(weight[j][i], dy_row[i]) - means.g - xhat * means.g_xhat) * rstd;
         weight_sum[j][i] += dy_row[i] * xhat;
         bias_sum[j][i] += dy_row[i];
       }
-      store_chunk(static_cast<T*>(args.grad_x) + begin + at.column(j), end - at.column(j), plan.vectors, dx);
+      store_chunk(static_cast<T*>(args.grad_x) + begin + lane.column(j), end - lane.column(j), plan.vectors, dx);
     }
   }
 
   float* partial = args.workspace + int64_t(blockIdx.x) * 2 * width;
   for (int group = 0; group < plan.groups; ++group) {
-    if (plan.groups > 1) barrier();  // nobody reads the weight there any more, or: the last group's sums are there
-    if (group != at.group) continue;
+    if (plan.groups > 1) barrier();  // shared memory is free (first group), or holds the sums of the previous group
+    if (group != lane.group) continue;
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
       if (group > 0) chunks.add_to(weight_sum[j], 2 * j), chunks.add_to(bias_sum[j], 2 * j + 1);
       if (group + 1 < plan.groups) {
         chunks.put(2 * j, weight_sum[j]), chunks.put(2 * j + 1, bias_sum[j]);
       } else {
-        store_chunk(partial + at.column(j), width - at.column(j), plan.vectors, weight_sum[j]);
-        store_chunk(partial + width + at.column(j), width - at.column(j), plan.vectors, bias_sum[j]);
+        store_chunk(partial + lane.column(j), width - lane.column(j), plan.vectors, weight_sum[j]);
+        store_chunk(partial + width + lane.column(j), width - lane.column(j), plan.vectors, bias_sum[j]);
       }
     }
   }
 }
 
-// One block for every gridDim.x-th row, in two passes over it; the sums over rows live in the block's partial row.
+// A block loops over every gridDim.x-th row, in two passes; the sums over rows are kept in its partial row.
 template <class T>
 __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(LayerNormArgs args, bool vectors) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int64_t width = args.width;
   constexpr int kStride = kBackwardThreads * kChunk;
   float *weight_sum = args.workspace + int64_t(blockIdx.x) * 2 * width, *bias_sum = weight_sum + width;
-  int turn = 0;  // as above
-  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x, turn ^= 1) {
+  int parity = 0;  // as above
+  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x, parity ^= 1) {
     const T *x_row = static_cast<const T*>(args.x) + row * width,
             *dy_row = static_cast<const T*>(args.grad_out) + row * width;
     const float mean = args.mean[row], rstd = args.rstd[row];
@@ -357,8 +358,8 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(Lay
 #pragma unroll
       for (int i = 0; i < 3; ++i) sums[i] += chunk[i];
     }
-    sum_over_row(sums, kBackwardWarps, shared + turn * (kBackwardWarps * 3));
-    const RowMeans of = row_means(sums, width);
+    sum_over_row(sums, kBackwardWarps, shared + parity * (kBackwardWarps * 3));
+    const RowMeans means = row_means(sums, width);
     const bool first = row == blockIdx.x;
     for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {
       float dx[kChunk], dweight[kChunk], dbias[kChunk];
@@ -371,8 +372,8 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(Lay
       load_chunk(bias_sum + c, first ? 0 : left(width - c), vectors, dbias);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        const float xhat = (x[i] - mean) * rstd - of.shift;
-        dx[i] += (mul_rn(weight[i], dy[i]) - of.g - xhat * of.g_xhat) * rstd;
+        const float xhat = (x[i] - mean) * rstd - means.shift;
+        dx[i] += (mul_rn(weight[i], dy[i]) - means.g - xhat * means.g_xhat) * rstd;
         dweight[i] += dy[i] * xhat;
         dbias[i] += dy[i];
       }

@@ -1,6 +1,6 @@
-// All that the kernels use and that is not plain C++: barriers, shuffles, asynchronous copies, tensor cores.
-// Each function has two bodies: PTX for nvcc, and for g++ a call into csrc/simt, the model of a GPU. Warp-wide ones
-// must be reached by all 32 lanes together. Under simt they carry the place of their call, to be named in reports.
+// Everything in the kernels that is not plain C++: barriers, shuffles, asynchronous copies, tensor cores. Each function
+// has two bodies: PTX for nvcc and, for g++, a call into the GPU simulator, csrc/simt. All 32 lanes must reach a
+// warp-wide function. In the simulator these carry the location of their call, for reports.
 #pragma once
 
 #include <math.h>
@@ -19,7 +19,7 @@ namespace gptcore {
 
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
-struct alignas(16) Vec16 { uint32_t w[4]; };  // what one thread moves at most in one access
+struct alignas(16) Vec16 { uint32_t w[4]; };  // the largest access of a thread
 
 #ifndef GPTCORE_SIMT
 
@@ -40,7 +40,7 @@ GPTCORE_DEVICE char* shared_memory() {
 }
 GPTCORE_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Zeros are written, and `global` is not read, if not `valid`.
+// If not `valid`, writes zeros and does not read `global`.
 template <int Bytes>
 GPTCORE_DEVICE void copy_async(void* shared, const void* global, bool valid) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
@@ -53,7 +53,7 @@ GPTCORE_DEVICE void copy_async(void* shared, const void* global, bool valid) {
                  "n"(Bytes), "r"(source_bytes) : "memory");
 }
 GPTCORE_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits for this thread's copies, but for those of the last N groups committed. Other threads' need a barrier after it.
+// Waits for this thread's copies, except the last N committed groups. Those of other threads need a barrier afterwards.
 template <int N>
 GPTCORE_DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
@@ -68,7 +68,7 @@ GPTCORE_DEVICE void load_matrix_trans(uint32_t (&r)[4], const void* row) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 
-// d += a b with a (16, 16), b (16, 8), d (16, 8); see tests/test_fragments.py for which lane holds what.
+// d += a b with a (16, 16), b (16, 8), d (16, 8); tests/test_fragments.py has the layout of the lanes.
 template <class T>
 GPTCORE_DEVICE void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <>
@@ -164,7 +164,7 @@ GPTCORE_DEVICE void copy_commit() { simt::copy_commit(); }
 template <int N>
 GPTCORE_DEVICE void copy_wait() { simt::copy_wait(N); }
 
-// Operands go by value, so that the caller's arrays can stay in registers.
+// Operands are passed by value, so that the caller's arrays stay in registers.
 GPTCORE_DEVICE void load_matrix(uint32_t (&r)[4], const void* row, GPTCORE_SITE) {
   const Vec16 v = __builtin_bit_cast(Vec16, simt::load_matrix(row, false, site));
   r[0] = v.w[0], r[1] = v.w[1], r[2] = v.w[2], r[3] = v.w[3];

@@ -1,8 +1,8 @@
-// What layer_norm.cuh and gelu.cuh share: rows in chunks of eight elements, sums over a row, sums over rows.
+// Shared by layer_norm.cuh and gelu.cuh: rows in chunks of eight elements, sums over a row, sums over rows.
 //
 //             columns  0 ... 7 | 8 ... 15 | ...            a chunk: one 16-byte access of a 16-bit type, two of float32
-//     row 0   thread 0         | thread 1 | ...            thread t holds the same columns of every row that it sees,
-//     row 1   thread 0         | thread 1 | ...            so the sums over rows need nobody else
+//     row 0   thread 0         | thread 1 | ...            thread t has the same columns of every row, so sums over
+//     row 1   thread 0         | thread 1 | ...            rows stay within a thread
 #pragma once
 
 #include "kernels/cuda/ptx.cuh"
@@ -12,9 +12,9 @@ namespace gptcore {
 
 constexpr int kChunk = 8;
 
-// A chunk as it is stored: half the registers that its floats would take, for 16-bit types. n is how many elements of
-// the row are left: eight or more make a whole chunk, none or fewer an empty one, and what is not there reads as zero.
-// `vectors` says that no chunk is cut and that all lie at multiples of 16 bytes.
+// A chunk in its storage type: 16-bit types take half the registers of floats. n is the number of elements left in the
+// row: at least eight for a whole chunk, at most 0 for an empty one; missing elements read as zero. `vectors`: all
+// chunks are whole and aligned to 16 bytes.
 template <class T>
 struct Chunk {
   static constexpr int kParts = kChunk * sizeof(T) / 16, kPart = kChunk / kParts;
@@ -83,7 +83,7 @@ GPTCORE_DEVICE void store_chunk(T* to, int n, bool vectors, const float (&v)[kCh
   chunk.store(to, n, vectors);
 }
 
-// Elements that a chunk of n does not have, set to what adds nothing to a sum.
+// Sets the missing elements of a chunk of n to `value`.
 GPTCORE_DEVICE void fill_chunk(int n, float value, float (&v)[kChunk]) {
   if (n >= kChunk) return;
 #pragma unroll
@@ -91,9 +91,8 @@ GPTCORE_DEVICE void fill_chunk(int n, float value, float (&v)[kChunk]) {
     if (i >= n) v[i] = value;
 }
 
-// v summed over the threads of each row, in an order that does not depend on anything: over lanes by a butterfly, over
-// the row's warps one after the other. `shared` holds kCount floats for each warp of the block; the caller sees to it
-// that nobody still reads it. All threads of the block take part.
+// Sums v over the threads of each row in a fixed order: over lanes by a butterfly, then over the warps of the row.
+// `shared` holds kCount floats per warp of the block and must be free. All threads of the block take part.
 template <int kCount>
 GPTCORE_DEVICE void sum_over_row(float (&v)[kCount], int warps_per_row, float* shared) {
 #pragma unroll
@@ -107,7 +106,7 @@ GPTCORE_DEVICE void sum_over_row(float (&v)[kCount], int warps_per_row, float* s
 #pragma unroll
     for (int i = 0; i < kCount; ++i) shared[warp * kCount + i] = v[i];
   }
-  barrier();  // every warp's part is there
+  barrier();  // partial sums of every warp written
 #pragma unroll
   for (int i = 0; i < kCount; ++i) v[i] = 0.0f;
 #pragma unroll 1
@@ -117,9 +116,9 @@ GPTCORE_DEVICE void sum_over_row(float (&v)[kCount], int warps_per_row, float* s
   }
 }
 
-// The second kernel of every sum over rows: out[c] = the sum over p of partial[p * stride + c], for c < columns. A
-// block takes 32 columns; each of its warps takes every kWarps-th part, and warp 0 adds up the warps. Dynamic shared
-// memory: a float a thread.
+// The second pass of every sum over rows: out[c] = sum over p of partial[p * stride + c], for c < columns. A block
+// covers 32 columns; each warp adds every kWarps-th part, and warp 0 adds the warps. Dynamic shared memory: one float
+// per thread.
 template <int kWarps>
 __global__ void __launch_bounds__(32 * kWarps)
     sum_partials(const float* partial, int64_t parts, int64_t stride, int64_t columns, float* out) {
@@ -132,7 +131,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     for (int64_t part = warp; part < parts; part += kWarps) sum += partial[part * stride + column];
   }
   shared[threadIdx.x] = sum;
-  barrier();  // every warp's sum is there
+  barrier();  // sum of every warp written
   if (warp > 0 || column >= columns) return;
 #pragma unroll
   for (int other = 1; other < kWarps; ++other) sum += shared[other * 32 + lane];

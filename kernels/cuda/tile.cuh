@@ -1,14 +1,13 @@
-// What the attention kernels share: tiles in shared memory, the two matrix products of a warp, which keys a query sees,
-// and dropout.
+// Shared by the attention kernels: parameters, tiles in shared memory, the matrix products of a warp, masks, dropout.
 //
-// A warp owns whole rows of its products, and what it sums up always has the layout of mma's m16n8 accumulators. Of an
-// m x n array of 16 x 8 tiles, acc[m][n][i] of a lane is the element of
+// A warp owns whole rows of its products. Accumulators always have the layout of mma's m16n8: in an m x n array of
+// 16 x 8 tiles, acc[m][n][i] of a lane is the element of
 //
 //     row 16 m + lane / 4 + 8 (i / 2),   column 8 n + 2 (lane % 4) + i % 2
 //
-// so four lanes (a quad) hold a row, and the sums of one product can be the left operand of the next without leaving
-// their registers. `Math` says how products are computed: bfloat16 and float16 on tensor cores, Tf32 on tensor cores
-// with float storage, float with plain fused multiply-adds.
+// so four lanes (a quad) hold a row, and the accumulators of one product are the left operand of the next without
+// leaving registers. `Math` selects the multiplication: bfloat16 and float16 on tensor cores, Tf32 on tensor cores with
+// float storage, float with fused multiply-adds.
 #pragma once
 
 #include "kernels/cuda/ptx.cuh"
@@ -16,13 +15,19 @@
 
 namespace gptcore {
 
-struct Tf32 {};  // float in memory, rounded to 10 bits of mantissa before it is multiplied
+struct Tf32 {};  // float in memory, rounded to TF32 before the multiplication
 template <class Math> struct StorageOf { using Type = Math; };
 template <> struct StorageOf<Tf32> { using Type = float; };
 template <class Math> using Storage = typename StorageOf<Math>::Type;
 
+template <class T> constexpr bool kIsBfloat16 = false;
+template <> constexpr bool kIsBfloat16<bfloat16> = true;
 template <class Math> constexpr bool kPlainFloat = false;
 template <> constexpr bool kPlainFloat<float> = true;
+// A flag of a lane, in a register or, without tensor cores, in a predicate: whichever spills no registers.
+template <class Math> struct FlagOf { using Type = uint32_t; };
+template <> struct FlagOf<float> { using Type = bool; };
+template <class Math> using Flag = typename FlagOf<Math>::Type;
 template <class Math> constexpr bool kTf32 = false;
 template <> constexpr bool kTf32<Tf32> = true;
 
@@ -31,52 +36,64 @@ GPTCORE_DEVICE T* rows_of(const HeadsView& view, int batch, int head, int row) {
   return static_cast<T*>(view.data) + batch * view.batch_stride + head * view.head_stride + row * view.row_stride;
 }
 
-// ---- what a block does ----------------------------------------------------------------------------------------------
+// ---- parameters and scheduling --------------------------------------------------------------------------------------
 
-// Block `index` of a grid of heads x tiles. The heads of a section take turns, tile 0 of all of them first: so where
-// tiles come in the order of their work, the longest begin first, and multiprocessors run out of it together. A section
-// is `together` heads, whose columns, which all of their blocks read, stay in the L2 cache.
+struct AttentionParams {
+  HeadsView query, key, value, out;
+  float* lse;  // (batch, query_heads, query_len)
+  const int64_t *cu_seqlens_q, *cu_seqlens_k;
+  int64_t num_boundaries;
+  int batch, kv_heads, group, query_len, kv_len, head_dim, heads_per_wave;
+  int64_t window_left, window_right;  // a query at position i attends to keys i - window_left to i + window_right
+  bool vectors;                       // every row of every tensor is whole 16-byte vectors
+  bool dropout;
+  uint32_t dropout_threshold;
+  float dropout_scale;
+  uint64_t seed;
+};
+
+// The head and tile of block `index` of a grid of heads x tiles. Heads of one wave are interleaved, tile 0 of all of
+// them first: tiles are ordered by decreasing work, so the longest start first. K and V of a wave stay in the L2 cache.
 struct BlockTile {
   int head, tile;
 };
-GPTCORE_DEVICE BlockTile block_tile(int index, int tiles, int heads, int together) {
-  const int first = index / (together * tiles) * together, in_section = index - first * tiles;
-  const int taking_turns = heads - first < together ? heads - first : together;
-  return {first + in_section % taking_turns, in_section / taking_turns};
+GPTCORE_DEVICE BlockTile block_tile(int index, int tiles, int heads, int heads_per_wave) {
+  const int first = index / (heads_per_wave * tiles) * heads_per_wave, in_wave = index - first * tiles;
+  const int wave_heads = heads - first < heads_per_wave ? heads - first : heads_per_wave;
+  return {first + in_wave % wave_heads, in_wave / wave_heads};
 }
 
 // ---- tiles in shared memory -----------------------------------------------------------------------------------------
 
-// Rows of kWidth elements, in chunks of 16 bytes. The chunks of a row are permuted, so that the same chunk of eight
-// successive rows (what ldmatrix reads at once) and eight successive chunks of a row (what a copy writes at once) each
-// lie in all 32 banks.
+// Rows of kWidth elements, in chunks of 16 bytes, swizzled: the same chunk of eight successive rows (one ldmatrix) and
+// eight successive chunks of a row (one copy) each cover all 32 banks.
 template <class T, int kWidth>
 struct SharedTile {
   static constexpr int kPerChunk = 16 / sizeof(T), kChunks = kWidth / kPerChunk;
-  static_assert(kWidth % kPerChunk == 0 && kChunks % 4 == 0, "the permutation is of four or of eight chunks");
+  static_assert(kWidth % kPerChunk == 0 && kChunks % 4 == 0, "the swizzle permutes four or eight chunks");
   char* data;
 
-  // Chunk `index` + `more`, two numbers without a common bit. What varies in an unrolled loop goes into `more`: then
-  // the addresses of all its turns come from one by exclusive or. The tile must begin at a multiple of 128 bytes.
+  // Chunk `index` + `more`, which have no bit in common. The variable of an unrolled loop goes into `more`: all
+  // addresses then follow from one by exclusive or. The tile must begin at a multiple of 128 bytes.
   GPTCORE_DEVICE char* chunk(unsigned row, unsigned index, unsigned more = 0) const {
     constexpr unsigned kPermuted = kChunks % 8 == 0 ? 8 : 4;
     const unsigned swizzle = kPermuted == 8 ? row % 8 : row / 2 % 4;
-    char* const at = data + (row * kChunks + (index ^ swizzle)) * 16;
-    return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(at) ^ more % kPermuted * 16) +
+    char* const base = data + (row * kChunks + (index ^ swizzle)) * 16;
+    return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(base) ^ more % kPermuted * 16) +
            more / kPermuted * kPermuted * 16;
   }
-  GPTCORE_DEVICE T* pair(int row, int column) const {  // of two neighbours, the first being even
+  GPTCORE_DEVICE T* pair(int row, int column) const {  // two adjacent elements, from an even column
     return reinterpret_cast<T*>(chunk(row, column / kPerChunk)) + column % kPerChunk;
   }
 };
 
-// Begins to copy kRows rows of head_dim elements; row_at(i) is row i's address, or null for a row of zeros. `vectors`
-// says that addresses and head_dim are whole multiples of 16 bytes; otherwise elements are copied at once, one by one.
+// Starts the copy of kRows rows of head_dim elements; row_at(i) is the address of row i, or null for a row of zeros.
+// Without `vectors` (addresses or head_dim not multiples of 16 bytes) elements are copied synchronously, one by one.
 template <int kRows, int kThreads, class T, int kWidth, class RowAt>
 GPTCORE_DEVICE void load_rows(SharedTile<T, kWidth> to, RowAt row_at, int head_dim, bool vectors) {
   constexpr unsigned kChunks = SharedTile<T, kWidth>::kChunks;
   constexpr int kPerChunk = 16 / sizeof(T);
-#pragma unroll 1  // or the addresses of all turns would be kept in registers across the caller's loop
+#pragma unroll 1  // unrolled, all addresses would stay in registers across the caller's loop
   for (unsigned i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, column = i % kChunks * kPerChunk;
     const T* const from = row_at(row);
@@ -89,23 +106,23 @@ GPTCORE_DEVICE void load_rows(SharedTile<T, kWidth> to, RowAt row_at, int head_d
   }
 }
 
-// The same for rows that lie at one stride, of which `rows` exist. Each thread copies its column of every so many rows,
-// and one addition leads from one to the next. A row of 12 chunks has 16 lanes, so that threads make whole rows.
+// load_rows for rows at one stride, of which `rows` exist. Each thread copies one column of every kStep-th row, so the
+// next address is one addition. A row of 12 chunks takes 16 threads, so that threads cover whole rows.
 template <int kRows, int kThreads, class T, int kWidth>
 GPTCORE_DEVICE void load_tile(SharedTile<T, kWidth> to, const T* from, int64_t stride, int rows, int head_dim,
                               bool vectors) {
   constexpr unsigned kChunks = SharedTile<T, kWidth>::kChunks, kLanes = kChunks == 12 ? 16 : kChunks;
-  constexpr unsigned kStep = kThreads / kLanes;  // 0 where a row has more chunks than there are threads
+  constexpr unsigned kStep = kThreads / kLanes;  // 0 if a row has more chunks than there are threads
   if constexpr (kStep > 0) {
-    static_assert(kThreads % kLanes == 0 && kRows % kStep == 0, "each thread has as many rows");
+    static_assert(kThreads % kLanes == 0 && kRows % kStep == 0, "each thread copies the same number of rows");
     if (vectors) {
       const unsigned first = threadIdx.x / kLanes, index = threadIdx.x % kLanes, column = index * (16 / sizeof(T));
       const bool inside = column < unsigned(head_dim);
-      const T* at = from + first * stride + column;
+      const T* chunk = from + first * stride + column;
       if (index >= kChunks) return;
 #pragma unroll
-      for (unsigned row = 0; row < kRows; row += kStep, at += kStep * stride)
-        copy_async<16>(to.chunk(first + row, index), at, inside && int(first + row) < rows);
+      for (unsigned row = 0; row < kRows; row += kStep, chunk += kStep * stride)
+        copy_async<16>(to.chunk(first + row, index), chunk, inside && int(first + row) < rows);
       return;
     }
   }
@@ -113,7 +130,7 @@ GPTCORE_DEVICE void load_tile(SharedTile<T, kWidth> to, const T* from, int64_t s
   load_rows<kRows, kThreads>(to, row_at, head_dim, vectors);
 }
 
-// Two neighbours in one access.
+// Stores two adjacent words, or elements, in one access.
 GPTCORE_DEVICE void store_words(void* to, uint32_t first, uint32_t second) {
   *static_cast<uint64_t*>(to) = first | static_cast<uint64_t>(second) << 32;
 }
@@ -123,7 +140,7 @@ GPTCORE_DEVICE void store_pair(T* to, float first, float second) {
   else store_words(to, bits_of(first), bits_of(second));
 }
 
-// A warp stores kRows rows of a tile, from first_row; row_at(i) is the address of the tile's row i, or null.
+// A warp stores kRows rows of a tile from first_row; row_at(i) is the destination of row i of the tile, or null.
 template <int kRows, class T, int kWidth, class RowAt>
 GPTCORE_DEVICE void store_rows(SharedTile<T, kWidth> from, int first_row, RowAt row_at, int head_dim, bool vectors,
                                int lane) {
@@ -143,12 +160,12 @@ GPTCORE_DEVICE void store_rows(SharedTile<T, kWidth> from, int first_row, RowAt 
 
 // ---- products of a warp ---------------------------------------------------------------------------------------------
 
-// Fragments of one mma: A is 16 rows, B two tiles of 8 columns, both 32 bytes deep (16 half-precision numbers, 8 tf32).
+// Fragments of one mma: A has 16 rows, B two tiles of 8 columns; both are 32 bytes deep (16 16-bit elements, 8 TF32).
 template <class T, int kWidth>
 GPTCORE_DEVICE void load_a(uint32_t (&a)[4], SharedTile<T, kWidth> tile, int row, int step, int lane) {
   load_matrix(a, tile.chunk(row + lane % 16, lane / 16, 2 * step));
 }
-template <class T, int kWidth>  // of B^T: a row of the tile is a column of B
+template <class T, int kWidth>  // the tile holds B^T: a row of the tile is a column of B
 GPTCORE_DEVICE void load_b(uint32_t (&b)[4], SharedTile<T, kWidth> tile, int row, int step, int lane) {
   load_matrix(b, tile.chunk(row + lane / 16 * 8 + lane % 8, lane / 8 % 2, 2 * step));
 }
@@ -168,7 +185,7 @@ GPTCORE_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
 struct Float2 { float v[2]; };
 struct Float4 { float v[4]; };
 template <class Vector>
-GPTCORE_DEVICE Vector load_shared(const void* from);  // in one access
+GPTCORE_DEVICE Vector load_shared(const void* from);  // one access
 template <>
 GPTCORE_DEVICE Float2 load_shared<Float2>(const void* from) {
   const uint64_t both = *static_cast<const uint64_t*>(from);
@@ -180,7 +197,7 @@ GPTCORE_DEVICE Float4 load_shared<Float4>(const void* from) {
   return {{float_of(four.w[0]), float_of(four.w[1]), float_of(four.w[2]), float_of(four.w[3])}};
 }
 
-// S = A B^T: the warp's rows of A against 8 kN rows of B, along the width of the tiles.
+// S = A B^T: the warp's rows of A times 8 kN rows of B, over the width of the tiles.
 template <class Math, int kM, int kN, int kWidth>
 GPTCORE_DEVICE void multiply_transposed(float (&s)[kM][kN][4], SharedTile<Storage<Math>, kWidth> a_tile, int a_row,
                                         SharedTile<Storage<Math>, kWidth> b_tile, int b_row, int lane) {
@@ -237,12 +254,30 @@ GPTCORE_DEVICE void multiply_transposed(float (&s)[kM][kN][4], SharedTile<Storag
   }
 }
 
-// acc += P B: P in registers, 8 kN columns wide, against as many rows of B.
-template <class Math, int kM, int kN, int kWidth>
+// An operand register, of two 16-bit elements or one float, with 0 in place of NaN and infinities. Sets `nonfinite` if
+// there were any.
+template <class T, class F>
+GPTCORE_DEVICE uint32_t finite_or_zero(uint32_t bits, F& nonfinite) {
+  constexpr bool kFloat16 = sizeof(T) == 2 && !kIsBfloat16<T>;
+  constexpr uint32_t kExponents = sizeof(T) == 4 ? 0x7f800000u : kFloat16 ? 0x7c007c00u : 0x7f807f80u;
+  constexpr uint32_t kLowest = sizeof(T) == 4 ? 0x00800000u : kFloat16 ? 0x04000400u : 0x00800080u;
+  const uint32_t signs = ((bits & kExponents) + kLowest) & (sizeof(T) == 4 ? 0x80000000u : 0x80008000u);
+  nonfinite |= F(signs);
+  return bits & ~(sizeof(T) == 4 ? 0u - (signs >> 31) : (signs >> 15) * 0xffffu);
+}
+template <class T, int kCount, class F>
+GPTCORE_DEVICE void zero_nonfinite(uint32_t (&b)[kCount], F& nonfinite) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) b[i] = finite_or_zero<T>(b[i], nonfinite);
+}
+
+// acc += P B: P in registers, 8 kN columns wide, times 8 kN rows of B. With kMasked, rows of P hold 0 where they do not
+// attend to a row of B: non-finite elements of B are left out, since 0 x NaN is NaN, and reported in `nonfinite`.
+template <class Math, bool kMasked, int kM, int kN, int kWidth>
 GPTCORE_DEVICE void multiply_add(float (&acc)[kM][kWidth / 8][4], const float (&p)[kM][kN][4],
-                                 SharedTile<Storage<Math>, kWidth> b_tile, int b_row, int lane) {
+                                 SharedTile<Storage<Math>, kWidth> b_tile, int b_row, int lane, Flag<Math>& nonfinite) {
   if constexpr (kPlainFloat<Math>) {
-    // Every lane needs the whole row of P that its quad holds.
+    // Every lane needs the whole row of P, which its quad holds.
 #pragma unroll
     for (int n = 0; n < kN; ++n)
 #pragma unroll 1
@@ -256,7 +291,9 @@ GPTCORE_DEVICE void multiply_add(float (&acc)[kM][kWidth / 8][4], const float (&
             for (int h = 0; h < 2; ++h) a[m][h] = shuffle(p[m][n][2 * h + c], lane / 4 * 4 + holder);
 #pragma unroll
           for (int j = 0; j < kWidth / 8; ++j) {
-            const Float2 b = load_shared<Float2>(b_tile.pair(b_row + n * 8 + holder * 2 + c, j * 8 + lane % 4 * 2));
+            Float2 b = load_shared<Float2>(b_tile.pair(b_row + n * 8 + holder * 2 + c, j * 8 + lane % 4 * 2));
+            if constexpr (kMasked)
+              for (float& v : b.v) v = float_of(finite_or_zero<float>(bits_of(v), nonfinite));
 #pragma unroll
             for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -264,7 +301,7 @@ GPTCORE_DEVICE void multiply_add(float (&acc)[kM][kWidth / 8][4], const float (&
           }
         }
   } else if constexpr (kTf32<Math>) {
-    // mma's k = t and t + 4 are the columns 2 t and 2 t + 1 that lane t of the quad holds: a sum has no order.
+    // mma's k = t and t + 4 stand for columns 2 t and 2 t + 1, which lane t of the quad holds.
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       uint32_t a[kM][4];
@@ -275,7 +312,9 @@ GPTCORE_DEVICE void multiply_add(float (&acc)[kM][kWidth / 8][4], const float (&
 #pragma unroll
       for (int j = 0; j < kWidth / 8; ++j) {
         const int row = b_row + n * 8 + lane % 4 * 2, column = j * 8 + lane / 4;
-        const uint32_t b0 = to_tf32(*b_tile.pair(row, column)), b1 = to_tf32(*b_tile.pair(row + 1, column));
+        uint32_t b[2] = {bits_of(*b_tile.pair(row, column)), bits_of(*b_tile.pair(row + 1, column))};
+        if constexpr (kMasked) zero_nonfinite<float>(b, nonfinite);
+        const uint32_t b0 = to_tf32(float_of(b[0])), b1 = to_tf32(float_of(b[1]));
 #pragma unroll
         for (int m = 0; m < kM; ++m) mma<Math>(acc[m][j], a[m], b0, b1);
       }
@@ -292,6 +331,7 @@ GPTCORE_DEVICE void multiply_add(float (&acc)[kM][kWidth / 8][4], const float (&
       for (int j = 0; j < kWidth / 8; j += 2) {
         uint32_t b[4];
         load_matrix_trans(b, b_tile.chunk(b_row + n * 8 + lane % 16, lane / 16, j));
+        if constexpr (kMasked) zero_nonfinite<Math>(b, nonfinite);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           mma<Math>(acc[m][j], a[m], b[0], b[1]);
@@ -302,50 +342,102 @@ GPTCORE_DEVICE void multiply_add(float (&acc)[kM][kWidth / 8][4], const float (&
   }
 }
 
-// ---- what a row sees ------------------------------------------------------------------------------------------------
+// ---- masks ----------------------------------------------------------------------------------------------------------
 
+// The columns [begin, end) that a row attends to.
 struct alignas(8) Range {
   int begin, end;
 };
 
 GPTCORE_DEVICE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
-// The boundaries of the documents in one row of the batch; those of one row may serve all. Null: one document.
+// The document boundaries of one batch row. Null cu_seqlens: one document.
 struct Documents {
-  const int64_t* cu;
+  const int64_t* cu_seqlens;
   int64_t base, length;
 
-  GPTCORE_DEVICE Documents(const int64_t* boundaries, int64_t count, int64_t batch, int64_t len)
-      : cu(boundaries), base(boundaries && boundaries[count - 1] != len ? batch * len : 0), length(len) {}
-  GPTCORE_DEVICE int64_t boundary(int64_t i) const { return clamp(cu[i] - base, 0, length); }
+  // cu_seqlens covers batch x length, or one row and then holds for every row.
+  GPTCORE_DEVICE Documents(const int64_t* cu, int64_t count, int64_t batch, int64_t len)
+      : cu_seqlens(cu), base(cu && cu[count - 1] != len ? batch * len : 0), length(len) {}
+  GPTCORE_DEVICE int64_t boundary(int64_t i) const { return clamp(cu_seqlens[i] - base, 0, length); }
 };
 
-// The columns [begin, end) that a row sees. Both ends only grow from one row to the next, documents or not, so a tile
-// of rows sees at most [begin of its first row, end of its last], and all of it sees [begin of last, end of first).
-// With rows = queries, columns = keys, a query at position i of its document sees the keys from i - before to
-// i + after. With keys and queries, before and after exchanged it is the other way round: who sees this key.
-GPTCORE_DEVICE Range visible(int row, Documents rows, Documents columns, int64_t num_boundaries, int64_t before,
-                             int64_t after) {
+// The keys that query `row` attends to (rows = queries, columns = keys), or, with both sides and both limits exchanged,
+// the queries that attend to key `row`. Both ends of the range increase with the row. So a tile of rows attends to
+// [begin of its first row, end of its last), and all of its rows to [begin of the last, end of the first).
+GPTCORE_DEVICE Range attended(int row, Documents rows, Documents columns, int64_t num_boundaries, int64_t left,
+                              int64_t right) {
   int64_t row_end = rows.length, column_begin = 0, column_end = columns.length;
-  if (rows.cu) {
-    int64_t low = 0, high = num_boundaries - 1;  // the last boundary that is not after the row begins its document
+  if (rows.cu_seqlens) {
+    int64_t low = 0, high = num_boundaries - 1;  // binary search: the document that contains the row
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      (rows.cu[middle] <= rows.base + row ? low : high) = middle;
+      (rows.cu_seqlens[middle] <= rows.base + row ? low : high) = middle;
     }
     row_end = rows.boundary(low + 1);
     column_begin = columns.boundary(low), column_end = columns.boundary(low + 1);
   }
-  const int64_t position = row - row_end + column_end;  // the last query stands at the last key
-  const int64_t begin = clamp(position - before, column_begin, column_end);
-  return {(int)begin, (int)clamp(position + after + 1, begin, column_end)};
+  const int64_t position = row - row_end + column_end;  // aligned at the end: the last query is at the last key
+  const int64_t begin = clamp(position - left, column_begin, column_end);
+  return {(int)begin, (int)clamp(position + right + 1, begin, column_end)};
+}
+
+// Elements outside the range of their row become `value`. `ranges` are those of the warp's rows, `column` is the first
+// column of s.
+template <int kM, int kN>
+GPTCORE_DEVICE void mask_scores(float (&s)[kM][kN][4], const Range* ranges, int column, float value, int lane) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Range range = ranges[m * 16 + half * 8 + lane / 4];
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int index = column + n * 8 + lane % 4 * 2 + i;
+          if (index < range.begin || index >= range.end) s[m][n][half * 2 + i] = value;
+        }
+    }
+}
+
+// Adds the non-finite elements that multiply_add<kMasked> left out to the rows that attend to them: NaN and infinities
+// then reach exactly these rows. row_at(column) is the row of B in global memory, [begin, end) the columns to search.
+template <class T, int kM, int kN, class RowAt>
+GPTCORE_DEVICE void add_nonfinite(float (&acc)[kM][kN][4], const Range* ranges, int begin, int end, RowAt row_at,
+                                  int head_dim, int lane) {
+#pragma unroll 1
+  for (int column = begin; column < end; ++column) {
+    const T* const row = row_at(column);
+#pragma unroll
+    for (int j = 0; j < kN; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int d = j * 8 + lane % 4 * 2 + i;
+        const float v = d < head_dim ? to_float(row[d]) : 0.0f;
+        if (v - v == 0.0f) continue;  // finite
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const Range range = ranges[m * 16 + half * 8 + lane / 4];
+            if (column >= range.begin && column < range.end) acc[m][j][half * 2 + i] += v;
+          }
+      }
+  }
+}
+
+// Whether any lane of the warp has a bit set.
+GPTCORE_DEVICE bool any_lane(uint32_t bits) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) bits |= shuffle_xor(bits, mask);
+  return bits != 0;
 }
 
 // ---- dropout --------------------------------------------------------------------------------------------------------
 
-// Philox4x32-10 (Salmon et al. 2011): the words of keys 4 i to 4 i + 3 of a query are those of the counter
-// (i, query, batch x heads + head, 0), whatever the tiling and the backend. A weight stays if its word is not below
-// dropout_p x 2^32.
+// Philox4x32-10 (Salmon et al. 2011). Counter (i, query, batch x heads + head, 0) gives the words of keys 4 i to
+// 4 i + 3 of a query, on every backend. A weight is kept if its word is at least dropout_threshold = dropout_p x 2^32.
 struct Philox {
   uint32_t w[4];
 
@@ -363,10 +455,9 @@ struct Philox {
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
-// exp(scale s - shift): scale s is rounded as in the forward's maximum, so that where one key has all the weight, and
-// shift is its own score, the result is exactly 1 however large the scores are.
-GPTCORE_DEVICE float probability(float s, float scale, float shift) {
-  return exp2_approx(mul_rn(mul_rn(s, scale) - shift, kLog2e));
+// exp(scale s - lse), with scale s rounded as in the forward (see log_sum_exp).
+GPTCORE_DEVICE float probability(float s, float scale, float lse) {
+  return exp2_approx(mul_rn(mul_rn(s, scale) - lse, kLog2e));
 }
 
 }  // namespace gptcore

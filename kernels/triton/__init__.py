@@ -1,5 +1,5 @@
-"""The operations' kernels in Triton, for NVIDIA and AMD GPUs, and in Triton's interpreter for CPU tensors.
+"""Triton kernels of the operations, for NVIDIA and AMD GPUs, and for CPU tensors in Triton's interpreter.
 
-Each file holds kernels, then `forward` and `backward` with the arguments of the operator in `gptcore.ops`, which has
+Each file has kernels, then `forward` and `backward` with the arguments of the operator in `gptcore.ops`, which has
 checked them.
 """

@@ -1,6 +1,6 @@
-"""GELU in Triton, with the bias before it, forward and backward.
+"""GELU in Triton, with a fused bias, forward and backward.
 
-Memory is what it costs: the backward reads x again and computes the curve anew.
+Bound by memory bandwidth: the backward reads x again and recomputes the function.
 """
 
 from __future__ import annotations
@@ -17,18 +17,26 @@ from gptcore.kernels.rows import block_of, rows_and_width, sum_rows
 SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+SATURATED = tl.constexpr(32.0)  # beyond +-32 the function is 0 or x
+
+
+@triton.jit
+def _clamp_below(x):
+    """Return max(x, -32), NaN for NaN: -inf does not become NaN in a product with 0."""
+    return tl.where(x < -SATURATED, -SATURATED, x)
 
 
 @triton.jit
 def _curve(x, TANH_FORM: tl.constexpr):
-    """What x is multiplied with, and its derivative."""
+    """Return gelu(x) / x and the derivative of it times x, without NaN at infinities."""
+    x = tl.where(x > SATURATED, SATURATED, _clamp_below(x))
     if TANH_FORM:
-        square = tl.minimum(x * x, 1e4)  # the curve is 0 or 1 long before; the square of a large x would overflow
-        # (1 + tanh u) / 2 is the sigmoid of 2u, which does not cancel where x is far below zero.
+        square = x * x
+        # (1 + tanh u) / 2 is the sigmoid of 2u, which does not cancel for negative x.
         curve = tl.sigmoid(x * SQRT_8_OVER_PI * (1.0 + 0.044715 * square))
-        return curve, curve * (1.0 - curve) * (1.0 + 3.0 * 0.044715 * square) * SQRT_8_OVER_PI
+        return curve, x * curve * (1.0 - curve) * (1.0 + 3.0 * 0.044715 * square) * SQRT_8_OVER_PI
     else:
-        return 0.5 + 0.5 * tl.erf(x * SQRT_HALF), tl.exp(-0.5 * x * x) * INV_SQRT_2PI
+        return 0.5 + 0.5 * tl.erf(x * SQRT_HALF), x * tl.exp(-0.5 * x * x) * INV_SQRT_2PI
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -46,12 +54,12 @@ def _forward_kernel(
     row = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < rows) & (column < width)
-    at = row.to(tl.int64) * width + column
-    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    offsets = row.to(tl.int64) * width + column
+    wide = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         wide += tl.load(bias + column, mask=column < width, other=0.0)
     curve, _slope = _curve(wide, TANH_FORM)
-    tl.store(out + at, narrow(wide * curve, out.dtype.element_ty), mask=inside)
+    tl.store(out + offsets, narrow(_clamp_below(wide) * curve, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "programs"])
@@ -76,13 +84,13 @@ def _backward_kernel(
     for first in range(program * ROWS, rows, programs * ROWS):
         row = (first + tl.arange(0, ROWS))[:, None]
         inside = (row < rows) & (column < width)
-        at = row.to(tl.int64) * width + column
-        wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        offsets = row.to(tl.int64) * width + column
+        wide = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
         if bias is not None:
             wide += bias_tile
         curve, slope = _curve(wide, TANH_FORM)
-        grad = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32) * (curve + wide * slope)
-        tl.store(grad_x + at, narrow(grad, grad_x.dtype.element_ty), mask=inside)
+        grad = tl.load(grad_out + offsets, mask=inside, other=0.0).to(tl.float32) * (curve + slope)
+        tl.store(grad_x + offsets, narrow(grad, grad_x.dtype.element_ty), mask=inside)
         total += grad
     if bias is not None:
         tl.store(partials + program.to(tl.int64) * width + column, tl.sum(total, 0)[None, :], mask=column < width)
@@ -94,7 +102,7 @@ def _tile(width: int) -> Tile:
 
 
 def forward(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
-    """out; x is dense, (..., width), and bias float32."""
+    """Return out. x is dense, (..., width), and bias float32."""
     rows, width = rows_and_width(x)
     out = torch.empty_like(x)
     launch(
@@ -106,7 +114,7 @@ def forward(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
 
 
 def backward(grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh_form: bool) -> tuple[Tensor, Tensor]:
-    """grad_x and grad_bias, empty without a bias."""
+    """Return grad_x and grad_bias, which is empty without a bias."""
     rows, width = rows_and_width(x)
     tile = _tile(width)
     grad_x, blocks = torch.empty_like(x), triton.cdiv(width, tile.columns)

@@ -1,8 +1,8 @@
-"""How the kernels are started: with which tile, on which device.
+"""Launches of the kernels: tiles and devices.
 
-Tiles come from tables, so that no call ever waits for a tuner that nobody asked for. GPTCORE_TRITON_AUTOTUNE=1 asks for
-one: the first call of each kernel with some dtype and head_dim, with or without documents and dropout, then times every
-tile of its table, for some seconds, and keeps the best in a file, from which later processes read it.
+Tiles come from tables: by default nothing is tuned at run time. With GPTCORE_TRITON_AUTOTUNE=1 the first call of each
+kernel with a dtype and head_dim, with or without documents and dropout, times every tile of its table, which takes
+seconds, and stores the best in a file that later processes read.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import triton
 from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-OPTIONS = {"enable_fp_fusion": True}  # Triton's versions differ in the default
+OPTIONS = {"enable_fp_fusion": True}  # the default differs between versions of Triton
 
 
 class Tile(NamedTuple):
-    """Two sizes of a tile of work, named by the kernel; and how the compiler is to run it."""
+    """The two sizes of a tile, named by the kernel, and the compiler's number of warps and stages."""
 
     rows: int
     columns: int
@@ -29,7 +29,7 @@ class Tile(NamedTuple):
 
 
 def architecture(device: torch.device) -> str:
-    """The line of the tables for this device: of an architecture whose instructions and shared memory it has."""
+    """Return the row of the tables for a device: an architecture whose instructions and shared memory it has."""
     if INTERPRETED:
         return "interpreter"
     if torch.version.hip is not None:
@@ -39,17 +39,17 @@ def architecture(device: torch.device) -> str:
 
 
 def processors(device: torch.device) -> int:
-    """How many programs can run at the same time, at the least."""
+    """Return the number of multiprocessors."""
     return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Of the cache that all programs share; little in the interpreter, so that small tensors fill it."""
+    """Return the size of the L2 cache; small in the interpreter, so that small tensors fill it."""
     return 1 << 16 if INTERPRETED else torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def view(tensor: Tensor) -> tuple[Any, ...]:
-    """A tensor as kernels take it: with its strides but the last, which is 1."""
+    """Return a tensor with its strides, except the last, which is 1: the argument that kernels expect."""
     return (tensor, *tensor.stride()[:-1])
 
 
@@ -62,13 +62,13 @@ def launch(
     like: Tensor,
     **constants: Any,
 ) -> None:
-    """Start a kernel with the first of these tiles, or if tuning was asked for, with the best.
+    """Launch a kernel with the first of these tiles or, with autotuning, with the fastest.
 
     Args:
-        names: what the kernel calls the two sizes of a tile.
-        programs: how many programs a tile makes; none are started for empty tensors.
-        like: a tensor whose device and dtype are those of the call.
-        constants: what else the kernel is compiled for, also other values of OPTIONS.
+        names: the kernel's names of the two sizes of a tile.
+        programs: the number of programs for a tile; with 0 nothing is launched.
+        like: a tensor with the device and dtype of the call.
+        constants: other constants that the kernel is compiled for, and values of OPTIONS.
     """
 
     def run(tile: Tile) -> None:
@@ -79,11 +79,11 @@ def launch(
 
     if programs(tiles[0]) == 0:
         return
-    with torch.cuda.device_of(like):  # Triton starts kernels on the current device
+    with torch.cuda.device_of(like):  # Triton launches on the current device
         tile = tiles[0]
         if len(tiles) > 1 and os.environ.get("GPTCORE_TRITON_AUTOTUNE") == "1":
             versions = f"triton {triton.__version__}", torch.cuda.get_device_name(like.device)
-            # Without documents or dropout a kernel is another one, with registers to spare.
+            # A kernel without documents or dropout needs fewer registers.
             without = [name for name, value in zip(kernel.arg_names, arguments, strict=False) if value is None]
             key = kernel.__name__, *versions, like.dtype, constants, f"without {without}"
             tile = tuned(", ".join(map(str, key)), tiles, run)
@@ -103,7 +103,7 @@ def write_tiles(tiles: dict[str, Any]) -> None:
 
 
 def milliseconds(run: Callable[[], None]) -> float:
-    """How long a kernel takes; infinity where the device has not the registers or the shared memory for it."""
+    """Return the time of a kernel; infinity if the device lacks registers or shared memory for it."""
     try:
         return float(triton.testing.do_bench(run))
     except triton.runtime.errors.OutOfResources:

@@ -1,7 +1,7 @@
-"""Layer norm in Triton, with the residual connection before it, forward and backward.
+"""Layer norm in Triton, with a fused residual addition, forward and backward.
 
-A row is cut into blocks, so that few lanes idle at widths that are no power of two, and stays in registers from its
-first reading to its last. Rows too wide for that are read again, from the cache.
+A row is divided into blocks, so that few lanes idle at widths that are not a power of two, and is kept in registers.
+Rows too wide for that are read again from the cache.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from gptcore.kernels.launch import Tile, launch, processors
 from gptcore.kernels.numerics import narrow
 from gptcore.kernels.rows import block_of, rows_and_width, sum_rows
 
-# The widest rows that stay in registers: the forward holds the row; the backward two rows and two sums over rows.
+# The widest rows kept in registers: the forward holds one row, the backward two rows and two sums over rows.
 HELD_FORWARD, HELD_BACKWARD = 32768, 8192
-# Fused, g - mean(g) would take a rounded mean from the exact product g = dy weight, and not be 0 in rows of one number.
+# With fused multiply-adds g - mean(g) would subtract a rounded mean from the exact product g = dy weight, and not be 0
+# in rows of one element.
 OPTIONS = {"enable_fp_fusion": False}
 
 
@@ -29,7 +30,7 @@ def _columns(i, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load(matrix, row, rows, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Block i of some rows in float32, zero outside."""
+    """Load block i of some rows in float32, zero outside."""
     columns, inside = _columns(i, WIDTH, BLOCK)
     return tl.load(matrix + row * WIDTH + columns, mask=(row < rows) & inside, other=0.0).to(tl.float32)
 
@@ -43,17 +44,17 @@ def _store(matrix, tile, row, rows, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def _mean(sums, WIDTH: tl.constexpr):
-    return tl.sum(sums, 1)[:, None] * (1.0 / WIDTH)  # a division is less accurate, or needs more registers
+    return tl.sum(sums, 1)[:, None] * (1.0 / WIDTH)  # a division needs more registers, or is less accurate
 
 
 @triton.jit
-def _sum(x, residual, total, row, rows, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Block i of x + residual as it is stored: the statistics are of that, since the backward knows nothing else."""
+def _sum(x, residual, residual_out, row, rows, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Return block i of residual_out = x + residual, rounded: the backward reads it, so the statistics are of it."""
     tile = _load(x, row, rows, i, WIDTH, BLOCK)
     if residual is None:
         return tile
     else:
-        return narrow(tile + _load(residual, row, rows, i, WIDTH, BLOCK), total.dtype.element_ty).to(tl.float32)
+        return narrow(tile + _load(residual, row, rows, i, WIDTH, BLOCK), residual_out.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -63,7 +64,7 @@ def _forward_kernel(
     bias,  # *float32 (WIDTH,) or None
     residual,  # * (rows, WIDTH) or None
     out,  # * (rows, WIDTH): written
-    total,  # * (rows, WIDTH): x + residual, written if there is a residual
+    residual_out,  # * (rows, WIDTH): x + residual, written if there is a residual
     mean,  # *float32 (rows,): written
     rstd,  # *float32 (rows,): 1 / standard deviation, written
     rows,
@@ -78,9 +79,9 @@ def _forward_kernel(
     held = ()
     acc = tl.zeros((ROWS, BLOCK), tl.float32)
     for i in tl.static_range(BLOCKS):
-        tile = _sum(x, residual, total, row, rows, i, WIDTH, BLOCK)
+        tile = _sum(x, residual, residual_out, row, rows, i, WIDTH, BLOCK)
         if residual is not None:
-            _store(total, tile, row, rows, i, WIDTH, BLOCK)
+            _store(residual_out, tile, row, rows, i, WIDTH, BLOCK)
         acc += tile
         held = held + (tile,)
     first_mean = _mean(acc, WIDTH)
@@ -88,19 +89,21 @@ def _forward_kernel(
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for i in tl.static_range(BLOCKS):
-        tile = held[i] if HELD else _sum(x, residual, total, row, rows, i, WIDTH, BLOCK)
+        tile = held[i] if HELD else _sum(x, residual, residual_out, row, rows, i, WIDTH, BLOCK)
         columns, inside = _columns(i, WIDTH, BLOCK)
         centred = tl.where(inside, tile - first_mean, 0.0)
         sums += centred
         squares += centred * centred
-    rest = _mean(sums, WIDTH)  # by which rounding put the mean beside its place
-    variance = tl.maximum(_mean(squares, WIDTH) - rest * rest, 0.0)
-    row_rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    rest = _mean(sums, WIDTH)  # the rounding error of the mean
+    mean_square = _mean(squares, WIDTH)
+    variance = tl.maximum(mean_square - rest * rest, 0.0)
+    overflow = mean_square - mean_square  # NaN if the squares overflow: the row must not become zeros
+    row_rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps + overflow))
     tl.store(mean + row, first_mean + rest, mask=row < rows)
     tl.store(rstd + row, row_rstd, mask=row < rows)
 
     for i in tl.static_range(BLOCKS):
-        tile = held[i] if HELD else _sum(x, residual, total, row, rows, i, WIDTH, BLOCK)
+        tile = held[i] if HELD else _sum(x, residual, residual_out, row, rows, i, WIDTH, BLOCK)
         columns, inside = _columns(i, WIDTH, BLOCK)
         tile = ((tile - first_mean) * row_rstd - rest * row_rstd) * tl.load(weight + columns, mask=inside, other=0.0)
         if bias is not None:
@@ -112,7 +115,7 @@ def _forward_kernel(
 def _normal(
     total, grad_out, weight, row_mean, row_rstd, row, rows, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Of block i: the normalised rows, their gradient, and that times weight."""
+    """Return block i of the normalised rows, of their gradient, and of the gradient times weight."""
     columns, inside = _columns(i, WIDTH, BLOCK)
     grad = _load(grad_out, row, rows, i, WIDTH, BLOCK)
     x_hat = (_load(total, row, rows, i, WIDTH, BLOCK) - row_mean) * row_rstd
@@ -131,8 +134,8 @@ def _sum_over_rows(partials, tile, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr, 
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     grad_out,  # * (rows, WIDTH)
-    grad_total,  # * (rows, WIDTH): the gradient that reaches the sum besides, or None
-    total,  # * (rows, WIDTH): what was normalised
+    grad_residual_out,  # * (rows, WIDTH): the gradient of residual_out, or None
+    total,  # * (rows, WIDTH): the normalised tensor, residual_out or x
     weight,  # *float32 (WIDTH,)
     mean,  # *float32 (rows,)
     rstd,  # *float32 (rows,)
@@ -183,11 +186,11 @@ def _backward_kernel(
             else:
                 x_hat, grad, g = _normal(total, grad_out, weight, row_mean, row_rstd, row, rows, i, WIDTH, BLOCK)
             tile = (g - (mean_g + x_hat * mean_product)) * row_rstd
-            if grad_total is not None:
-                tile += _load(grad_total, row, rows, i, WIDTH, BLOCK)
+            if grad_residual_out is not None:
+                tile += _load(grad_residual_out, row, rows, i, WIDTH, BLOCK)
             _store(grad_x, tile, row, rows, i, WIDTH, BLOCK)
         if not HELD:
-            tl.debug_barrier()  # the next row reads the partial sums, perhaps in other threads than those that wrote
+            tl.debug_barrier()  # the partial sums are read in the next iteration, possibly by other threads
 
     for i in tl.static_range(BLOCKS if HELD else 0):
         _sum_over_rows(weight_partials, weight_sums[i], i, WIDTH, BLOCK, False)
@@ -196,12 +199,12 @@ def _backward_kernel(
 
 
 def _tile(width: int, held: bool, lane: int) -> Tile:
-    """Rows at a time, several only if they are narrow, and the block; `lane` numbers of a row to a lane."""
+    """Return the tile: several rows only if they are narrow; `lane` elements of a row per lane."""
     block = block_of(width, 256 if width <= 1024 else 1024 if held else 4096)
     padded = triton.cdiv(width, block) * block
     rows = max(1, 512 // padded)
     warps = triton.next_power_of_2(triton.cdiv(rows * padded, 32 * lane))
-    if warps > 8:  # of many warps a lane rather holds more
+    if warps > 8:  # more elements per lane instead of more warps
         warps = max(8, min(warps, triton.next_power_of_2(triton.cdiv(padded, 64 * lane))))
     return Tile(rows, block, max(2, warps) if held else 32, 1)
 
@@ -209,31 +212,40 @@ def _tile(width: int, held: bool, lane: int) -> Tile:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, x + residual (empty without a residual), mean and rstd; (..., width) are dense, weight and bias float32."""
+    """Return out, residual_out (empty without a residual), mean and rstd.
+
+    x and residual are dense, (..., width), weight and bias float32.
+    """
     (rows, width), like = rows_and_width(x), x if residual is None else residual
-    out, total = torch.empty_like(like), like.new_empty(0 if residual is None else like.shape)
+    out, residual_out = torch.empty_like(like), like.new_empty(0 if residual is None else like.shape)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     held = width <= HELD_FORWARD
     launch(
         _forward_kernel, [_tile(width, held, 32)], ("ROWS", "BLOCK"), lambda tile: triton.cdiv(rows, tile.rows),
-        x, weight, bias, residual, out, total, mean, rstd, rows, eps, like=x, WIDTH=width, HELD=held, **OPTIONS,
+        x, weight, bias, residual, out, residual_out, mean, rstd, rows, eps, like=x, WIDTH=width, HELD=held, **OPTIONS,
     )  # fmt: skip
-    return out, total, mean, rstd
+    return out, residual_out, mean, rstd
 
 
 def backward(
-    grad_out: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias: bool
+    grad_out: Tensor,
+    grad_residual_out: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_x, which is also that of the residual, grad_weight, and grad_bias, empty without a bias."""
+    """Return grad_x (also the gradient of the residual), grad_weight and grad_bias, which is empty without a bias."""
     rows, width = rows_and_width(total)
     held = width <= HELD_BACKWARD
     tile, grad_x = _tile(width, held, 20), torch.empty_like(total)
-    # As many as run at a time, if their sums leave room in the registers for 16 warps
+    # As many programs as are resident, if their sums leave registers for 16 warps
     programs = min(triton.cdiv(rows, tile.rows), max(1, (16 if held else 64) // tile.warps) * processors(total.device))
     partials = [(weight.new_empty if held else weight.new_zeros)(programs, width) for _ in range(1 + bias)]
     launch(
         _backward_kernel, [tile], ("ROWS", "BLOCK"), lambda tile: programs,
-        grad_out, grad_total, total, weight, mean, rstd, grad_x, partials[0], partials[1] if bias else None, rows,
-        like=total, WIDTH=width, HELD=held, **OPTIONS,
+        grad_out, grad_residual_out, total, weight, mean, rstd, grad_x, partials[0], partials[1] if bias else None,
+        rows, like=total, WIDTH=width, HELD=held, **OPTIONS,
     )  # fmt: skip
     return grad_x, sum_rows(partials[0]), sum_rows(partials[1]) if bias else weight.new_empty(0)

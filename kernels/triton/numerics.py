@@ -1,4 +1,4 @@
-"""Two operations for which compiled code needs one instruction and Triton's interpreter some help."""
+"""Two operations that are one instruction when compiled and need help in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a b, in float32."""
-    if _INTERPRETED:  # it multiplies the bits of bfloat16 as if they were integers
+    """Return total + a b in float32."""
+    if _INTERPRETED:  # the interpreter multiplies bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """x, in float32, rounded to dtype."""
-    if _INTERPRETED and dtype == tl.bfloat16:  # it cuts the low bits off
+    """Return float32 x rounded to dtype."""
+    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -1,4 +1,4 @@
-"""What kernels over the rows of a matrix share: how a row is cut into blocks, and sums over all rows."""
+"""Shared by the kernels over the rows of a matrix: the division of a row into blocks, and sums over all rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def rows_and_width(tensor: Tensor) -> tuple[int, int]:
 
 
 def block_of(width: int, largest: int) -> int:
-    """The largest power of two whose multiples exceed a width by at most an eighth: no more lanes than that idle."""
+    """Return the largest power of two whose multiples exceed a width by at most an eighth, the share of idle lanes."""
     block = min(triton.next_power_of_2(max(1, width)), largest)
     while block > 128 and triton.cdiv(width, block) * block * 8 > width * 9:
         block //= 2
@@ -44,7 +44,7 @@ def _sum_kernel(
 
 
 def sum_rows(partials: Tensor) -> Tensor:
-    """The sum of the rows, always in the same order."""
+    """Return the sum of the rows, always in the same order."""
     count, width = partials.shape
     total = partials.new_empty(width)
     launch(

@@ -1,8 +1,8 @@
 """The tiles of attention: (queries, keys, warps, stages), by architecture, dtype and head_dim.
 
-Those of sm_90 for 16 bits were the fastest on an H200, though some spill. Each of the others is the largest of those
-tried that spills no register and fits the shared memory of the smallest GPU of its line, as the compiler says
-(tools/triton_table.py); none of these was measured on a GPU.
+Those of sm_90 for 16 bits were the fastest on an H200, though some spill. The others are the largest that spill no
+register and fit the shared memory of the smallest GPU of their row, according to the compiler (tools/triton_table.py);
+they were not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _row(*tiles: tuple[int, int, int, int]) -> Row:
 
 # The first row is for 16 bits, the second for 32.
 TILES: dict[str, dict[str, tuple[Row, Row]]] = {
-    "sm_80": {  # and its relatives with 99 KB of shared memory, sm_86, sm_89 and sm_120
+    "sm_80": {  # also sm_86, sm_89 and sm_120, with 99 KB of shared memory
         "forward": (
             _row((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
             _row((64, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
@@ -79,7 +79,7 @@ TILES: dict[str, dict[str, tuple[Row, Row]]] = {
             _row((32, 32, 4, 2), (16, 32, 8, 1), (16, 32, 4, 1)),
         ),
     },
-    "interpreter": {  # uneven, so that a mistaken one shows
+    "interpreter": {  # queries and keys differ, so that tests notice a mix-up
         "forward": (_row(*((128, 64, 1, 1),) * 3),) * 2,
         "dq": (_row(*((64, 128, 1, 1),) * 3),) * 2,
         "dkdv": (_row(*((128, 64, 1, 1),) * 3),) * 2,
@@ -88,7 +88,7 @@ TILES: dict[str, dict[str, tuple[Row, Row]]] = {
 
 
 def tiles(kernel: str, q: Tensor) -> list[Tile]:
-    """Those of the table for such a tensor: the one to take, then the others, for tuning."""
+    """Return the tiles of the table for a tensor: the default first, then the others for autotuning."""
     rows = TILES[architecture(q.device)][kernel][q.dtype == torch.float32]
     best = rows[(q.shape[3] > 64) + (q.shape[3] > 128)]
     return [best, *(tile for tile in rows if tile != best)]
