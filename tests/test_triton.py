@@ -21,7 +21,6 @@ import pytest
 import test_attention as attention_grid
 import test_gelu as gelu_grid
 import test_layer_norm as layer_norm_grid
-import test_nonfinite as nonfinite
 import test_ops as ops_grid
 import torch
 
@@ -197,16 +196,6 @@ def test_layer_norm(case: LayerNorm) -> None:
 @pytest.mark.parametrize("case", gelu_grid.GELUS, ids=grid.name_of)
 def test_gelu(case: Gelu) -> None:
     gelu_grid.test_gelu("triton", case)
-
-
-@pytest.mark.parametrize("case", nonfinite.MASKS, ids=nonfinite.IDS)
-def test_a_bad_value_reaches_exactly_the_queries_that_attend_to_it(case: Attention) -> None:
-    nonfinite.test_a_bad_value_reaches_exactly_the_queries_that_attend_to_it("triton", case, F32)
-
-
-@pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "grad_out"])
-def test_a_bad_row_reaches_only_the_gradients_of_what_attends_to_it(which: int) -> None:
-    nonfinite.test_a_bad_row_reaches_only_the_gradients_of_what_attends_to_it("triton", nonfinite.MASKS[1], which)
 
 
 def test_dropout_drops_what_the_reference_drops() -> None:

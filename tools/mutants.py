@@ -58,21 +58,6 @@ HARMLESS: dict[tuple[str, str, str], str] = {
         "p.group == 1 -> false",
     ): "a shortcut",
     (
-        "attention_forward.cuh",
-        "if (masked) multiply_add<Math, true>(acc_o, acc_s, value_tile(tile), 0, lane, nonfinite);",
-        "masked -> true",
-    ): "a shortcut: only masked tiles test their operands",
-    (
-        "attention_backward.cuh",
-        "if (masked) multiply_add<Math, true>(acc_dv, s, b2(stage), chunk, lane, nonfinite2);",
-        "masked -> true",
-    ): "a shortcut: only masked tiles test their operands",
-    (
-        "attention_backward.cuh",
-        "if (masked) multiply_add<Math, true>(acc_ds, dp, b1(stage), chunk, lane, nonfinite1);",
-        "masked -> true",
-    ): "a shortcut: only masked tiles test their operands",
-    (
         "attention_backward.cuh",
         "const int rows = row_len - first_row < kRows ? row_len - first_row : kRows;",
         "row_len - first_row < kRows -> true",

@@ -70,7 +70,8 @@ def attention(
 
     Returns:
         (batch, query_heads, query_len, head_dim), laid out so that `.transpose(1, 2).flatten(2)` is a view. A query
-        that attends to no key gets zeros. NaN or infinities in a value reach exactly the queries that attend to it.
+        that attends to no key gets zeros. NaN in a value reaches exactly the queries that attend to it on
+        the CPU and in `torch`, and may reach others of a masked tile on a GPU.
 
     Raises:
         ValueError: shapes, dtypes, strides or arguments that do not fit, with what was expected.

@@ -97,8 +97,12 @@ inline bool is_masked(const AttentionArgs& args) { return args.causal || args.wi
 template <class S>
 bool any_nonfinite(const S* source, int64_t stride, int64_t rows, int64_t columns) {
   Vec sums[4] = {};  // of x * 0: 0 or NaN
-  for (int64_t i = 0; i < rows; ++i, source += stride)
-    for (int64_t d = 0; d < columns; d += kLanes) sums[d / kLanes % 4] += load_up_to(source + d, columns - d) * 0.0f;
+  for (int64_t i = 0; i < rows; ++i, source += stride) {
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= columns; d += 4 * kLanes)
+      for (int j = 0; j < 4; ++j) sums[j] += load(source + d + j * kLanes) * 0.0f;
+    for (; d < columns; d += kLanes) sums[0] += load_up_to(source + d, columns - d) * 0.0f;
+  }
   const Vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   return any(sum != sum);
 }

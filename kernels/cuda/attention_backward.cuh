@@ -203,7 +203,6 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
   }
 
   float acc_ds[kM][kHasDs ? kWidth / 8 : 1][4] = {}, acc_dv[kM][kHasDv ? kWidth / 8 : 1][4] = {};
-  Flag<Math> nonfinite1 = 0, nonfinite2 = 0;  // in columns B1 and B2
   if (steps > 0) {
     load_tile<kRows, kThreads>(a1, rows_of<const T>(a1_view, batch, head, first_row), a1_view.row_stride, rows,
                                p.head_dim, p.vectors);
@@ -255,28 +254,11 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
       }
       if constexpr (kHasDv) {
         if (p.dropout) drop(s, kept, p.dropout_scale);
-        if (masked) multiply_add<Math, true>(acc_dv, s, b2(stage), chunk, lane, nonfinite2);
-        else multiply_add<Math, false>(acc_dv, s, b2(stage), chunk, lane, nonfinite2);
+        multiply_add<Math>(acc_dv, s, b2(stage), chunk, lane);
       }
-      if constexpr (kHasDs) {
-        if (masked) multiply_add<Math, true>(acc_ds, dp, b1(stage), chunk, lane, nonfinite1);
-        else multiply_add<Math, false>(acc_ds, dp, b1(stage), chunk, lane, nonfinite1);
-      }
+      if constexpr (kHasDs) multiply_add<Math>(acc_ds, dp, b1(stage), chunk, lane);
     }
   }
-
-  const auto add_nonfinite_columns = [&](auto& acc, const HeadsView& view) {
-#pragma unroll 1
-    for (int i = 0; i < query_heads; ++i) {
-      const int column_head = kKeyRows ? first_head + i : first_head / p.group;
-      const auto row_at = [&](int column) { return rows_of<const T>(view, batch, column_head, column); };
-      add_nonfinite<T>(acc, ranges + warp_row, ranges[0].begin, ranges[kRows - 1].end, row_at, p.head_dim, lane);
-    }
-  };
-  if constexpr (kHasDs)
-    if (any_lane(nonfinite1)) add_nonfinite_columns(acc_ds, b1_view);
-  if constexpr (kHasDv)
-    if (any_lane(nonfinite2)) add_nonfinite_columns(acc_dv, b2_view);
 
   // Only this warp reads its rows of A1: the accumulators go through them, to be stored in whole vectors.
   const auto store = [&](const auto& sums, const HeadsView& view, float factor) {

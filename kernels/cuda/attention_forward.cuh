@@ -220,7 +220,6 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
   };
 
   float acc_o[kM][kWidth / 8][4] = {};
-  Flag<Math> nonfinite = 0;
   RowSoftmax rows[kM][2];
 #pragma unroll
   for (int m = 0; m < kM; ++m) rows[m][0] = rows[m][1] = {kMinusInfinity, 0.0f};
@@ -252,12 +251,7 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
     if (masked) mask_scores(acc_s, ranges + warp_row, key, kMinusInfinity, lane);
     softmax_step<T>(acc_s, rows, acc_o, p.scale_log2);
     if (p.dropout) drop(acc_s, p, batch, kv_head, first_row + warp_row, key, lane);
-    if (masked) multiply_add<Math, true>(acc_o, acc_s, value_tile(tile), 0, lane, nonfinite);
-    else multiply_add<Math, false>(acc_o, acc_s, value_tile(tile), 0, lane, nonfinite);
-  }
-  if (any_lane(nonfinite)) {
-    const auto value_row = [&](int key) { return rows_of<const T>(p.value, batch, kv_head, key); };
-    add_nonfinite<T>(acc_o, ranges + warp_row, begin, end, value_row, p.head_dim, lane);
+    multiply_add<Math>(acc_o, acc_s, value_tile(tile), 0, lane);
   }
 
   // Row sums over the quad.

@@ -20,14 +20,8 @@ template <class Math> struct StorageOf { using Type = Math; };
 template <> struct StorageOf<Tf32> { using Type = float; };
 template <class Math> using Storage = typename StorageOf<Math>::Type;
 
-template <class T> constexpr bool kIsBfloat16 = false;
-template <> constexpr bool kIsBfloat16<bfloat16> = true;
 template <class Math> constexpr bool kPlainFloat = false;
 template <> constexpr bool kPlainFloat<float> = true;
-// A flag of a lane, in a register or, without tensor cores, in a predicate: whichever spills no registers.
-template <class Math> struct FlagOf { using Type = uint32_t; };
-template <> struct FlagOf<float> { using Type = bool; };
-template <class Math> using Flag = typename FlagOf<Math>::Type;
 template <class Math> constexpr bool kTf32 = false;
 template <> constexpr bool kTf32<Tf32> = true;
 
@@ -254,28 +248,10 @@ GPTCORE_DEVICE void multiply_transposed(float (&s)[kM][kN][4], SharedTile<Storag
   }
 }
 
-// An operand register, of two 16-bit elements or one float, with 0 in place of NaN and infinities. Sets `nonfinite` if
-// there were any.
-template <class T, class F>
-GPTCORE_DEVICE uint32_t finite_or_zero(uint32_t bits, F& nonfinite) {
-  constexpr bool kFloat16 = sizeof(T) == 2 && !kIsBfloat16<T>;
-  constexpr uint32_t kExponents = sizeof(T) == 4 ? 0x7f800000u : kFloat16 ? 0x7c007c00u : 0x7f807f80u;
-  constexpr uint32_t kLowest = sizeof(T) == 4 ? 0x00800000u : kFloat16 ? 0x04000400u : 0x00800080u;
-  const uint32_t signs = ((bits & kExponents) + kLowest) & (sizeof(T) == 4 ? 0x80000000u : 0x80008000u);
-  nonfinite |= F(signs);
-  return bits & ~(sizeof(T) == 4 ? 0u - (signs >> 31) : (signs >> 15) * 0xffffu);
-}
-template <class T, int kCount, class F>
-GPTCORE_DEVICE void zero_nonfinite(uint32_t (&b)[kCount], F& nonfinite) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) b[i] = finite_or_zero<T>(b[i], nonfinite);
-}
-
-// acc += P B: P in registers, 8 kN columns wide, times 8 kN rows of B. With kMasked, rows of P hold 0 where they do not
-// attend to a row of B: non-finite elements of B are left out, since 0 x NaN is NaN, and reported in `nonfinite`.
-template <class Math, bool kMasked, int kM, int kN, int kWidth>
+// acc += P B: P in registers, 8 kN columns wide, times 8 kN rows of B.
+template <class Math, int kM, int kN, int kWidth>
 GPTCORE_DEVICE void multiply_add(float (&acc)[kM][kWidth / 8][4], const float (&p)[kM][kN][4],
-                                 SharedTile<Storage<Math>, kWidth> b_tile, int b_row, int lane, Flag<Math>& nonfinite) {
+                                 SharedTile<Storage<Math>, kWidth> b_tile, int b_row, int lane) {
   if constexpr (kPlainFloat<Math>) {
     // Every lane needs the whole row of P, which its quad holds.
 #pragma unroll
@@ -291,9 +267,7 @@ GPTCORE_DEVICE void multiply_add(float (&acc)[kM][kWidth / 8][4], const float (&
             for (int h = 0; h < 2; ++h) a[m][h] = shuffle(p[m][n][2 * h + c], lane / 4 * 4 + holder);
 #pragma unroll
           for (int j = 0; j < kWidth / 8; ++j) {
-            Float2 b = load_shared<Float2>(b_tile.pair(b_row + n * 8 + holder * 2 + c, j * 8 + lane % 4 * 2));
-            if constexpr (kMasked)
-              for (float& v : b.v) v = float_of(finite_or_zero<float>(bits_of(v), nonfinite));
+            const Float2 b = load_shared<Float2>(b_tile.pair(b_row + n * 8 + holder * 2 + c, j * 8 + lane % 4 * 2));
 #pragma unroll
             for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -312,9 +286,7 @@ GPTCORE_DEVICE void multiply_add(float (&acc)[kM][kWidth / 8][4], const float (&
 #pragma unroll
       for (int j = 0; j < kWidth / 8; ++j) {
         const int row = b_row + n * 8 + lane % 4 * 2, column = j * 8 + lane / 4;
-        uint32_t b[2] = {bits_of(*b_tile.pair(row, column)), bits_of(*b_tile.pair(row + 1, column))};
-        if constexpr (kMasked) zero_nonfinite<float>(b, nonfinite);
-        const uint32_t b0 = to_tf32(float_of(b[0])), b1 = to_tf32(float_of(b[1]));
+        const uint32_t b0 = to_tf32(*b_tile.pair(row, column)), b1 = to_tf32(*b_tile.pair(row + 1, column));
 #pragma unroll
         for (int m = 0; m < kM; ++m) mma<Math>(acc[m][j], a[m], b0, b1);
       }
@@ -331,7 +303,6 @@ GPTCORE_DEVICE void multiply_add(float (&acc)[kM][kWidth / 8][4], const float (&
       for (int j = 0; j < kWidth / 8; j += 2) {
         uint32_t b[4];
         load_matrix_trans(b, b_tile.chunk(b_row + n * 8 + lane % 16, lane / 16, j));
-        if constexpr (kMasked) zero_nonfinite<Math>(b, nonfinite);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           mma<Math>(acc[m][j], a[m], b[0], b[1]);
@@ -399,39 +370,6 @@ GPTCORE_DEVICE void mask_scores(float (&s)[kM][kN][4], const Range* ranges, int 
           if (index < range.begin || index >= range.end) s[m][n][half * 2 + i] = value;
         }
     }
-}
-
-// Adds the non-finite elements that multiply_add<kMasked> left out to the rows that attend to them: NaN and infinities
-// then reach exactly these rows. row_at(column) is the row of B in global memory, [begin, end) the columns to search.
-template <class T, int kM, int kN, class RowAt>
-GPTCORE_DEVICE void add_nonfinite(float (&acc)[kM][kN][4], const Range* ranges, int begin, int end, RowAt row_at,
-                                  int head_dim, int lane) {
-#pragma unroll 1
-  for (int column = begin; column < end; ++column) {
-    const T* const row = row_at(column);
-#pragma unroll
-    for (int j = 0; j < kN; ++j)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int d = j * 8 + lane % 4 * 2 + i;
-        const float v = d < head_dim ? to_float(row[d]) : 0.0f;
-        if (v - v == 0.0f) continue;  // finite
-#pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const Range range = ranges[m * 16 + half * 8 + lane / 4];
-            if (column >= range.begin && column < range.end) acc[m][j][half * 2 + i] += v;
-          }
-      }
-  }
-}
-
-// Whether any lane of the warp has a bit set.
-GPTCORE_DEVICE bool any_lane(uint32_t bits) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) bits |= shuffle_xor(bits, mask);
-  return bits != 0;
 }
 
 // ---- dropout --------------------------------------------------------------------------------------------------------

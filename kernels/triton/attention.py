@@ -25,8 +25,6 @@ from gptcore.kernels.masks import (
     other_length,
     span,
     spans_of,
-    store_nonfinite,
-    zero_nonfinite,
 )
 from gptcore.kernels.numerics import dot, narrow
 from gptcore.kernels.tiles import tiles
@@ -49,7 +47,7 @@ def _forward_block(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over one block of keys. Scores are (QUERIES, KEYS), in units of 1 / |scale|."""
-    acc, row_sum, row_max, found = state
+    acc, row_sum, row_max = state
     first_key = block * KEYS
     k_tile = load_tile(k, first_key, other_length(side), HEAD_DIM, MASKED, KEYS, BLOCK_D)
     scores = dot(q, tl.trans(k_tile), None, PRECISION)
@@ -63,10 +61,8 @@ def _forward_block(
     if dropout is not None:  # after the sum, which is over all keys; dropout_scale is applied at the end
         weights *= dropout_mask(dropout, batch_head, first_query, first_key, QUERIES, KEYS, False)
     v_tile = load_tile(v, first_key, other_length(side), HEAD_DIM, MASKED, KEYS, BLOCK_D)
-    if MASKED:
-        v_tile, found = zero_nonfinite(v_tile, found)
     acc = dot(narrow(weights, v_tile.dtype), v_tile, acc * rescale[:, None], PRECISION)
-    return acc, row_sum, new_max, found
+    return acc, row_sum, new_max
 
 
 @triton.jit(do_not_specialize=CALL)
@@ -111,7 +107,7 @@ def _forward_kernel(
     acc = tl.zeros((QUERIES, BLOCK_D), tl.float32)
     row_sum = tl.zeros((QUERIES,), tl.float32)
     row_max = tl.full((QUERIES,), float("-inf"), tl.float32)
-    state = acc, row_sum, row_max, tl.full((), 0, tl.int32)
+    state = acc, row_sum, row_max
     blocks = blocks_of(first_query, QUERIES, side, KEYS)
     for masked in tl.static_range(2):
         for i in range(block_count(blocks, masked)):
@@ -119,7 +115,7 @@ def _forward_kernel(
                 state, q_tile, k, v, nth_block(i, blocks, masked), first_query, side, dropout, batch_head, size * LOG2E,
                 HEAD_DIM, PRECISION, masked, QUERIES, KEYS, BLOCK_D,
             )  # fmt: skip
-    acc, row_sum, row_max, found = state
+    acc, row_sum, row_max = state
 
     queries = first_query + tl.arange(0, QUERIES)
     first, end = span(queries, side)
@@ -130,8 +126,6 @@ def _forward_kernel(
     store_tile(head_rows(out, batch, head), acc, first_query, query_len, HEAD_DIM, QUERIES, BLOCK_D)
     row_lse = row_max * size + tl.log(row_sum)
     tl.store(lse + batch_head.to(tl.int64) * query_len + queries, row_lse, mask=queries < query_len)
-    if found > 0:
-        store_nonfinite(head_rows(out, batch, head), v, first_query, side, HEAD_DIM, QUERIES, BLOCK_D)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -153,12 +147,11 @@ def _products_of_rows(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _dq_block(
-    state, q, grad, row_lse, delta, k, v, block, first_query, side, dropout, batch_head, scale,
+    dq, q, grad, row_lse, delta, k, v, block, first_query, side, dropout, batch_head, scale,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Accumulate dQ / scale over one block of keys."""
-    dq, found = state
     first_key = block * KEYS
     k_tile = load_tile(k, first_key, other_length(side), HEAD_DIM, MASKED, KEYS, BLOCK_D)
     v_tile = load_tile(v, first_key, other_length(side), HEAD_DIM, MASKED, KEYS, BLOCK_D)
@@ -170,8 +163,7 @@ def _dq_block(
     grad_scores = weights * (grad_weights - delta[:, None])
     if MASKED:  # selected, not multiplied: masked weights may be infinite
         grad_scores = tl.where(attended(first_query, QUERIES, side, first_key, KEYS), grad_scores, 0.0)
-        k_tile, found = zero_nonfinite(k_tile, found)
-    return dot(narrow(grad_scores, k_tile.dtype), k_tile, dq, PRECISION), found
+    return dot(narrow(grad_scores, k_tile.dtype), k_tile, dq, PRECISION)
 
 
 @triton.jit(do_not_specialize=CALL)
@@ -222,18 +214,15 @@ def _dq_kernel(
     tl.store(delta + rows, row_delta, mask=queries < query_len)
     row_lse = tl.load(lse + rows, mask=queries < query_len, other=0.0)
 
-    state = tl.zeros((QUERIES, BLOCK_D), tl.float32), tl.full((), 0, tl.int32)
+    acc = tl.zeros((QUERIES, BLOCK_D), tl.float32)
     blocks = blocks_of(first_query, QUERIES, side, KEYS)
     for masked in tl.static_range(2):
         for i in range(block_count(blocks, masked)):
-            state = _dq_block(
-                state, q_tile, grad_tile, row_lse, row_delta, k, v, nth_block(i, blocks, masked), first_query, side,
+            acc = _dq_block(
+                acc, q_tile, grad_tile, row_lse, row_delta, k, v, nth_block(i, blocks, masked), first_query, side,
                 dropout, batch_head, scale, HEAD_DIM, PRECISION, masked, QUERIES, KEYS, BLOCK_D,
             )  # fmt: skip
-    acc, found = state
     store_tile(head_rows(dq, batch, head), acc * scale, first_query, query_len, HEAD_DIM, QUERIES, BLOCK_D)
-    if found > 0:
-        store_nonfinite(head_rows(dq, batch, head), k, first_query, side, HEAD_DIM, QUERIES, BLOCK_D)
 
 
 @triton.jit
@@ -243,7 +232,7 @@ def _dkdv_block(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Accumulate dK / scale and dV over one block of queries. Scores are transposed: (KEYS, QUERIES)."""
-    dk, dv, found = state
+    dk, dv = state
     first_query = block * QUERIES
     q_tile = load_tile(q, first_query, other_length(side), HEAD_DIM, MASKED, QUERIES, BLOCK_D)
     grad_tile = load_tile(grad, first_query, other_length(side), HEAD_DIM, MASKED, QUERIES, BLOCK_D)
@@ -262,10 +251,8 @@ def _dkdv_block(
     if MASKED:
         mask = attended(first_key, KEYS, side, first_query, QUERIES)
         weights, grad_scores = tl.where(mask, weights, 0.0), tl.where(mask, grad_scores, 0.0)
-        q_tile, found = zero_nonfinite(q_tile, found)
-        grad_tile, found = zero_nonfinite(grad_tile, found)
     dv = dot(narrow(weights, grad_tile.dtype), grad_tile, dv, PRECISION)
-    return dot(narrow(grad_scores, q_tile.dtype), q_tile, dk, PRECISION), dv, found
+    return dot(narrow(grad_scores, q_tile.dtype), q_tile, dk, PRECISION), dv
 
 
 @triton.jit(do_not_specialize=CALL)
@@ -305,7 +292,7 @@ def _dkdv_kernel(
     v_tile = load_tile(head_rows(v, batch, kv_head), first_key, kv_len, HEAD_DIM, True, KEYS, BLOCK_D)
 
     zeros = tl.zeros((KEYS, BLOCK_D), tl.float32)
-    state = zeros, zeros, tl.full((), 0, tl.int32)
+    state = zeros, zeros
     blocks = blocks_of(first_key, KEYS, side, QUERIES)
     for i in range(group):  # the query heads that share these keys, in order
         head = kv_head * group + i
@@ -319,15 +306,9 @@ def _dkdv_kernel(
                     first_key, side, dropout, batch_head, scale,
                     HEAD_DIM, PRECISION, masked, QUERIES, KEYS, BLOCK_D,
                 )  # fmt: skip
-    dk_tile, dv_tile, found = state
+    dk_tile, dv_tile = state
     store_tile(head_rows(dk, batch, kv_head), dk_tile * scale, first_key, kv_len, HEAD_DIM, KEYS, BLOCK_D)
     store_tile(head_rows(dv, batch, kv_head), dv_tile, first_key, kv_len, HEAD_DIM, KEYS, BLOCK_D)
-    if found > 0:
-        for i in range(group):
-            head = kv_head * group + i
-            q_rows, grad_rows = head_rows(q, batch, head), head_rows(grad_out, batch, head)
-            store_nonfinite(head_rows(dk, batch, kv_head), q_rows, first_key, side, HEAD_DIM, KEYS, BLOCK_D)
-            store_nonfinite(head_rows(dv, batch, kv_head), grad_rows, first_key, side, HEAD_DIM, KEYS, BLOCK_D)
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------

@@ -71,33 +71,6 @@ def nth_block(i, blocks, MASKED: tl.constexpr):
 
 
 @triton.jit
-def zero_nonfinite(tile, found):
-    """Return a tile with 0 in place of NaN and infinities, since 0 x NaN is NaN, and 1 if it had any, else `found`."""
-    wide = tile.to(tl.float32)
-    finite = wide - wide == 0.0
-    return tl.where(finite, tile, 0.0), tl.maximum(found, 1 - tl.min(tl.min(finite.to(tl.int32), 1), 0))
-
-
-@triton.jit
-def store_nonfinite(to, other_rows, first_token, side, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
-                    BLOCK_D: tl.constexpr):  # fmt: skip
-    """Store the NaN and infinities of the other side in the rows that attend to them, after the rows are stored."""
-    tl.debug_barrier()
-    _spans, length, _other, _window_left, _window_right = side
-    tokens, columns = first_token + tl.arange(0, TOKENS), tl.arange(0, BLOCK_D)
-    first, end = span(tokens, side)
-    for other in range(tl.min(first, 0), tl.max(end, 0)):
-        row = tl.load(
-            other_rows[0] + tl.cast(other, tl.int64) * other_rows[1] + columns, mask=columns < HEAD_DIM, other=0.0
-        )
-        wide = row.to(tl.float32)
-        attends = (tokens < length) & (other >= first) & (other < end)
-        pointers = to[0] + tokens.to(tl.int64)[:, None] * to[1] + columns[None, :]
-        mask = attends[:, None] & (wide - wide != 0.0)[None, :]
-        tl.store(pointers, tl.broadcast_to(row[None, :], (TOKENS, BLOCK_D)), mask=mask)
-
-
-@triton.jit
 def dropout_mask(
     dropout, batch_head, first_query, first_key,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, TRANSPOSED: tl.constexpr,
