@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     command = ["train", str(corpus), "--output-dir", str(OUT / "model"), "--cache-dir", str(OUT)]
     command += ["--vocab-size", str(VOCAB_SIZE), "--max-steps", str(chosen["max_steps"])]
     command += ["--per-device-train-batch-size", str(BATCH_SIZE), "--learning-rate", "2e-3"]
+    command += ["--warmup-steps", str(chosen["max_steps"] // 50)]
     command += ["--eval-steps", every, "--save-steps", every, "--device", "cpu", "--resume"]
     if chosen["bf16"]:
         command += ["--bf16"]
