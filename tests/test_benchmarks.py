@@ -76,7 +76,7 @@ def test_row_takes_ratio_and_percent_within_each_round() -> None:
     line = row("g", "c", [1.0, 2.0], [3.0, 6.0], against="x", limit=limit, rates=[10.0, 5.0], bytes=8)
     assert line["ratio"] == [3, 3, 3]
     assert line["percent"] == [80, 80, 80]
-    with pytest.raises(ValueError, match="work of 0 B"):
+    with pytest.raises(ValueError, match="amount of work in B, but it is 0"):
         row("g", "c", [1.0], [3.0], against="x", limit=limit, rates=[10.0])
 
 

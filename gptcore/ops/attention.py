@@ -312,8 +312,8 @@ def _attention_torch(q: Tensor, k: Tensor | None, v: Tensor | None, settings: Se
 
 def _weighted_sum(probs: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
     """Return probs @ values, in which values that are not finite reach only the queries that may attend to them."""
-    eager = values.is_cpu and not torch.compiler.is_compiling() and not registry.is_transformed()
-    if eager and not native.is_watched(values) and values.isfinite().all():
+    eager = type(values) is Tensor and values.is_cpu and not torch.compiler.is_compiling()
+    if eager and not registry.is_transformed() and values.isfinite().all():
         return probs @ values
     nonfinite = ~values.isfinite()  # left out of the product: a masked weight of 0 times NaN is NaN
     reached = allowed.to(values.dtype) @ nonfinite.to(values.dtype) > 0
