@@ -7,14 +7,14 @@ from pathlib import Path
 from matplotlib.figure import Figure  # no pyplot: it would choose a display
 
 from benchmarks.readme import CHARTED, DTYPES, find
-from benchmarks.tables import Results, limit_of
+from benchmarks.tables import Results, hardware, limit_of
 from gptcore.files import atomic_file
 
 
 def draw(results: Results, folder: Path) -> None:
     """Draw headline.png, attention.png and roofline.png, each if the results have rows for it."""
     charts = (
-        ("headline", headline_chart, (8, 3.2)),
+        ("headline", headline_chart, (8, 3)),
         ("attention", attention_chart, (10, 7)),
         ("roofline", roofline_chart, (10, 7)),
     )
@@ -26,27 +26,28 @@ def draw(results: Results, folder: Path) -> None:
 
 
 def headline_chart(results: Results, figure: Figure) -> bool:
-    """Draw the times of attention and of a training step, ours beside PyTorch's, in both dtypes."""
+    """Draw the times of attention and of a training step, ours beside the reference's, in both dtypes."""
     if not all(find(results, headline, dtype) for headline in CHARTED for dtype in DTYPES):
         return False
     for axes, headline in zip(figure.subplots(1, len(CHARTED)), CHARTED, strict=True):
         rows = [find(results, headline, dtype)[0] for dtype in DTYPES]
         scale, unit = (1, "seconds") if rows[0]["ours"][0] > 0.5 else (1e3, "milliseconds")
-        for side, shift, colour, label in (
-            ("reference", -0.2, "#b0b0b0", "PyTorch"),
-            ("ours", 0.2, "#1f77b4", "gptcore"),
-        ):
+        for side, shift, colour in (("reference", -0.2, "#b0b0b0"), ("ours", 0.2, "#1f77b4")):
             times = [row[side][0] * scale for row in rows]
-            bars = axes.barh([i + shift for i in range(len(rows))], times, 0.38, color=colour, label=label)
-            texts = [f"{row['ratio'][0]:.1f} x as fast" if side == "ours" else "" for row in rows]
-            axes.bar_label(bars, texts, padding=4, color=colour, fontweight="bold")
+            bars = axes.barh([i + shift for i in range(len(rows))], times, 0.38, color=colour)
+            if side == "ours":
+                axes.bar_label(bars, ["gptcore"] * len(rows), label_type="center", color="white")
+                texts = [f"{row['ratio'][0]:.1f} times as fast" for row in rows]
+                axes.bar_label(bars, texts, padding=4, color=colour, fontweight="bold")
+            else:
+                axes.bar_label(bars, [row["against"] for row in rows], label_type="center")
+        axes.margins(x=0.1)
         axes.set_yticks(range(len(rows)), DTYPES)
         axes.invert_yaxis()
         axes.set_title(headline.label, fontsize=10)
         axes.set_xlabel(f"{unit}, shorter is better")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle(f"{results['cpu']}, {results['threads']} threads", fontsize=9, color="grey")
+    figure.suptitle(f"{hardware(results)}, PyTorch {results['versions']['torch']}", fontsize=9, color="grey")
     return True
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.tables import COMMITTED, Results, between, elsewhere, hardware, load, markdown
+from benchmarks.tables import COMMITTED, Results, between, cpu, elsewhere, hardware, load, markdown
 from gptcore.files import read_json
 from gptcore.ops import registry
 
@@ -38,7 +39,12 @@ SHOWN = [
     Headline("GPT-2 124M generation", "generation"),
 ]
 DTYPES = "float32", "bfloat16"
-THEIRS = "PyTorch", "transformers", "PyTorch's fused operations"  # references that are other people's code
+THEIRS = "PyTorch", "transformers", "PyTorch's fused operations"  # references that are not gptcore's code
+OVERHEAD = {  # groups, by pattern, that measure Python and autograd rather than kernels
+    "call of .*": "operations on tiny tensors, dominated by Python overhead",
+    "overhead of .*": "a training step of a tiny model, dominated by Python overhead",
+}
+WITHIN_SPREAD = "† In at least one case the difference is within the spread of the measurements."
 
 
 def find(results: Results, headline: Headline, dtype: str) -> list[dict[str, Any]]:
@@ -53,7 +59,13 @@ def find(results: Results, headline: Headline, dtype: str) -> list[dict[str, Any
 
 
 def speedup(rows: list[dict[str, Any]]) -> str:
-    return between([row["ratio"][0] for row in rows], ".2f")
+    """Return the range of the ratios, marked if a row shows no difference beyond its spread."""
+    ratios = [row["ratio"] for row in rows]
+    return between([ratio[0] for ratio in ratios], ".2f") + "†" * any(low <= 1 <= high for _, low, high in ratios)
+
+
+def explained(text: str) -> str:
+    return f"{text}\n\n{WITHIN_SPREAD}" if "†" in text else text
 
 
 def slower(results: Results) -> dict[str, str]:
@@ -61,44 +73,63 @@ def slower(results: Results) -> dict[str, str]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in results["rows"]:
         if row["against"] in THEIRS and row["ratio"][0] < 1:
-            groups.setdefault((row["group"], row["against"]), []).append(row)
-    return {group: f"{group} ({speedup(rows)} of {against})" for (group, against), rows in groups.items()}
+            kinds = (text for pattern, text in OVERHEAD.items() if re.fullmatch(pattern, row["group"]))
+            reference = row["against"].removesuffix("'s fused operations")
+            groups.setdefault((next(kinds, row["group"]), reference), []).append(row)
+    return {group: f"{group} ({speedup(rows)} times as fast as {other})" for (group, other), rows in groups.items()}
+
+
+def version(machines: list[Results], package: str) -> str:
+    found = {machine["versions"][package].partition("+")[0] for machine in machines}
+    return " and ".join(sorted(found))
 
 
 def claims(results: Results, folder: Path = COMMITTED) -> str:
-    """Return three lines about speed, each with its hardware."""
-
-    def on(machine: Results, headline: Headline, against: str) -> str:
-        bfloat16, float32 = (speedup(find(machine, headline, dtype)) for dtype in ("bfloat16", "float32"))
-        return f"{bfloat16} times as fast as {against} in bfloat16, {float32} in float32 ({hardware(machine)})"
-
-    attention, step = Headline("", CHARTED[0].group), CHARTED[1]
+    """Return three lines about speed, each with shapes, versions and hardware."""
     machines = [results, *map(load, elsewhere(folder))]
+    attention, step = Headline("", CHARTED[0].group), CHARTED[1]
+    cases = [row["extra"] for row in find(results, attention, "float32")]
+    tokens, head_dims = (between([case[axis] for case in cases], ",") for axis in "SD")
+
+    def on(headline: Headline, against: str, bfloat16: str, name: Callable[[Results], str]) -> str:
+        pairs = [[speedup(find(machine, headline, dtype)) for dtype in ("bfloat16", "float32")] for machine in machines]
+        first, *others = (f"on {name(machine)}" for machine in machines)
+        text = f"{pairs[0][0]} times as fast as {against} in {bfloat16} and {pairs[0][1]} in float32 {first}"
+        return "; ".join([text, *(f"{a} and {b} {there}" for (a, b), there in zip(pairs[1:], others, strict=True))])
+
     lines = [
-        "**Attention**, forward and backward: " + "; ".join(on(m, attention, "PyTorch's") for m in machines),
-        "**A training step of GPT-2 124M**: " + "; ".join(on(m, step, "transformers'") for m in machines),
+        f"**Attention on a CPU**, forward and backward, {tokens} tokens, head_dim {head_dims}: "
+        + on(attention, f"PyTorch {version(machines, 'torch')}", "bfloat16", hardware),
+        f"**A GPT-2 124M training step on a CPU**, {find(results, step, 'float32')[0]['case']}: "
+        + on(step, f"transformers {version(machines, 'transformers')}", "bfloat16 (autocast)", cpu),
     ]
     if (folder / "gpu.json").exists():
-        found = read_json(folder / "gpu.json")
-        ranges = [between(gpu_ratios(found, name), ".2f") for name in ("SDPA flash", "SDPA cudnn")]
-        lines.append(
-            f"**On a GPU**, attention in bfloat16: {ranges[0]} times as fast as FlashAttention in PyTorch, but "
-            f"{ranges[1]} times as fast as cuDNN ({found['gpu']}, forward and backward apart)"
-        )
-    return "\n".join(f"- {line}." for line in lines)
+        lines.append(claim_on_gpu(read_json(folder / "gpu.json")))
+    return explained("\n".join(f"- {line}." for line in lines))
 
 
-def gpu_ratios(found: Results, reference: str) -> list[float]:
-    """Return the time of a reference by that of our faster backend, for each case and pass of attention."""
-    rows = [row for row in found["rows"] if row["op"] == "attention" and row["ms"]]
+def claim_on_gpu(found: Results) -> str:
+    shapes = [re.findall(r"\d+", row["case"].partition("(")[2]) for row in found["rows"] if row["op"] == "attention"]
+    tokens, head_dims = (between([int(shape[axis]) for shape in shapes], ",") for axis in (2, 3))
+    (triton, cuda), (triton_cudnn, cuda_cudnn) = (
+        [between(gpu_ratios(found, f"gptcore {ours}", reference), ".2f") for ours in ("triton", "cuda")]
+        for reference in ("SDPA flash", "SDPA cudnn")
+    )
+    return (
+        f"**Attention on a GPU** ({found['gpu']}) in bfloat16, {tokens} tokens, head_dim {head_dims}, forward and "
+        f"backward timed separately: the Triton kernels are {triton} times as fast as FlashAttention-2 in PyTorch "
+        f"{found['torch'].partition('+')[0]}, the CUDA kernels {cuda} times; relative to cuDNN, {triton_cudnn} and "
+        f"{cuda_cudnn} times"
+    )
+
+
+def gpu_ratios(found: Results, ours: str, reference: str) -> list[float]:
+    """Return the time of a reference by that of one of our backends, for each case and pass of attention."""
     times: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
-        times.setdefault((row["case"], row["pass"]), {})[row["name"]] = row["ms"]
-    return [
-        here[reference] / min(time for name, time in here.items() if name.startswith("gptcore"))
-        for here in times.values()
-        if reference in here
-    ]
+    for row in found["rows"]:
+        if row["op"] == "attention" and row["ms"]:
+            times.setdefault((row["case"], row["pass"]), {})[row["name"]] = row["ms"]
+    return [here[reference] / here[ours] for here in times.values() if reference in here and ours in here]
 
 
 def summary(results: Results, folder: Path = COMMITTED) -> str:
@@ -111,17 +142,18 @@ def summary(results: Results, folder: Path = COMMITTED) -> str:
             lines.append([headline.label, *ratios, ", ".join(sorted(against))])
     others = [(load(path), f"benchmarks/results/{path.parent.name}/README.md") for path in elsewhere(folder)]
     here = slower(results)
-    losses = [f"Slower than the reference on {hardware(results)}: {'; '.join(here.values()) or 'no case'}."]
+    losses = [f"Slower than the reference on {cpu(results)}: {'; '.join(here.values()) or 'no case'}."]
     for other, _ in others:
         there = [text for group, text in slower(other).items() if group not in here]
-        losses.append(f"Also slower on {hardware(other)}: {'; '.join(there) or 'no case'}.")
-    links = [f"[{hardware(results)}](benchmarks/results/README.md)", *(f"[{hardware(r)}]({to})" for r, to in others)]
+        losses.append(f"Also slower on {cpu(other)}: {'; '.join(there) or 'no case'}.")
+    links = [f"[{cpu(results)}](benchmarks/results/README.md)", *(f"[{cpu(other)}]({to})" for other, to in others)]
     return "\n\n".join([
-        f"Medians on {hardware(results)}, PyTorch {results['versions']['torch']}, {results['date']}. A range is over "
-        "sequence lengths, head sizes or batch sizes.",
-        markdown(lines),
-        " ".join(losses) + " A *call* is one on a few numbers: it measures Python and autograd, not the kernel.",
-        f"All rows, with their spread and the goals that are missed: {', '.join(links)}.",
+        f"Medians on {hardware(results)}, PyTorch {version([results], 'torch')}, {results['date']}. A range covers "
+        "several sequence lengths, head dimensions or batch sizes.",
+        explained(markdown(lines)),
+        " ".join(losses),
+        f"All measurements, their spread, and the performance goals that are not met: {', '.join(links)}. CPU names "
+        "are those in `/proc/cpuinfo`.",
     ])  # fmt: skip
 
 
@@ -136,7 +168,7 @@ def support() -> str:
             backend = registry.BACKENDS[name]
             own = name == "torch" or backend.implementations.get(operation) is not formula[operation]
             short = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
-            cells.append(short if own else "PyTorch's")
+            cells.append(short if own else "PyTorch")
         lines.append([f"`{operation}`", *cells])
     return markdown(lines)
 

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "benchmarks" / "results"
 HEADING = ["operation", "case", "ours", "reference", "ratio", "of the limit", "goal"]
 
+ISA_NAMES = {"avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16"}
+
 Results = dict[str, Any]
 
 
@@ -46,8 +48,14 @@ def machine(results: Results) -> str:
     return f"{results['cpu']}, {results['threads']} threads, {results['isa']} kernels"
 
 
+def cpu(results: Results) -> str:
+    """Return the CPU's name without trademarks: `Intel(R) Xeon(R) Processor` is `Intel Xeon`."""
+    return results["cpu"].replace("(R)", "").removesuffix(" Processor")
+
+
 def hardware(results: Results) -> str:
-    return f"{results['cpu']}, {results['threads']} threads, {results['isa'].replace('_', '-')}"
+    isa = ISA_NAMES.get(results["isa"], results["isa"])
+    return f"{cpu(results)} ({isa}, {results['threads']} threads)"
 
 
 def caption(results: Results) -> str:

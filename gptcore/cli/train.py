@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
 
     log = read_log(out / "log.jsonl") if (out / "log.jsonl").exists() else []  # it may have been deleted meanwhile
     losses = [entry["loss"] for entry in log if "loss" in entry]
-    print(f"\nvalidation loss   {before:.4f} -> {after:.4f} ({after / before:.0%}), perplexity {math.exp(after):.1f}")
+    print(f"\nvalidation loss   {before:.4f} -> {after:.4f}, perplexity {math.exp(after):.1f}")
     print(f"training loss     {losses[-1] if losses else result.training_loss:.4f}")
     print(f"speed             {result.metrics['tokens_per_second']:,.0f} tokens/s")
     for number, text in enumerate(_samples(model, tokenizer, args.samples, args.sample_tokens, args.seed), start=1):
