@@ -43,15 +43,15 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One operation, and the minimum of its memory traffic and instructions."""
+    """One operation, with its expected memory traffic and instructions."""
 
     name: str
     run: Callable[[], Any]
     prepare: Callable[[], Any] | None  # runs first and is not counted
     once: int  # bytes: every tensor of the operation read or written once
-    schedule: int  # bytes: what the tiles load and store in the kernels' schedule
-    mma: int  # tensor-core instructions for the tiles that are visited
-    copies: int  # how many of these a GPT-2 layer has
+    schedule: int  # bytes that the tiles load and store by design
+    mma: int  # tensor-core instructions for all tiles that a block visits
+    copies: int  # number of such inputs in a GPT-2 layer
 
 
 @dataclass(frozen=True)
@@ -202,13 +202,14 @@ def count() -> Iterator[Count]:
 def table(counts: list[Count]) -> str:
     """Return a Markdown table of the counts, then one of the bounds that follow."""
     lines = [
-        f"Attention: one causal head of {S} x {D}; layer norm: {ROWS} x {WIDTH}, all rows of a layer; GELU:",
-        f"{GELU_ROWS} x {WIDTH}; bfloat16. *Global bytes* are all that threads load and store. Repeated loads (keys by",
-        "the next tile of queries, the weight of a layer norm by the next block) can hit in a cache; *distinct bytes*",
-        "are the minimum that DRAM must move. The ratios divide by the schedule's bytes and by the tensors' bytes.",
+        f"Inputs (bfloat16): attention, one causal head of {S} x {D}; layer norm, {ROWS} x {WIDTH}; GELU,",
+        f"{GELU_ROWS} x {WIDTH}. *Global bytes* are all that threads load and store, *schedule* is what the tiles load",
+        "and store by design. *Distinct bytes* count each address once per kernel launch, *tensors* per operation:",
+        "the three launches of the attention backward read the same inputs. The mma are also divided by those of all",
+        "tiles that a block visits, of which warps skip those that none of their rows attends to.",
         "",
-        "| operation | global bytes | schedule's bytes | ratio | distinct bytes | tensors' bytes | ratio | mma | of "
-        "the minimum | bank conflicts | special functions |",
+        "| operation | global bytes | schedule | ratio | distinct bytes | tensors | ratio | mma | mma / visited "
+        "tiles | bank conflicts | special functions |",
         "| --- |" + " --: |" * 10,
     ]
     for c in counts:
@@ -220,13 +221,14 @@ def table(counts: list[Count]) -> str:
         )
     lines += [
         "",
-        f"Bounds for one layer of GPT-2 124M, batch {BATCH} x {S}: computed from data sheets, not measured.",
+        f"Lower bounds on the time of one layer of GPT-2 124M, batch {BATCH} x {S}, and the limiting resource,",
+        "computed from data sheets, not measured.",
         "",
         "| operation | " + " | ".join(gpu.name for gpu in GPUS) + " |",
         "| --- |" + " --: |" * len(GPUS),
     ]
     for c in counts:
-        cells = (f"{seconds * 1e6:,.0f} µs, {busy}" for seconds, busy in map(c.bound, GPUS))
+        cells = (f"{seconds * 1e6:,.0f} µs ({busy})" for seconds, busy in map(c.bound, GPUS))
         lines.append(f"| {c.case.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

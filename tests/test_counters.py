@@ -63,4 +63,4 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert "add --simt" in capsys.readouterr().err
     monkeypatch.setattr(counters, "count", lambda: iter(()))
     assert cli.main(["bench", "--simt"]) == 0
-    assert re.search(r"^Bounds .* computed from data sheets", capsys.readouterr().out, re.M)
+    assert re.search(r"^Lower bounds .* \ncomputed from data sheets", capsys.readouterr().out, re.M)

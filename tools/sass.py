@@ -53,7 +53,15 @@ FIELDS = ("registers", "stack", "shared", "threads", "blocks", *COUNTED)
 MORE_IS_WORSE = ("registers", "stack", "shared", "local", "fp64")
 LESS_IS_WORSE = ("blocks", "mma", "ldmatrix", "cp_async", "wide")
 
-COUNTED_IN_SUMMARY = ("mma", "ldmatrix", "cp_async", "wide")
+COUNTED_IN_SUMMARY = {
+    "mma": "HMMA", "ldmatrix": "LDSM", "cp_async": "LDGSTS", "wide": "16-byte LDG, STG",
+}  # fmt: skip
+# What the last template argument of a kernel means
+LAST_ARGUMENT = {
+    "attention_forward": {"false": "", "true": "decoding"},
+    "attention_backward": {"Gradients0": "dQ", "Gradients1": "dK", "Gradients2": "dV", "Gradients3": "dK and dV"},
+    "gelu": {"false": "erf", "true": "tanh"},
+}
 
 Row = dict[str, int]
 Table = dict[str, dict[str, Row]]  # kernel: architecture: row
@@ -216,19 +224,32 @@ def write(table: Table) -> None:
     )
 
 
+def title(name: str) -> str:
+    """Return a kernel's name in words: attention backward, bfloat16, 64, dQ."""
+    kernel, _, arguments = name.removesuffix(">").partition("<")
+    words = arguments.split(", ")
+    for start, meaning in LAST_ARGUMENT.items():
+        if kernel.startswith(start) and words[-1] in meaning:
+            words[-1] = meaning[words[-1]]
+    return ", ".join(filter(None, [kernel.removesuffix("_kernel").replace("_", " "), *words]))
+
+
 def summary(table: Table) -> str:
-    """The part of docs/kernels.md between the markers."""
-    heads = "kernel", "threads", "shared memory", "registers", "blocks on sm_80, sm_90", *COUNTED_IN_SUMMARY
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    """Return the part of docs/kernels.md between the markers. Equal rows of bfloat16 and float16 are one, "16 bits"."""
+    heads = "kernel", "threads", "shared memory", "registers", "resident blocks", *COUNTED_IN_SUMMARY.values()
+    titles: dict[tuple[str, ...], str] = {}  # by the cells of the row, and the title without its dtype
     for name, archs in table.items():
         rows = list(archs.values())
         least, most = (pick(row["registers"] for row in rows) for pick in (min, max))
         registers = str(most) if least == most else f"{least} to {most}"
         blocks = ", ".join(str(archs[arch]["blocks"]) for arch in ("sm_80", "sm_90") if arch in archs)
-        first = rows[0]
-        counts = " | ".join(str(first[kind]) for kind in COUNTED_IN_SUMMARY)
-        lines.append(f"| `{name}` | {first['threads']} | {first['shared']} | {registers} | {blocks} | {counts} |")
-    return "\n".join(lines) + "\n"
+        counts = [str(rows[0][kind]) for kind in COUNTED_IN_SUMMARY]
+        cells = str(rows[0]["threads"]), str(rows[0]["shared"]), registers, blocks, *counts
+        words = title(name)
+        key = (*cells, words.replace("bfloat16", "float16"))
+        titles[key] = words.replace("float16", "16 bits") if key in titles else words
+    lines = [f"| {' | '.join((words, *cells))} |" for (*cells, _), words in titles.items()]
+    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *lines]) + "\n"
 
 
 def documented(text: str, table: Table) -> str:
