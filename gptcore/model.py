@@ -1,20 +1,20 @@
 """GPT, after OpenAI's GPT-2 (Radford et al. 2019), on gptcore's kernels.
 
 Parameters have the names of the published weights, in the order of computation: wte wpe h.N.ln_1 attn.c_attn
-attn.c_proj ln_2 mlp.c_fc mlp.c_proj ln_f lm_head. Settings of GPTConfig make the other members of the family: GPT-1
-(Radford et al. 2018) normalises after each addition; GPT-3 (Brown et al. 2020) has banded attention in odd layers.
+attn.c_proj ln_2 mlp.c_fc mlp.c_proj ln_f lm_head. GPTConfig also covers GPT-1 (Radford et al. 2018; post-norm) and
+GPT-3 (Brown et al. 2020; local attention in every second layer).
 
 Shapes: B batch, T tokens, C = n_embd, H heads of D dimensions, V vocabulary.
 
-Modules whose forward hooks receive each tensor (B, T, C); layer norms return (normalised, residual stream):
+Modules to register a forward hook on, to capture a tensor (B, T, C); layer norms return (normalised, residual stream):
 
-                                     GPT-2, GPT-3 (norm first)       GPT-1 (norm last)
+                                     GPT-2, GPT-3 (pre-norm)         GPT-1 (post-norm)
     token and position embeddings    drop                            drop
     residual stream into layer i     h[i].ln_1, output[1]            h[i - 1].ln_2, output[0]
     attention output of layer i      h[i].attn                       h[i].attn
-    residual stream between          h[i].ln_2, output[1]            h[i].ln_1, output[0]
+    residual stream into MLP i       h[i].ln_2, output[1]            h[i].ln_1, output[0]
     MLP output of layer i            h[i].mlp                        h[i].mlp
-    residual stream after the last   ln_f, output[1]                 h[-1].ln_2, output[0]
+    residual stream, last layer      ln_f, output[1]                 h[-1].ln_2, output[0]
     input of the output projection   ln_f, output[0]                 h[-1].ln_2, output[0]
 """
 
@@ -60,7 +60,7 @@ class LayerNorm(nn.Module):
         self.eps = config.layer_norm_epsilon
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the normalised sum and the sum, which is the residual stream from here on."""
+        """Return (norm(residual + hidden), residual + hidden); the second is the new residual stream."""
         if residual is None:  # the first norm: its input is the residual stream
             return ops.layer_norm(hidden, self.weight, self.bias, eps=self.eps), hidden
         return ops.layer_norm(hidden, self.weight, self.bias, eps=self.eps, residual=residual)
@@ -93,7 +93,7 @@ class Attention(nn.Module):
             y = ops.attention_qkvpacked(qkv, cu_seqlens=cu_seqlens, **settings)  # (B, T, H, D)
         else:
             y = cache.attend(self.layer, qkv, cu_seqlens, **settings)
-        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))  # heads side by side
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))  # concatenates the heads
 
 
 class MLP(nn.Module):
@@ -123,7 +123,7 @@ class Block(nn.Module):
     def forward(
         self, hidden: Tensor, residual: Tensor | None, cu_seqlens: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the MLP's output and the residual stream, not yet added; with "post" their normalised sum and None."""
+        """Return (MLP output, residual stream), which the next layer norm adds; with "post" (output of ln_2, None)."""
         if self.post_norm:
             hidden, _ = self.ln_1(self.attn(hidden, cu_seqlens, cache), hidden)
             hidden, _ = self.ln_2(self.mlp(hidden), hidden)
@@ -166,8 +166,8 @@ class GPT(nn.Module):
         """Initialise all parameters in place, as GPT-2 does.
 
         layer norms                       weight 1, bias 0
-        attn.c_proj, mlp.c_proj weights   N(0, initializer_range / sqrt(2 n_layer)): the residual stream is the sum of
-                                          2 n_layer of their outputs; not divided with norm_position "post"
+        attn.c_proj, mlp.c_proj weights   N(0, initializer_range / sqrt(2 n_layer)), because 2 n_layer outputs are added
+                                          to the residual stream; norm_position "post": N(0, initializer_range)
         all other weights                 N(0, initializer_range)
         all biases                        0
         """
@@ -199,21 +199,22 @@ class GPT(nn.Module):
     ) -> int:
         """Return the FLOPs of a forward pass over batch_size rows of `length` tokens (None: n_positions).
 
-        Each token costs 2 FLOPs for each weight of a linear layer, and each pair of query and key 4 * C (Chowdhery et
-        al. 2022, appendix B). A document of L tokens has L * L pairs, in a banded layer L * window; causal kernels
-        compute about half of them. Norms, GELU, softmax and embedding lookups are not counted. For packed documents
-        pass cu_seqlens instead of length and batch_size. With backward the result is 3 times as large.
+        These are 2 FLOPs per token and weight of a linear layer, and 4 * C per layer and pair of query and key
+        (Chowdhery et al. 2022, appendix B). A document of L tokens counts as L * L pairs (L * window in layers with
+        local attention), although causal kernels compute only half of them. Norms, GELU, softmax and embedding lookups
+        are not counted. For packed documents pass cu_seqlens instead of length and batch_size. With backward the result
+        is 3 times as large.
         Raises ValueError if there are no tokens or if cu_seqlens decreases.
         """
         if cu_seqlens is None:
             ends = [self.config.n_positions if length is None else length] * batch_size
             lengths = torch.tensor(ends, dtype=torch.int64, device="cpu")
         elif length is not None or batch_size != 1:
-            raise ValueError("cu_seqlens says how long each document is; leave length and batch_size out")
+            raise ValueError(f"got cu_seqlens and length={length}, batch_size={batch_size}; pass cu_seqlens alone")
         else:
             lengths = torch.as_tensor(cu_seqlens, dtype=torch.int64, device="cpu").diff()
         if len(lengths) == 0 or int(lengths.min()) < 0 or int(lengths.sum()) == 0:
-            raise ValueError(f"document lengths are {lengths.tolist()}, expected none below 0 and a sum above 0")
+            raise ValueError(f"document lengths are {lengths.tolist()}, expected no negative number and a positive sum")
         weights, pairs = 0, 0
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -227,7 +228,7 @@ class GPT(nn.Module):
         return 3 * forward if backward else forward
 
     def count_targets(self, batch: Mapping[str, Any]) -> int:
-        """Return the number of labels that the loss of a batch is the mean over; see `labels` of forward."""
+        """Return how many labels the mean loss of a batch is taken over (see `labels` of forward)."""
         targets = targets_of(batch["labels"], batch.get("attention_mask"), batch.get("cu_seqlens"))
         return int((targets != IGNORED).sum())
 
@@ -247,17 +248,17 @@ class GPT(nn.Module):
 
         input_ids: (B, T) int64 or int32.
         attention_mask: (B, T) of 0 and 1; padding may be on both sides, but the ones of a row are contiguous.
-        labels: (B, T), shifted inside: labels[:, t] is compared with the logits at t - 1, so pass input_ids.
-            The loss is the mean of the cross entropy over the labels that are not -100, are not padding and have a
-            token before them in the same document; 0 if there are no such labels.
+        labels: (B, T), which the model shifts: labels[:, t] is compared with the logits at t - 1, so input_ids can be
+            passed. The loss is the mean cross entropy over all labels except -100, padding and the first token of each
+            document; 0 if none remain.
         cu_seqlens: boundaries of packed documents in the B * T tokens (see ops.attention): attention stays inside each
             document, and positions begin again at 0.
         position_ids: (T,) or (B, T); by default positions count from the start of each row or document.
         cache: keys and values of earlier tokens; those of input_ids are appended (see KVCache).
         return_logits: False with labels computes the loss without materialising the (B, T, V) logits; the logits
             returned are then (B, 0, V).
-        logits_to_keep: how many of the last tokens to compute logits for, 0 for all; or a 1-D tensor of the indices
-            of tokens. As in transformers.
+        logits_to_keep: as in transformers, compute logits for the last n tokens (0: all), or for a 1-D tensor of token
+            indices.
 
         Raises ValueError or TypeError, with the numbers in question, for inputs that do not fit the model or
         each other. Values are checked on the CPU outside of torch.compile; on other devices PyTorch's own assertions
@@ -297,24 +298,26 @@ class GPT(nn.Module):
         return GPTOutput(logits, mean_cross_entropy(logits, targets))
 
     def _output_weight(self) -> Tensor:
-        """Return an alias of the output projection's weight (V, C). Call before the embedding lookup.
+        """Return an alias of the output projection's weight (V, C), made before the embedding lookup.
 
-        Autograd then computes the projection's gradient of a tied weight first, and adds the T rows of the lookup's
-        gradient to it in place.
+        Autograd then computes the lookup's sparse gradient of a tied weight (B * T rows) before the alias's gradient,
+        and adds it in place to the dense gradient of linear_cross_entropy, without a second (V, C) tensor.
         """
         return torch.ops.aten.alias((self.wte if self.lm_head is None else self.lm_head).weight)
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        # A dense gradient would be zero except for T rows; it is added to the projection's dense gradient anyway
+        # A sparse gradient has B * T rows instead of a mostly zero (V, C) tensor. With a tied weight it is added to the
+        # projection's dense gradient, so wte.weight.grad is dense.
         sparse = self.lm_head is None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         tokens = F.embedding(input_ids, self.wte.weight, sparse=sparse)  # (B, T, C)
         if self.wpe is not None:
             return tokens + self.wpe(position_ids)
-        return tokens * math.sqrt(self.config.n_embd) + sinusoids(position_ids, tokens)  # the factor: Vaswani, 3.4
+        # Scaled as in Vaswani et al. 2017, section 3.4
+        return tokens * math.sqrt(self.config.n_embd) + sinusoids(position_ids, tokens)
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean over the targets that are not IGNORED, in float32 as ops.linear_cross_entropy; 0 without any."""
+    """Return the mean cross entropy, in float32, over the targets that are not IGNORED; 0 if all are ignored."""
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (targets != IGNORED).sum().clamp(min=1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -254,10 +255,10 @@ def test_flops_are_those_that_pytorch_counts() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"length": 0}, r"document lengths are \[0\], expected none below 0 and a sum above 0"),
+        ({"length": 0}, r"document lengths are \[0\], expected no negative number and a positive sum"),
         ({"batch_size": 0}, r"lengths are \[\]"),
         ({"cu_seqlens": [0, 4, 2]}, r"lengths are \[4, -2\]"),
-        ({"cu_seqlens": [0, 4], "length": 4}, "leave length and batch_size out"),
+        ({"cu_seqlens": [0, 4], "length": 4}, r"got cu_seqlens and length=4, batch_size=1; pass cu_seqlens alone"),
     ],
 )
 def test_flops_of_nothing_are_refused(call: dict, message: str) -> None:
@@ -314,6 +315,20 @@ def test_the_tied_weight_gets_the_gradients_of_both_its_uses() -> None:
     untied(x, labels=x).loss.backward()
     assert untied.lm_head is not None
     torch.testing.assert_close(tied.wte.weight.grad, untied.wte.weight.grad + untied.lm_head.weight.grad)
+
+
+def test_the_gradients_of_a_tied_weight_are_added_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, pointers = small(), ids(2, 9), []
+
+    def output_weight(model: GPT, make: Callable[[GPT], Tensor] = GPT._output_weight) -> Tensor:
+        weight = make(model)
+        assert weight.grad_fn is not None
+        weight.grad_fn.register_hook(lambda gradients, _: pointers.append(gradients[0].data_ptr()))
+        return weight
+
+    monkeypatch.setattr(GPT, "_output_weight", output_weight)
+    model(x, labels=x, return_logits=False).loss.backward()
+    assert pointers == [model.wte.weight.grad.data_ptr()]
 
 
 @pytest.mark.parametrize("which", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
