@@ -1,16 +1,18 @@
-// Attention forward for the CPU: softmax(scale Q K^T + mask) V without the score matrix. attention.h has the method.
+// Attention forward for the CPU: softmax(scale Q K^T + mask) V. kernels/cpu/attention.h explains the algorithm.
 #include "kernels/cpu/attention.h"
 
 namespace gptcore {
 namespace GPTCORE_ISA {
 namespace {
 
+// A panel is kPanel queries. kStep is 2 for bfloat16, whose dot products take pairs of numbers, else 1; a Wide<T> holds
+// kStep numbers. depth and width are head_dim rounded up to kStep and to kPanel, and steps is depth / kStep.
 template <class T>
 struct ForwardScratch {
   T* key;                          // K (keys x depth)
   Wide<T>*value, *query, *probs;   // V (keys / kStep x width), Q^T (steps x kPanel), P^T (kBlockN / kStep x kPanel)
   float *scores, *out;             // S^T (kBlockN x kPanel), O (kPanel x width, in panels)
-  float *max, *sum;                // per lane: maximum of the scores, sum of exp2((score - max) x size_log2)
+  float *max, *sum;                // per lane: maximum of the scores, sum of exp2((score - max) x |scale| log2(e))
   size_t bytes;
 
   ForwardScratch(const AttentionArgs& args, char* base) {
@@ -29,18 +31,20 @@ struct ForwardScratch {
   }
 };
 
-// Lazy rescaling (FlashAttention-4): accumulators are rescaled only if a maximum rises by more than this, as a power of
-// two. Until then probabilities are at most 2^8.
+// Lazy rescaling (FlashAttention-4): accumulators are rescaled only if a maximum x size_log2 rises by more than this,
+// so P is at most 2^8.
 constexpr float kRescaleThreshold = 8.0f;
 
 // One step of the online softmax for one vector of queries over `count` keys: scores become probabilities relative to
-// the maximum, and the accumulators are rescaled if it rises. kDropout keeps a branch out of the innermost loop.
+// the maximum, and the accumulators are rescaled if it rises. kDropout is a template parameter, so that the inner loop
+// has no branch.
 template <bool kDropout, class T>
 void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, int64_t key, int64_t count, bool first,
                    float size_log2, int64_t width, Dropout& dropout, float dropout_scale) {
   float* scores = scratch.scores + v * kLanes;
   const int64_t unmasked = panel.unmasked(v, key, count);
-  Vec maxima[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};  // independent chains
+  // Four independent dependency chains.
+  Vec maxima[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
   const int64_t fours = unmasked / 4 * 4;
   for (int64_t j = 0; j < fours; j += 4)
     for (int i = 0; i < 4; ++i) maxima[i] = max(maxima[i], load(scores + (j + i) * kPanel));
@@ -51,12 +55,12 @@ void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, 
     store(scores + j * kPanel, s);
     block_max = max(block_max, s);
   }
-  if (count % kStep<T>) store(scores + count * kPanel, splat(-kInfinity));  // completes the last pair
+  if (count % kStep<T>) store(scores + count * kPanel, splat(-kInfinity));  // pads an odd number of keys
 
   Vec old_max = load(scratch.max + v * kLanes), new_max = max(old_max, block_max);
   Vec sum = load(scratch.sum + v * kLanes);
   if (any((new_max - old_max) * size_log2 > kRescaleThreshold)) {
-    // The maximum of a lane without keys so far is -inf, and -inf - -inf would be NaN.
+    // A lane that has attended to no key yet has a maximum of -inf, and -inf - -inf would be NaN.
     Vec rescale = exp2((old_max - (new_max == -kInfinity ? splat(0.0f) : new_max)) * size_log2);
     sum *= rescale;
     for (int64_t i = 0; i < smaller(kLanes, panel.rows - v * kLanes) && !first; ++i)
@@ -79,6 +83,8 @@ void softmax_block(const ForwardScratch<T>& scratch, const Panel& panel, int v, 
   store(scratch.sum + v * kLanes, sum);
 }
 
+// Computes a panel of queries of one head of a segment (a document). K and V are packed from key `packed_from` on. If
+// `nonfinite`, the NaN and infinities of V are zeroed in its packed copy, and added to the rows that attend to them.
 template <class S, class T>
 void forward_panel(const AttentionArgs& args, const ForwardScratch<T>& scratch, const Segment& segment, int64_t head,
                    int64_t first_query, int64_t packed_from, bool nonfinite) {
@@ -113,14 +119,14 @@ void forward_panel(const AttentionArgs& args, const ForwardScratch<T>& scratch, 
         add_nonfinite(scratch.out + i * kPanel, kPanel,
                       row<S>(args.value, segment.batch, kv_head, segment.key_begin + key), args.head_dim);
   }
-  for (int64_t i = 0; i < panel.rows; ++i)  // zeros for a query without keys
+  for (int64_t i = 0; i < panel.rows; ++i)  // a query that attends to no key gets zeros
     unpack_row(row<S>(args.out, segment.batch, head, query_row + i), scratch.out + i * kPanel, kPanel, args.head_dim,
                scratch.sum[i] == 0.0f ? 0.0f : 1.0f / scratch.sum[i]);
   float* lse = args.lse + (segment.batch * args.query_heads + head) * args.query_len + query_row;
   for (int64_t i = 0; i < panel.rows; ++i) lse[i] = scale.lse(scratch.max[i], scratch.sum[i]);
 }
 
-// A task is a key-value head of a segment and a range of its query panels. It packs the keys that they attend to.
+// A task processes a range of query panels of one segment and KV head, and packs the K and V that they attend to.
 template <class S, class T>
 void forward(const AttentionArgs& args) {
   const Sizes<T> size(args);
@@ -128,7 +134,7 @@ void forward(const AttentionArgs& args) {
   const int64_t pairs = args.num_segments * args.kv_heads, group = args.query_heads / args.kv_heads;
   const int64_t panels = max_query_len(args) / kPanel;
   const bool masked = is_masked(args);
-  // Enough tasks to balance the load of the threads, but no more: each packs its keys again.
+  // About four tasks per thread balance the load; more would pack the same keys more often.
   const int64_t chunks = pairs ? larger(1, smaller(panels, (4 * args.num_threads + pairs - 1) / pairs)) : 0;
   const int64_t chunk_rows = chunks ? (panels + chunks - 1) / chunks * kPanel : 0;
 #pragma omp parallel num_threads(args.num_threads) if (args.num_threads > 1 && pairs * chunks > 1)
@@ -137,7 +143,7 @@ void forward(const AttentionArgs& args) {
     const TileRegisters<T> registers;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < pairs * chunks; ++task) {
-      const int64_t chunk = chunks - 1 - task / pairs, pair = task % pairs;  // causal: the longest first
+      const int64_t chunk = chunks - 1 - task / pairs, pair = task % pairs;  // the last chunks take longest if causal
       const Segment& segment = args.segments[pair / args.kv_heads];
       const int64_t kv_head = pair % args.kv_heads;
       const int64_t begin = chunk * chunk_rows, end = smaller(segment.query_len, begin + chunk_rows);

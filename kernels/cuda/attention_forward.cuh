@@ -1,18 +1,20 @@
-// Attention forward: softmax(scale Q K^T + mask) V and the log-sum-exp of every query, as FlashAttention-2 computes
-// them (Dao 2023, arXiv:2307.08691).
+// Attention forward: softmax(scale Q K^T + mask) V and the log-sum-exp of every query, by FlashAttention-2 (Dao 2023,
+// arXiv:2307.08691).
 //
-//             tiles of keys and values, two stages
+//              K0 V0   K1 V1   K2 V2   K3 V3
 //            +-------+-------+-------+-------+
-//            | K0 V0 | K1 V1 | K2 V2 | K3 V3 |
+//     warp 0 |   F   |   F   |   M   |   -   |     F full: no mask
+//  Q  warp 1 |   F   |   F   |   M   |   -   |     M masked in part
+//     warp 2 |   F   |   F   |   F   |   M   |     - skipped
+//     warp 3 |   F   |   F   |   F   |   M   |
 //            +-------+-------+-------+-------+
-//     warp 0 |       |     \ |  not  |       |     A block owns a tile of query rows, a warp whole rows of it. Scores
-//     Q   1  | full  | masked| visited       |     S = Q K^T stay in the warp's registers, become probabilities there,
-//         2  |       |       \       |       |     and are the left operand of O += P V. Only K and V pass through
-//         3  |       |       | \     |       |     shared memory in the loop, with one barrier per tile.
-//            +-------+-------+-------+-------+
+//
+// A block owns a tile of query rows, a warp whole rows of it. The scores S = Q K^T stay in the warp's registers, become
+// probabilities there, and are the A operand of O += P V. Only K and V pass through shared memory in the loop, double
+// buffered, with one barrier per tile.
 //
 // Grouped-query attention: the query heads that share a head of K and V are rows of one tile. Row r is query r / group
-// of head r % group. K and V are read once for all of them, and decoding fills its rows with heads.
+// of head r % group. K and V are read once for all of them. In decoding the heads of a group fill the rows of the tile.
 #pragma once
 
 #include "kernels/cuda/policy.h"
@@ -28,22 +30,22 @@ struct RowSoftmax {
 };
 
 struct AttentionForwardParams : AttentionParams {
-  // The scale of the scores is sign x scale. The sign is applied to S, so that the largest score has the largest
-  // probability; scale x log2(e) is part of the exponent. A scale of 0 is sign 0 and scale 1.
+  // args.scale = sign x scale, with scale > 0; for 0, sign is 0 and scale 1. S is multiplied by sign, so that the
+  // largest score has the largest probability, and exponents by scale_log2 = scale x log2(e).
   float sign, scale, scale_log2;
-  // With several splits each block covers a part of the key tiles; attention_combine adds the parts.
+  // With several splits each block processes a part of the key tiles; attention_combine adds the partial results.
   int num_splits;
   RowSoftmax* partial_softmax;  // (batch, query_heads, query_len, num_splits)
-  float* partial_out;           // (batch, query_heads, query_len, num_splits, width), not divided by the sum
-  int width;                    // of the tiles
+  float* partial_out;           // (batch, query_heads, query_len, num_splits, width), unnormalised
+  int width;                    // padded head_dim
 };
 
 // ---- one tile of scores ---------------------------------------------------------------------------------------------
 
 constexpr float kMinusInfinity = -__builtin_inff();
 
-// Lazy rescaling (FlashAttention-4): the accumulators are rescaled only if the maximum rises by more than this, in
-// units of log2. Until then probabilities are at most 2^8.
+// Lazy rescaling (FlashAttention-4): the accumulators are rescaled only if max x scale_log2 rises by more than this, so
+// P is at most 2^8.
 constexpr float kRescaleThreshold = 8.0f;
 
 // How exponents are rounded; docs/kernels.md, "Rounding". 16 bits: fma(score, scale_log2, -(max scale_log2)).
@@ -51,7 +53,7 @@ constexpr float kRescaleThreshold = 8.0f;
 template <class T>
 constexpr bool kDifferenceFirst = sizeof(T) == 4;
 
-// The factor from sums relative to one maximum to sums relative to another.
+// Returns the factor that converts sums relative to the maximum `from` to sums relative to the maximum `to`.
 template <class T>
 GPTCORE_DEVICE float rescale_factor(float from, float to, float scale_log2) {
   return exp2_approx(kDifferenceFirst<T> ? mul_rn(from - to, scale_log2)
@@ -59,7 +61,7 @@ GPTCORE_DEVICE float rescale_factor(float from, float to, float scale_log2) {
 }
 
 // One step of the online softmax: scores become probabilities relative to the row maximum, and acc_o and the row sums
-// are rescaled if it rises. Row sums cover the columns of one lane; the quad is reduced at the end.
+// are rescaled if it rises. row.sum is over this lane's columns; the four lanes of a row are added after the loop.
 template <class T, int kM, int kN, int kO>
 GPTCORE_DEVICE void softmax_step(float (&s)[kM][kN][4], RowSoftmax (&rows)[kM][2], float (&acc)[kM][kO][4],
                                  float scale_log2) {
@@ -79,7 +81,7 @@ GPTCORE_DEVICE void softmax_step(float (&s)[kM][kN][4], RowSoftmax (&rows)[kM][2
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) max[m][half] = fmaxf(max[m][half], shuffle_xor(max[m][half], mask));
-  bool rises = false;  // true for the first maximum (from -inf), false while it stays at -inf
+  bool rises = false;  // true at the first finite maximum; -inf - -inf is NaN, which compares false
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -114,8 +116,8 @@ GPTCORE_DEVICE void softmax_step(float (&s)[kM][kN][4], RowSoftmax (&rows)[kM][2
     }
 }
 
-// Zeroes the dropped probabilities; the scale of the kept ones is applied at the end. One Philox covers four keys, held
-// by two adjacent lanes: each of them draws for one half of the rows. `row` is the warp's first row of kv_head.
+// Zeroes the dropped probabilities; 1 / (1 - dropout_p) is applied at the end. One Philox call covers four keys, which
+// two adjacent lanes hold: each lane draws for half of the rows. `row` is the warp's first row of kv_head.
 template <int kM, int kN>
 GPTCORE_DEVICE void drop(float (&s)[kM][kN][4], const AttentionForwardParams& p, int batch, int kv_head, int row,
                          int key, int lane) {
@@ -146,7 +148,8 @@ GPTCORE_DEVICE void drop(float (&s)[kM][kN][4], const AttentionForwardParams& p,
 template <class T>
 GPTCORE_DEVICE float log_sum_exp(RowSoftmax row, float scale, float scale_log2) {
   if (row.sum == 0.0f) return kMinusInfinity;
-  // The sum is relative to the rounded shift. max scale is rounded as in the backward.
+  // row.sum is relative to the rounded product max scale_log2, which shift_error corrects. max scale is rounded as in
+  // the backward (`probability`).
   const float shift_error = kDifferenceFirst<T> ? 0.0f : fmaf(row.max, scale_log2, -mul_rn(row.max, scale_log2));
   return mul_rn(row.max, scale) + (log_of(row.sum) - kLn2 * shift_error);
 }
@@ -189,7 +192,7 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
   const int kv_head = block.head % p.kv_heads, batch = block.head / p.kv_heads;
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * kM;
 
-  // The range of keys of each row. The ends also increase beyond the last row, where nothing is stored.
+  // The range of keys of each row. Rows beyond the last also get one, so that the last of the tile has the largest end.
   for (int i = threadIdx.x; i < kRows; i += kThreads) {
     const Documents queries(p.cu_seqlens_q, p.num_boundaries, batch, p.query_len);
     const Documents keys(p.cu_seqlens_k, p.num_boundaries, batch, p.kv_len);
@@ -198,7 +201,7 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
     store_words(ranges + i, range.begin, range.end);
   }
   barrier();  // ranges written
-  const int begin = ranges[0].begin, end = ranges[kRows - 1].end;  // the keys that any row attends to
+  const int begin = ranges[0].begin, end = ranges[kRows - 1].end;  // of the keys that at least one row attends to
   const Range warp_first = ranges[warp_row], warp_last = ranges[warp_row + 16 * kM - 1];
   const int attended_tiles = begin < end ? (end - 1) / kKeys + 1 - begin / kKeys : 0;
   const int first_tile = begin / kKeys + (int)((int64_t)attended_tiles * split / p.num_splits);
@@ -254,7 +257,7 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
     multiply_add<Math>(acc_o, acc_s, value_tile(tile), 0, lane);
   }
 
-  // Row sums over the quad.
+  // Row sums over the four lanes of a row.
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -267,7 +270,7 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
     return (int64_t)head * p.query_len + row / p.group;
   };
 
-  if (p.num_splits > 1) {  // undivided, for attention_combine
+  if (p.num_splits > 1) {  // unnormalised, for attention_combine
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -284,7 +287,7 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
     return;
   }
 
-  // The output goes through the warp's rows of the Q tile, which only this warp reads, to be stored in whole vectors.
+  // Stage the output in this warp's rows of the Q tile, which no other warp reads, to store it in 16-byte vectors.
   // A row that attends to no key has a sum of 0, and its output is 0.
   warp_barrier();  // all lanes have read Q
 #pragma unroll
