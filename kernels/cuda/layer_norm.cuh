@@ -1,8 +1,9 @@
 // Layer normalisation (Ba et al. 2016, arXiv:1607.06450), with the residual addition before it fused in.
 //
-// Bound by memory bandwidth. A row is read once, kept in registers while its statistics are computed, and written once.
-// Weight and bias are read once per block: a block loops over many rows, and a thread has the same columns of each.
-// Rows too wide for registers go to the *_wide kernels, which read them again for each pass, mostly from the L2 cache.
+// The kernels are bound by memory bandwidth. A row is read once, kept in registers while its statistics are computed,
+// and written once. Weight and bias are read once per block, which loops over many rows; a thread has the same columns
+// of each row. Rows too wide for registers use the *_wide kernels, which read them once per pass, mostly from the L2
+// cache.
 #pragma once
 
 #include "kernels/cuda/rows.cuh"
@@ -13,11 +14,11 @@ namespace GPTCORE_GPU {
 // The work of a block.
 struct RowPlan {
   int warps;     // per row
-  int groups;    // of `warps` warps in a block, each with a row of its own
+  int groups;    // of `warps` warps in a block; a group processes one row at a time
   bool vectors;  // every row of every tensor is whole 16-byte vectors
 };
 
-// kForwardSharing and kBackwardSharing: the maximum of warps per row if a block has several groups.
+// kForwardSharing and kBackwardSharing are the maximum number of warps per row if a block has several groups.
 //
 // Forward: 512 threads of 128 registers hold three chunks of x, weight and bias: 12288 columns per block, the width of
 // GPT-3. Backward: 384 threads of 168 registers hold four chunks of x and dy in their storage type, weight and two
@@ -29,14 +30,14 @@ constexpr int kBackwardChunks = sizeof(T) == 2 ? 4 : 3;
 
 // The row and the columns of a thread.
 struct RowThread {
-  int threads, group, thread;  // threads per row, the row's group in the block, the thread's index in the row
+  int threads, group, thread;  // threads per row, index of the group in the block, index of the thread in the row
   GPTCORE_DEVICE explicit RowThread(const RowPlan& plan)
       : threads(32 * plan.warps), group(threadIdx.x / threads), thread(threadIdx.x % threads) {}
   GPTCORE_DEVICE int column(int chunk) const { return (chunk * threads + thread) * kChunk; }
 };
 
-// Chunks of the threads of a row (at most kWarps warps) in shared memory, interleaved by 16 bytes per thread: free of
-// bank conflicts.
+// Chunks of the threads of a row (at most kWarps warps) in shared memory, interleaved by 16 bytes per thread, which
+// avoids bank conflicts.
 template <int kWarps>
 struct SharedChunks {
   static constexpr int kParts = Chunk<float>::kParts, kThreads = 32 * kWarps;
@@ -64,7 +65,7 @@ struct SharedChunks {
   }
 };
 
-// Copies v of the first group of the block to the others, through chunks `index` and following in shared memory.
+// Copies v from the first group of the block to the other groups, through chunks from `index` on in shared memory.
 template <int kWarps, int kChunks>
 GPTCORE_DEVICE void share(float (&v)[kChunks][kChunk], SharedChunks<kWarps> shared, int index, int group) {
 #pragma unroll
@@ -80,15 +81,15 @@ struct Statistics {
   float mean, rest, rstd;  // the exact mean is mean + rest; rest is the rounding error of mean
 };
 
-// From the sums of x - mean and of (x - mean)^2; E[x^2] - mean^2 would cancel. rstd is NaN if the sum of squares is not
-// finite: the overflow does not become a row of zeros.
+// Computes the statistics from the sums of x - mean and of (x - mean)^2, because E[x^2] - mean^2 suffers from
+// cancellation. rstd is NaN if the sum of squares is not finite, so that an overflow does not give a row of zeros.
 GPTCORE_DEVICE Statistics statistics(float mean, const float (&sums)[2], float width, float eps) {
   const float rest = sums[0] / width, variance = sums[1] / width - rest * rest;
   return {mean, rest, rsqrt_of((variance > 0.0f ? variance : 0.0f) + eps + (sums[1] - sums[1]))};
 }
 
-// X is the type of x, R that of residual, residual_out and out. Dynamic shared memory: kForwardSums floats, then, if
-// the block has several groups, kForwardShared floats of weight and bias.
+// X is the type of x, R that of residual, residual_out and out. Dynamic shared memory: kForwardSums floats, and if the
+// block has several groups, kForwardShared floats for weight and bias.
 constexpr int kForwardSums = 3 * kForwardWarps;
 constexpr int kForwardShared = SharedChunks<kForwardSharing>::floats(2 * kForwardChunks);
 template <class X, class R>
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(Lay
   float* shared = reinterpret_cast<float*>(shared_memory());
   const RowThread lane(plan);
   const int width = args.width;
-  const int parameters = lane.group == 0 ? width : 0;  // the first group reads weight and bias for all
+  const int parameters = lane.group == 0 ? width : 0;  // the first group loads weight and bias for all groups
   float weight[kForwardChunks][kChunk], bias[kForwardChunks][kChunk];
 #pragma unroll
   for (int j = 0; j < kForwardChunks; ++j) {
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(Lay
 
   const int64_t begin_rows = int64_t(blockIdx.x) * plan.groups;
   for (int64_t first = begin_rows; first < args.rows; first += gridDim.x * plan.groups) {
-    // Groups past the last row have no columns, but take part in the barriers.
+    // Groups beyond the last row load and store nothing, but take part in the barriers.
     const int64_t row = first + lane.group, begin = row * width;
     const int end = row < args.rows ? width : 0;
     Chunk<X> x[kForwardChunks];
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(Lay
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) v[j][i] += term[i];
         stored[j].set(v[j]);
-        stored[j].get(v[j]);  // the statistics are those of the rounded residual_out, which the backward reads
+        stored[j].get(v[j]);  // statistics of the rounded residual_out, because the backward reads it
       }
 #pragma unroll
       for (int j = 0; j < kForwardChunks; ++j)
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(Lay
 
 GPTCORE_DEVICE int left(int64_t n) { return n < kChunk ? int(n) : kChunk; }
 
-// One block per row, three passes over it.
+// One block per row, which it reads in three passes.
 template <class X, class R>
 __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(LayerNormArgs args, bool vectors) {
   float* shared = reinterpret_cast<float*>(shared_memory());
@@ -232,10 +233,10 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(Layer
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 //
-// With xhat = (x - mean) * rstd and g = weight * dy:  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)). A row adds dy
-// * xhat to dweight and dy to dbias. `shift` is the mean of xhat, not 0 since args.mean is rounded, and is subtracted
-// from xhat. g is rounded (mul_rn) before mean(g) is subtracted: 0 in a row of one element. The sums use weight * (dy *
-// xhat) instead of g * xhat, since the compiler would otherwise keep g in registers.
+// With xhat = (x - mean) * rstd and g = weight * dy:  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)). A row adds
+// dy * xhat to dweight and dy to dbias. `shift` is the mean of xhat, which is not 0 because args.mean is rounded; it is
+// subtracted from xhat. g is rounded (mul_rn) before mean(g) is subtracted, so that the difference is 0 in a row of one
+// element. The sums use weight * (dy * xhat) rather than g * xhat, so that the compiler does not keep g in registers.
 struct RowMeans {
   float shift, g, g_xhat;
 };
@@ -244,9 +245,9 @@ GPTCORE_DEVICE RowMeans row_means(const float (&sums)[3], float width) {
   return {shift, g, sums[2] / width - shift * g};
 }
 
-// A row is read once. The sums over rows stay in registers until the end, when the groups of the block add theirs up in
-// order, and the last one writes partial row blockIdx.x of args.workspace: (gridDim.x, 2, width). Dynamic shared
-// memory: kBackwardSums floats, then, if the block has several groups, kBackwardShared floats of weight, later of two
+// A row is read once. The sums over rows stay in registers until the end. Then the groups of the block add theirs in
+// order, and the last group writes partial row blockIdx.x of args.workspace: (gridDim.x, 2, width). Dynamic shared
+// memory: kBackwardSums floats, and if the block has several groups, kBackwardShared floats for weight, then for two
 // sums.
 constexpr int kBackwardSums = 6 * kBackwardWarps;
 template <class T>
@@ -264,7 +265,7 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
     load_chunk(args.weight + lane.column(j), parameters - lane.column(j), plan.vectors, weight[j]);
 
   const SharedChunks<kBackwardSharing> chunks(shared + kBackwardSums, lane.thread);
-  int parity = 0;  // of the double-buffered row sums: a warp may write the next while others read these
+  int parity = 0;  // selects a buffer of the row sums: a warp may write the next sums while others read these
   const int64_t begin_rows = int64_t(blockIdx.x) * plan.groups;
   for (int64_t first = begin_rows; first < args.rows; first += gridDim.x * plan.groups, parity ^= 1) {
     const int64_t row = first + lane.group, begin = row * width;
@@ -314,7 +315,7 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
 
   float* partial = args.workspace + int64_t(blockIdx.x) * 2 * width;
   for (int group = 0; group < plan.groups; ++group) {
-    if (plan.groups > 1) barrier();  // shared memory is free (first group), or holds the sums of the previous group
+    if (plan.groups > 1) barrier();  // shared memory is unused (first group), or has the sums of the previous group
     if (group != lane.group) continue;
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
@@ -329,14 +330,15 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
   }
 }
 
-// A block loops over every gridDim.x-th row, in two passes; the sums over rows are kept in its partial row.
+// A block processes every gridDim.x-th row, in two passes, and accumulates the sums over rows in its row of
+// args.workspace.
 template <class T>
 __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(LayerNormArgs args, bool vectors) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int64_t width = args.width;
   constexpr int kStride = kBackwardThreads * kChunk;
   float *weight_sum = args.workspace + int64_t(blockIdx.x) * 2 * width, *bias_sum = weight_sum + width;
-  int parity = 0;  // as above
+  int parity = 0;  // as in the kernel above
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x, parity ^= 1) {
     const T *x_row = static_cast<const T*>(args.x) + row * width,
             *dy_row = static_cast<const T*>(args.grad_out) + row * width;
