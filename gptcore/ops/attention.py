@@ -52,21 +52,23 @@ def attention(
     """Return softmax(scale q k^T + mask) v: every query attends to the keys that the mask allows.
 
     Args:
-        q: queries, (batch, query_heads, query_len, head_dim); head_dim at most 256. Any strides with a dense last
-            dimension: slices of one fused projection need no copy.
+        q: queries, (batch, query_heads, query_len, head_dim); head_dim is at most 256. The last dimension has stride 1;
+            other strides are arbitrary, so slices of one fused projection need no copy.
         k, v: keys and values, (batch, kv_heads, kv_len, head_dim). query_heads is a multiple of kv_heads: query head h
-            uses key-value head h // (query_heads / kv_heads), as in grouped-query attention.
+            uses KV head h // (query_heads / kv_heads), as in grouped-query attention.
         causal: queries attend to no key after their own position. Positions are aligned at the end: the last query has
-            the position of the last key, also if the two lengths differ.
+            the position of the last key, even if the two lengths differ.
         scale: factor of the scores; None is 1/sqrt(head_dim).
-        window: (left, right), how many keys before and after its position a query attends to; -1 means no limit.
-        cu_seqlens: boundaries of packed documents, which do not attend to each other: int32 or int64 over all tokens of
-            the batch, row after row, from 0 to batch x length, every row's end among them. A last value of `length`
-            alone means the same boundaries in every row. Or a pair (cu_seqlens_q, cu_seqlens_k): document i of the
-            queries attends to document i of the keys. Positions are aligned at the end of each document.
-        dropout_p: probability with which a softmax weight is dropped; the others are scaled by 1 / (1 - dropout_p).
-            PyTorch's default generator draws the seed; every backend drops the same weights.
-        backend: None chooses one; see `gptcore.ops.backends`. Every backend gives the same bits for the same input.
+        window: (left, right), the number of keys before and after its position that a query attends to; -1: no limit.
+        cu_seqlens: boundaries of packed sequences (documents), which do not attend to each other. int32 or int64, they
+            count the tokens of all rows of the batch, from 0 to batch x length, and include the end of every row. If
+            the last boundary is `length`, the same boundaries hold in every row. In a pair (cu_seqlens_q,
+            cu_seqlens_k), document i of the queries attends to document i of the keys. Positions are aligned at the end
+            of each document.
+        dropout_p: probability that a softmax weight is dropped; the others are scaled by 1 / (1 - dropout_p). PyTorch's
+            default generator draws the seed; every backend drops the same weights.
+        backend: None selects the first of `gptcore.ops.backends` that supports the call. A kernel gives the same bits
+            in every run.
 
     Returns:
         (batch, query_heads, query_len, head_dim), laid out so that `.transpose(1, 2).flatten(2)` is a view. A query

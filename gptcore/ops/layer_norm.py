@@ -45,12 +45,12 @@ def layer_norm(
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; statistics in float32.
+    """Return (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; statistics are float32.
 
     Args:
         x: (..., width).
         weight, bias: (width,), in x's dtype or float32; bias is optional.
-        residual: added to x first: the same shape, x's dtype or float32, which is the dtype of both outputs.
+        residual: added to x first; x's shape, x's dtype or float32. Its dtype is that of both outputs.
 
     Returns:
         out, in x's shape; with a residual (out, residual_out), where residual_out = x + residual.
@@ -58,7 +58,7 @@ def layer_norm(
     Raises:
         ValueError: shapes, dtypes or arguments that do not fit, with what was expected.
         TypeError: an argument has the wrong type.
-        RuntimeError: the backend that was asked for cannot run the call.
+        RuntimeError: the requested backend cannot run the call.
     """
     arguments.check_tensors(x=x, weight=weight)
     arguments.check_tensors(optional=True, bias=bias, residual=residual)
@@ -155,7 +155,7 @@ _forward = native.define(
     native.compiled("layer_norm_forward", _forward_native) | native.triton("layer_norm", "forward"),
     _outputs,
 )
-# x is what was normalised: residual_out where there is a residual.
+# x is the normalised tensor: residual_out, if there is a residual.
 _backward = native.define(
     "layer_norm_backward(Tensor grad_out, Tensor? grad_residual_out, Tensor x, Tensor weight, Tensor mean, "
     "Tensor rstd, bool bias) -> (Tensor, Tensor, Tensor)",
