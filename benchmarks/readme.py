@@ -44,7 +44,7 @@ OVERHEAD = {  # groups, by pattern, that measure Python and autograd rather than
     "call of .*": "operations on tiny tensors, dominated by Python overhead",
     "overhead of .*": "a training step of a tiny model, dominated by Python overhead",
 }
-WITHIN_SPREAD = "† In at least one case the difference is within the spread of the measurements."
+WITHIN_SPREAD = "†: in at least one case the difference is within the spread of the measurements."
 
 
 def find(results: Results, headline: Headline, dtype: str) -> list[dict[str, Any]]:
@@ -62,10 +62,6 @@ def speedup(rows: list[dict[str, Any]]) -> str:
     """Return the range of the ratios, marked if a row shows no difference beyond its spread."""
     ratios = [row["ratio"] for row in rows]
     return between([ratio[0] for ratio in ratios], ".2f") + "†" * any(low <= 1 <= high for _, low, high in ratios)
-
-
-def explained(text: str) -> str:
-    return f"{text}\n\n{WITHIN_SPREAD}" if "†" in text else text
 
 
 def slower(results: Results) -> dict[str, str]:
@@ -105,7 +101,8 @@ def claims(results: Results, folder: Path = COMMITTED) -> str:
     ]
     if (folder / "gpu.json").exists():
         lines.append(claim_on_gpu(read_json(folder / "gpu.json")))
-    return explained("\n".join(f"- {line}." for line in lines))
+    text = "\n".join(f"- {line}." for line in lines)
+    return f"{text} {WITHIN_SPREAD}" if "†" in text else text
 
 
 def claim_on_gpu(found: Results) -> str:
@@ -149,8 +146,8 @@ def summary(results: Results, folder: Path = COMMITTED) -> str:
     links = [f"[{cpu(results)}](benchmarks/results/README.md)", *(f"[{cpu(other)}]({to})" for other, to in others)]
     return "\n\n".join([
         f"Medians on {hardware(results)}, PyTorch {version([results], 'torch')}, {results['date']}. A range covers "
-        "several sequence lengths, head dimensions or batch sizes.",
-        explained(markdown(lines)),
+        f"several sequence lengths, head dimensions or batch sizes. {WITHIN_SPREAD}",
+        markdown(lines),
         " ".join(losses),
         f"All measurements, their spread, and the performance goals that are not met: {', '.join(links)}. CPU names "
         "are those in `/proc/cpuinfo`.",

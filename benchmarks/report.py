@@ -33,32 +33,31 @@ from benchmarks.tables import (
 )
 from gptcore.files import atomic_file, read_json, write_json
 
-WHY = """Why goals are missed, and which rows measure it:
+WHY = """Why goals are missed, and which rows measure the cause:
 
-- A line that ends with "the whole of a limit would be ..." is bounded by that limit: PyTorch already comes close to it,
-  or the goal needs nearly all of it.
-- Other lines state the ratio without the named cost. These rows measure the costs:
-- Attention in bfloat16: everything but the matrix products, above all where AMX computes those. *Rest of attention*
-  measures it with the same scores and a head_dim of 2. Products that thin are slow, so it is an upper bound. *Attention
-  against its products* is without a mask. At S=256, blocks on the diagonal are partly masked but wholly computed.
-- Decoding at batch 1: the call from Python. *Attention decode, native function alone* is without it.
+- "The whole of a limit would be ...": the limit itself bounds the ratio. PyTorch is close to it, or the goal nearly
+  equals it. Other lines state the ratio without a cost that the following rows measure.
+- Attention in bfloat16: all work except the matrix products, which matters most if AMX computes these. *Rest of
+  attention* measures it with the same scores and a head_dim of 2; products that thin are slow, so it is an upper bound.
+  *Attention against its products* has no mask. At S=256, blocks on the diagonal are partly masked but fully computed.
+- Decoding at batch 1: the call from Python, which *attention decode, native function alone* excludes.
 - GELU and layer norm: page faults on new memory, and the call. *GELU into memory that exists*, *layer norm into memory
-  that exists* and *freed memory kept* run the same kernels without the first, or without both. With few rows (128, 512)
-  these stay in the cache and show the arithmetic.
-- Training steps: *step in parts* removes one part after the other, each row without those above it. The last is the
-  step alone, without steps of transformers in between, after which memory has to be mapped again. Half of the small
-  model's step in bfloat16 is *its matmuls alone*; *linear layer* shows their rate. *Overhead of a small model's step*
-  is the time of Python and PyTorch around the kernels, *call of ...* that of one call."""
+  that exists* and *freed memory kept* run the same kernels without page faults, or without both. With few rows (128,
+  512) the data stays in the cache, and the arithmetic takes most of the time.
+- Training steps: *step in parts* removes one part after the other; each row also lacks the parts of the rows above it.
+  The last row is the step without steps of transformers in between, after which memory must be mapped again. Half of
+  the small model's step in bfloat16 is *its matmuls alone*; *linear layer* measures their rate. *Overhead of a small
+  model's step* is the time of Python and PyTorch around the kernels, *call of ...* that of one call."""
 
 
 def full(results: Results) -> str:
     """Return all of results.json, as the README of its folder."""
     charts = "![attention](attention.png)\n\n![roofline](roofline.png)"
     text = (
-        "Ratio: time, or memory, of the reference by ours; above 1, ours is better. In brackets the quartiles, or with "
-        "fewer than eight rounds the extremes. Percentages are of a limit measured in the same rounds: what PyTorch "
-        "reaches with one large product or copy. A kernel can exceed 100 % with data that stays in the cache, or with "
-        "products that run faster in it than the large product does in PyTorch."
+        "The ratio is the time, or memory, of the reference divided by ours; above 1, ours is better. Quartiles are in "
+        "parentheses, or the extremes if there are fewer than eight rounds. Percentages are of a limit measured in "
+        "the same rounds: the rate of one large matrix product or copy in PyTorch. A kernel can exceed 100 % with data "
+        "that stays in the cache, or if its products run faster than the large one in PyTorch."
     )
     listed = "\n".join(f"- {line}" for line in shortfalls(results))
     parts = ["# Results", f"{caption(results)}.", text, listed, WHY, markdown(table(results)), charts]
@@ -93,8 +92,8 @@ def on_a_gpu(folder: Path) -> str:
             lines.append([*key, stage, limit, *("" if ms is None else f"{ms:.3f} ms" for ms in cells)])
     head = (
         f"{found['gpu']}, PyTorch {found['torch']}, {found['date']}; copy {quantity(rates['copy'], 'B/s')}, matmul "
-        f"bfloat16 {quantity(rates['matmul'], 'FLOP/s')}. Medians of the GPU's own clock, with an empty L2 cache. The "
-        "percentage is that of the faster of our backends."
+        f"bfloat16 {quantity(rates['matmul'], 'FLOP/s')}. Medians of CUDA events, with an empty L2 cache. The "
+        "percentage is that of the faster gptcore backend. SDPA flash is FlashAttention-2."
     )
     return f"\n## On a GPU\n\n{head}\n\n{markdown(lines)}\n\n![on a GPU](gpu.png)\n"
 
