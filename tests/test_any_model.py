@@ -226,6 +226,7 @@ def test_gpts_of_every_make_resume_under_their_own_names(tmp_path: Path, make: A
     assert len(load_tensors(folder / "model.safetensors")) == len(whole.own_model.state_dict())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_compiled_or_not(tmp_path: Path) -> None:
     tiny_trainer(tmp_path, model=compiled(), max_steps=2, save_steps=2, lr_scheduler_type="constant").train()
     resumed = tiny_trainer(tmp_path, model=tiny_model(n_layer=1), max_steps=3, lr_scheduler_type="constant")

@@ -23,6 +23,8 @@ from gptcore.training.callbacks import TrainerCallback
 from gptcore.training.checkpoint import list_checkpoints, newest_checkpoint, verify_checkpoint
 from gptcore.training.trainer import Trainer, TrainingInterrupted
 
+pytestmark = pytest.mark.slow
+
 # A server that has imported PyTorch forks each process in milliseconds; it never computes, so has no threads to lose.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["gptcore.training.trainer", "torch._dynamo", "pytest", "hypothesis.strategies"])

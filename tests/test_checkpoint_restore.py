@@ -113,6 +113,7 @@ def wrapped(kind: str) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", ["plain", "compiled", "compiled part"])
 @pytest.mark.parametrize("resumed", ["plain", "compiled", "compiled part"])
 def test_compiled_models_have_the_names_of_plain_ones(tmp_path: Path, saved: str, resumed: str) -> None:

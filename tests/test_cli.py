@@ -16,6 +16,8 @@ from gptcore.data.corpus import write_standard_library_corpus
 from gptcore.training.callbacks import read_log
 from gptcore.training.checkpoint import list_checkpoints
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--vocab-size", "400", "--n-layer", "1", "--n-embd", "32", "--n-head", "2", "--n-positions", "32"]
 
 

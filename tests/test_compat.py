@@ -74,6 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_listing_its_second_half_and_generation_run_as_written(folder: Path) -> None:
     program = (FIRST_HALF + SECOND_HALF + GENERATION).replace("from transformers", "from gptcore.compat.transformers")
     program = 'NAME = "gpt2"\n' + program

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptcore import ops
 from gptcore.ops import registry
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:

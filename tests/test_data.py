@@ -96,6 +96,7 @@ def test_a_large_vocabulary_takes_four_bytes(text_file: Path, tokenizer: Tokeniz
     assert np.array_equal(large.tokens, small.tokens)
 
 
+@pytest.mark.slow
 def test_long_lines_are_read_in_bounded_memory(tmp_path: Path) -> None:
     script = """
 import random, resource, sys
@@ -185,6 +186,7 @@ def test_what_a_killed_tokenization_left_is_deleted(cache: Path, text_file: Path
     assert not left.exists()
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_agree(tmp_path: Path, cache: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "text").write_text(some_text(60_000))
     tokenizer.save_pretrained(tmp_path)

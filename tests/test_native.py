@@ -125,11 +125,13 @@ def test_the_module_links_openmp_once_and_no_torch() -> None:
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_importing_prints_nothing() -> None:
     done = python("from gptcore import ops")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_one_openmp_runtime_and_only_the_threads_that_torch_allows() -> None:
     done = python("""
 import os, re, torch
@@ -183,6 +185,7 @@ def test_other_python_threads_run_during_a_kernel() -> None:
     assert sum(begin + 0.1 * (end - begin) < tick < end - 0.1 * (end - begin) for tick in ticks) >= 3
 
 
+@pytest.mark.slow
 def test_the_instruction_set_can_be_forced() -> None:
     for isa in (_C.supported_isas()[0], _C.supported_isas()[-1]):
         done = python("from gptcore import _C; print(_C.cpu_isa())", GPTCORE_CPU_ISA=isa)
@@ -195,6 +198,7 @@ def test_the_instruction_set_can_be_forced() -> None:
         _C.use_cpu_isa("avx9")
 
 
+@pytest.mark.slow
 def test_kernels_run_in_a_forked_data_loader() -> None:
     # GNU OpenMP does not survive a fork once it has started threads: the workers, which have one each, must not need it
     done = python("""

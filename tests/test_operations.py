@@ -56,6 +56,7 @@ def test_a_sample_agrees_with_its_formula(name: str, run: str, dtype: torch.dtyp
         check(f"{name}, result {i}", a, r.double(), t, roundings=2)
 
 
+@pytest.mark.slow
 @every_run
 def test_a_compiled_sample_equals_eager(name: str, run: str) -> None:
     if run not in ("torch", "triton", list(BACKENDS)[1]):

@@ -54,6 +54,7 @@ def random_merges(drawn: random.Random, alphabet: str) -> list[tuple[str, str]]:
     return drawn.sample(merges, len(merges)) if drawn.random() < 0.3 else merges
 
 
+@pytest.mark.slow
 def test_no_token_goes_across_a_cut_in_a_word_whatever_the_merges_and_what_follows() -> None:
     drawn, cuts = random.Random(5), 0
     for _ in range(1500):

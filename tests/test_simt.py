@@ -198,6 +198,7 @@ def largest() -> dict[str, Callable[[], Results]]:
 LARGEST = largest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGEST)
 def test_every_schedule_gives_the_same_bits(name: str) -> None:
     first = LARGEST[name]()
@@ -207,6 +208,7 @@ def test_every_schedule_gives_the_same_bits(name: str) -> None:
             assert torch.equal(a.nan_to_num(), b.nan_to_num()), (order, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("avx2" not in _C.supported_isas(), reason="this processor has no fused multiply-add")
 def test_the_grid_holds_where_the_compiler_fuses_multiply_and_add(tmp_path: Path) -> None:
     """nvcc does, where the model's own flags forbid it."""

@@ -408,6 +408,7 @@ def test_bad_calls_say_what_is_wrong(gpt2: Tokenizer) -> None:
         gpt2.pad_token = "[PAD]"
 
 
+@pytest.mark.slow
 def test_a_name_is_looked_for_on_the_hub(tmp_path: Path, gpt2_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     script = "import sys; from gptcore import Tokenizer; print(Tokenizer.from_pretrained(sys.argv[1]).vocab_size)"

@@ -318,6 +318,7 @@ print((peak() - before) / sum(p.nbytes for p in model.parameters()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["one file", "shards", "pickle", "old pickle"])
 def test_loading_takes_little_more_memory_than_the_model(folder: Path, tmp_path: Path, kind: str) -> None:
     big = tmp_path / "big"
