@@ -1,4 +1,4 @@
-"""The command line: gptcore train | generate | evaluate | export | bench | info. One module a command."""
+"""The command line: gptcore prepare | train | generate | evaluate | export | bench | info. One module a command."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptcore import ops
-from gptcore.cli import bench, evaluate, export, generate, info, train
+from gptcore.cli import bench, evaluate, export, generate, info, prepare, train
 from gptcore.cli.options import Parser, check_machine
 from gptcore.output import SteadyOutput
 from gptcore.training.checkpoint import CheckpointError
 
 COMMANDS = {
+    "prepare": prepare,
     "train": train,
     "generate": generate,
     "evaluate": evaluate,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from gptcore.cli.options import (
     add_data,
@@ -23,7 +24,8 @@ from gptcore.cli.options import (
 )
 from gptcore.config import GPTConfig
 from gptcore.data.collator import DataCollatorForLanguageModeling
-from gptcore.data.datasets import TextDataset, split
+from gptcore.data.datasets import TextDataset, TokenDataset, split
+from gptcore.data.prepared import Prepared, find_prepared
 from gptcore.memory import total_memory
 from gptcore.model import GPT
 from gptcore.text.tokenizer import Tokenizer
@@ -104,15 +106,13 @@ def run(args: argparse.Namespace) -> int:
     arguments = TrainingArguments(**pick(args, TrainingArguments))
     out = Path(arguments.output_dir)
     checkpoint = _checkpoint(args, out)
-    _check(args)
+    prepared = find_prepared(args.files)
+    _check(args, prepared)
     torch.manual_seed(args.seed)
-    tokenizer = _tokenizer(args, checkpoint)
+    tokenizer = _tokenizer(args, checkpoint, prepared)
     model = _model(args, tokenizer).to(args.device)
     block_size = model.config.n_positions if args.block_size is None else args.block_size
-    dataset = TextDataset(
-        tokenizer, args.files, block_size, cache_dir=args.cache_dir, mask_documents=args.mask_documents
-    )
-    train_set, validation_set = split(dataset, args.validation_fraction)
+    train_set, validation_set = _datasets(args, tokenizer, block_size, prepared)
     if args.resume and checkpoint is None:
         arguments.overwrite_output_dir = True  # a run that was killed before its first checkpoint starts again
     trainer = Trainer(
@@ -150,6 +150,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _datasets(
+    args: argparse.Namespace, tokenizer: Tokenizer, block_size: int, prepared: Prepared | None
+) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Return the training and the validation set: of a prepared folder its own, else parts of the text files."""
+    if prepared is None:
+        dataset: TokenDataset = TextDataset(
+            tokenizer, args.files, block_size, cache_dir=args.cache_dir, mask_documents=args.mask_documents
+        )
+        return split(dataset, args.validation_fraction)
+    vocab_size, mask = tokenizer.vocab_size, args.mask_documents
+    train, validation = (
+        TokenDataset(paths, block_size, vocab_size=vocab_size, tokenizer=tokenizer, mask_documents=mask)
+        if paths
+        else None
+        for paths in (prepared.train, prepared.validation)
+    )
+    assert train is not None
+    return (train, validation) if validation is not None else split(train, args.validation_fraction)
+
+
 def _checkpoint(args: argparse.Namespace, out: Path) -> Path | None:
     """Return the newest checkpoint if the run is resumed. Raises FileExistsError if results would be overwritten."""
     checkpoints = list_checkpoints(out)
@@ -165,12 +185,16 @@ def _checkpoint(args: argparse.Namespace, out: Path) -> Path | None:
     return None
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, prepared: Prepared | None) -> None:
     """Refuse options that would have no effect, and sizes that the machine cannot hold, before any work."""
     check_range(args, 0, 1000, "samples")
     check_range(args, 0, 10**6, "sample_tokens")
-    if args.tokenizer or args.init_from:
-        folder = args.tokenizer or args.init_from
+    if prepared is not None:
+        held = ("validation_fraction",) if prepared.validation else ()
+        names = ("tokenizer", "cache_dir", *held)
+        refuse_without_effect(args, f"{prepared.folder} holds tokens and their tokenizer", *names)
+    if args.tokenizer or args.init_from or prepared:
+        folder = args.tokenizer or args.init_from or args.files[0]
         refuse_without_effect(args, f"the tokenizer comes from {folder}", "vocab_size", "tokenizer_kind")
     elif args.tokenizer_kind == "char":
         refuse_without_effect(args, "a char tokenizer has a token for each character", "vocab_size")
@@ -191,13 +215,13 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _tokenizer(args: argparse.Namespace, checkpoint: Path | None) -> Tokenizer:
-    """Return the tokenizer of --tokenizer, of the run to resume, or of --init-from, else a newly trained one."""
+def _tokenizer(args: argparse.Namespace, checkpoint: Path | None, prepared: Prepared | None) -> Tokenizer:
+    """Return the tokenizer of --tokenizer, the run to resume, --init-from or a prepared folder, else a new one."""
     if checkpoint is not None and not args.tokenizer:
         tokenizer = Tokenizer.from_pretrained(checkpoint)
         _check_same(args, tokenizer, checkpoint)
         return tokenizer
-    if source := args.tokenizer or args.init_from:
+    if source := args.tokenizer or args.init_from or (prepared and prepared.tokenizer):
         return Tokenizer.from_pretrained(source)
     return _train_tokenizer(args)
 
