@@ -47,7 +47,7 @@ def save_pretrained(model: GPT, directory: PathLike) -> None:
     """Write config.json and model.safetensors, in the layout of transformers.
 
     A GPT-2 is then what GPT2LMHeadModel.from_pretrained opens as it is, a GPT-1 what OpenAIGPTLMHeadModel opens. For
-    any other model, such as a GPT-3 with its banded attention, config.json says model_type "gptcore", which
+    any other model, such as a GPT-3 with its local attention, config.json says model_type "gptcore", which
     transformers refuses, and a warning says so. Each file is whole at any moment, and old files in the folder are
     replaced only when the new ones are on the disk. Raises ValueError, having written nothing, if a weight is not
     finite or has another dtype than most.
@@ -59,7 +59,7 @@ def save_pretrained(model: GPT, directory: PathLike) -> None:
     if not (config.is_gpt1 or config.is_gpt2):
         warnings.warn(
             f"{directory} is saved as a model of gptcore's own: transformers has no model that computes the same from "
-            "these weights (banded attention, sinusoidal positions and some settings of a GPT-1 are not in it)",
+            "these weights (local attention, sinusoidal positions and some settings of a GPT-1 are not in it)",
             stacklevel=2,
         )
     on_disk = {}

@@ -3,15 +3,14 @@
 // The method is FlashAttention's (Dao et al. 2022, arXiv:2205.14135): a block of queries iterates over blocks of keys
 // and keeps a running maximum and sum of its softmax. A block of scores is held transposed, one key per row and one
 // query per vector lane. The softmax is then plain vector arithmetic without operations across lanes, and every product
-// of forward and backward is the same small matrix product, `multiply`, with its right operand in the first-level
-// cache:
+// of forward and backward is the same small matrix product, `multiply`, with its B operand in the first-level cache:
 //
 //     forward    S^T = K Q^T     O += P V
 //     backward   S^T = K Q^T   dP^T = V dO^T   dV += P^T dO   dK += dS^T Q   dQ += dS K
 //
-// Operands are packed once per task into the order in which `multiply` reads them, and converted; strides, storage
-// types and odd sizes end there. T is the type that is multiplied: float, or bfloat16 if the CPU has a dot product for
-// it, or AMX tiles. Accumulators are float32.
+// Operands are converted and packed once per task, in the order in which `multiply` reads them, so only packing handles
+// strides, storage types and odd sizes. T is the type that is multiplied: float, or bfloat16 if the CPU has a dot
+// product for it, or AMX tiles. Accumulators are float32.
 #pragma once
 
 #include <math.h>
@@ -64,7 +63,7 @@ S* row(const HeadsView& view, int64_t batch, int64_t head, int64_t index) {
   return static_cast<S*>(view.data) + batch * view.batch_stride + head * view.head_stride + index * view.row_stride;
 }
 
-// Packs each block of keys as a right operand.
+// Packs each block of keys as a B operand.
 template <class S, class T>
 void pack_blocks(Wide<T>* to, const S* source, int64_t stride, int64_t keys, int64_t head_dim) {
   for (int64_t key = 0; key < keys; key += kBlockN)
@@ -88,8 +87,8 @@ template <class T> constexpr int kExpDegree = kStep<T> == 1 ? 6 : 5;
 
 // ---- NaN and infinities ---------------------------------------------------------------------------------------------
 //
-// A weight of 0 times NaN is NaN. Non-finite numbers must not reach rows that do not attend to them, so if an operand
-// has any, its packed copy gets zeros in their place, and they are added to the accumulators of the rows that do.
+// A weight of 0 times NaN is NaN. Non-finite numbers must not reach rows that do not attend to them. If an operand has
+// any, they are zeroed in its packed copy, and added to the accumulators of the rows that attend to them.
 
 // Whether there can be a weight of 0 within a block.
 inline bool is_masked(const AttentionArgs& args) { return args.causal || args.window_left >= 0 || args.window_right >= 0; }

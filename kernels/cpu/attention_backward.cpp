@@ -14,8 +14,8 @@ struct BackwardScratch {
   Wide<T>*query, *grad_out;            // of the panel: Q^T, dO^T (steps x kPanel)
   Wide<T>*query_rows, *grad_out_rows;  // Q, dO (kPanel / kStep x width)
   float *scores, *grad_probs;          // S^T, then P^T; dP^T, then dS^T (kBlockN x kPanel)
-  T *probs, *grad_scores;              // P^T, dS^T as left operands; for T = float the same memory
-  Wide<T>* grad_scores_wide;           // dS^T as right operand; likewise
+  T *probs, *grad_scores;              // P^T, dS^T as A operands; for T = float the same memory
+  Wide<T>* grad_scores_wide;           // dS^T as B operand; likewise
   float* grad_query;                   // dQ (kPanel x width), in panels
   float *lse, *delta;                  // per lane
   size_t bytes;

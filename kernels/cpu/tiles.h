@@ -67,7 +67,7 @@ struct Left {
 };
 template <class T>
 Left<T> by_rows(const T* data, int64_t ld) { return {data, ld, kStep<T>}; }
-template <class T>  // the transpose of a packed right operand
+template <class T>  // the transpose of a packed B operand
 Left<T> by_columns(const Wide<T>* data) { return {(const T*)data, kStep<T>, kStep<T> * kPanel}; }
 
 GPTCORE_INLINE void multiply_add(Vec& acc, Vec a, Vec b) { acc += a * b; }

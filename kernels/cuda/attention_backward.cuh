@@ -12,9 +12,9 @@
 //     dQ             Q, dO          K, V                                            dQ += dS B1
 //     dK, dV         K, V           Q, dO             (S^T)         (dP^T)          dK += dS B1    dV += P B2
 //
-// A warp owns whole rows, so P and dS never leave its registers: the accumulators of S and dP are the left operands of
-// the sums. A1 and A2 stay in shared memory; B1 and B2 come through it in two stages, the next one on its way by
-// cp.async while this one is multiplied.
+// A warp owns whole rows, so P and dS stay in its registers: the accumulators of S and dP are the A operands of the
+// sums. A1 and A2 stay in shared memory; B1 and B2 are double buffered there: cp.async loads the next tile while this
+// one is multiplied.
 #pragma once
 
 #include "kernels/cuda/policy.h"
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kDeltaThreads) attention_delta(AttentionBackwa
 
 // ---- dQ, dK, dV -----------------------------------------------------------------------------------------------------
 
-// The accumulators of one launch. With head_dim 256 dK and dV do not fit into the registers together.
+// The gradients that one launch accumulates. At head_dim 256 dK and dV do not fit in registers together.
 enum class Gradients { query, key, value, key_value };
 
 template <class Math, int kWidth, Gradients kOf>
@@ -88,9 +88,9 @@ struct BackwardShared {
   static constexpr int kBytes = kRanges + kRows * sizeof(Range);
 };
 
-// The dropout mask of a chunk: bit 4 (kN m + n) + i for a lane's element [m][n][i]. One Philox covers four keys of a
-// query: two elements of each of two lanes, or, if rows are keys, one element of each of four. Each lane draws for its
-// element `drawn_element` of four, and the lanes exchange the bits.
+// Returns the dropout mask of a chunk: bit 4 (kN m + n) + i for a lane's element [m][n][i]. One Philox call covers four
+// keys of a query: two elements in each of two lanes, or, if rows are keys, one in each of four. Each lane draws once,
+// for its element `drawn_element` of four, and the lanes exchange the bits.
 template <bool kKeyRows, int kM, int kN>
 GPTCORE_DEVICE uint32_t kept_weights(const AttentionBackwardParams& p, int first_row, int first_column,
                                      uint32_t batch_head, int lane) {

@@ -5,7 +5,7 @@
 //
 //     row 16 m + lane / 4 + 8 (i / 2),   column 8 n + 2 (lane % 4) + i % 2
 //
-// so four lanes (a quad) hold a row, and the accumulators of one product are the left operand of the next without
+// so four lanes (a quad) hold a row, and the accumulators of one product are the A operand of the next without
 // leaving registers. `Math` selects the multiplication: bfloat16 and float16 on tensor cores, Tf32 on tensor cores with
 // float storage, float with fused multiply-adds.
 #pragma once
@@ -67,8 +67,8 @@ struct SharedTile {
   static_assert(kWidth % kPerChunk == 0 && kChunks % 4 == 0, "the swizzle permutes four or eight chunks");
   char* data;
 
-  // Chunk `index` + `more`, which have no bit in common. The variable of an unrolled loop goes into `more`: all
-  // addresses then follow from one by exclusive or. The tile must begin at a multiple of 128 bytes.
+  // Returns chunk `index` + `more`, which have no bit in common. The variable of an unrolled loop goes into `more`, so
+  // that every address is one base address XOR a constant. The tile must begin at a multiple of 128 bytes.
   GPTCORE_DEVICE char* chunk(unsigned row, unsigned index, unsigned more = 0) const {
     constexpr unsigned kPermuted = kChunks % 8 == 0 ? 8 : 4;
     const unsigned swizzle = kPermuted == 8 ? row % 8 : row / 2 % 4;
@@ -353,7 +353,7 @@ GPTCORE_DEVICE Range attended(int row, Documents rows, Documents columns, int64_
   return {(int)begin, (int)clamp(position + right + 1, begin, column_end)};
 }
 
-// Elements outside the range of their row become `value`. `ranges` are those of the warp's rows, `column` is the first
+// Sets elements outside the range of their row to `value`. `ranges` are those of the warp's rows, `column` is the first
 // column of s.
 template <int kM, int kN>
 GPTCORE_DEVICE void mask_scores(float (&s)[kM][kN][4], const Range* ranges, int column, float value, int lane) {
