@@ -36,11 +36,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --quick keep the first, the last and evenly spread cases of each test function."""
+    """With --quick keep the first, the last and evenly spread cases of each test, in the file that defines it."""
     if not config.getoption("quick"):
         return
     functions: dict[str, list[pytest.Item]] = {}
     for item in items:
+        if item.function.__module__ != item.module.__name__:
+            continue
         functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept: dict[int, pytest.Item] = {}  # by identity, each once
     for cases in functions.values():

@@ -408,6 +408,7 @@ def test_the_order_depends_on_its_arguments_alone() -> None:
 # The corpus
 
 
+@pytest.mark.slow
 def test_the_corpus_is_documents_without_duplicates(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_standard_library_corpus(tmp_path / "new" / "corpus.txt")
     text = path.read_text(encoding="utf-8")

@@ -430,6 +430,7 @@ def test_the_loss_of_a_bfloat16_model_is_computed_in_float32() -> None:
     torch.testing.assert_close(out.loss, F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), x[:, 1:].flatten()))
 
 
+@pytest.mark.slow
 def test_it_compiles_into_one_graph() -> None:
     model, x = small(), ids(2, 9)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -442,6 +443,7 @@ def test_it_compiles_into_one_graph() -> None:
         torch.testing.assert_close(grad, wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_and_packing_compile_into_one_graph() -> None:
     model, x, mask = small(), ids(2, 9), torch.ones(2, 9, dtype=torch.int64)
     mask[1, :4] = 0

@@ -120,6 +120,7 @@ def test_the_page_and_the_card(prepared):
     assert f"| train | {report['splits']['train']['documents']}" in card
 
 
+@pytest.mark.slow
 def test_the_order_of_inputs_and_the_number_of_processes_make_no_difference(prepared, raw, tmp_path):
     files = [f"raw={raw / name}" for name in ("c.txt", "b.jsonl", "a.jsonl")]
     run(files, tmp_path / "out", workers=2)
@@ -182,6 +183,7 @@ pipeline.prepare([{raw!r}], {out!r}, make_recipe("web", {changes!r}))
 """
 
 
+@pytest.mark.slow
 def test_kill_and_a_full_disk(prepared, raw, tmp_path):
     """SIGKILL in the second pass; then files that cannot grow (a full disk gives the same kind of error)."""
     out = str(tmp_path / "out")

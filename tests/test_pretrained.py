@@ -276,6 +276,7 @@ def test_a_name_that_cannot_be_found_says_what_was_tried(cache: Path, folder: Pa
         assert "Hub" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_offline_by_the_environment(folder: Path, tmp_path: Path) -> None:
     put(tmp_path / "home" / "hub", "gpt2", folder)
     program = "from gptcore import GPT; GPT.from_pretrained('gpt2'); GPT.from_pretrained('somebody/else')"

@@ -146,6 +146,7 @@ def test_a_vocabulary_that_begins_with_special_tokens_is_not_cut_off(tmp_path: P
         Tokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_merges_that_are_cut_off_are_refused(tmp_path: Path, saved: Path, trained: Tokenizer) -> None:
     slow = tmp_path / "slow"
     slow.mkdir()

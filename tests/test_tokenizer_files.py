@@ -133,6 +133,7 @@ def test_a_run_longer_than_a_piece_has_the_ids_of_the_whole(
     assert gpt2.encode(text) == plain(gpt2, text) == gpt2_tiktoken.encode_ordinary(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("character", ["a", "🙂"])
 def test_ten_times_the_text_takes_ten_times_as_long(gpt2: Tokenizer, character: str) -> None:
     def seconds(count: int) -> float:
@@ -185,6 +186,7 @@ def test_added_tokens_are_those_of_transformers_wherever_a_text_is_cut(
     assert offsets == theirs(text, return_offsets_mapping=True)["offset_mapping"]
 
 
+@pytest.mark.slow
 def test_added_tokens_are_special_where_the_files_say_so(tmp_path: Path, gpt2_folder: Path, added_folder: Path) -> None:
     ours, _ = added_pair(added_folder)
     assert ours.special_tokens == {"<|endoftext|>": 50256, "<|user|>": 50264, "[PAD]": 50263}
@@ -223,6 +225,7 @@ def test_what_is_put_before_every_text_is_refused(tmp_path: Path, gpt2_folder: P
         Tokenizer.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_gpt2_goes_to_transformers_and_back(tmp_path: Path, gpt2: Tokenizer, gpt2_fast: Any) -> None:
     text = "It's 日本 <|endoftext|>🙂\n\n  x"
     gpt2.save_pretrained(tmp_path / "ours")

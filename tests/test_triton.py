@@ -261,6 +261,7 @@ def test_one_bad_key_stays_with_those_who_see_it(bad: float) -> None:
     assert same[0, 0, :70].all()
 
 
+@pytest.mark.slow
 def test_the_same_bits_again_and_every_element_written() -> None:
     tensors = ops_grid.ordinary()
     settings = {"dropout_p": 0.2, "window": (30, 3), "cu_seqlens": torch.tensor([0, 50, 70])}
@@ -277,6 +278,7 @@ def test_the_same_bits_again_and_every_element_written() -> None:
 # ---- with others -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("one", "other"), [pair for name in ("cpu", *grid.SLOW) for pair in ((name, "triton"), ("triton", name))]
 )
@@ -316,6 +318,7 @@ def losses(backend: str) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_a_tiny_gpt_trains_ten_steps_like_the_reference() -> None:
     ours, reference = losses("triton"), losses("torch")
     assert reference[-1] < reference[0] - 0.5
@@ -387,6 +390,7 @@ def test_few_lanes_idle() -> None:
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_table_of_compiled_kernels_holds() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parents[1]
