@@ -141,7 +141,7 @@ def test_shuffled_records_give_the_same_shards(prepared, raw, tmp_path):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("kill_after", [0, 2, 5, 8, 10, 13])
+@pytest.mark.parametrize("kill_after", [0, 3, 7, 9, 13])
 def test_a_killed_run_goes_on_to_the_same_bytes(prepared, raw, tmp_path, monkeypatch, kill_after):
     """Each rename that makes something appear may be the last that the process lives to do."""
     renames = 0
@@ -272,6 +272,32 @@ def test_repeated_lines_and_contamination(tmp_path):
     (example,) = report["examples"]["decontaminate"]["contaminated"]
     assert " ".join(example["marked"].split()) in " ".join(texts[3].split()[20:36])
     assert len(example["marked"].split()) == 13
+
+
+def test_many_empty_files(tmp_path):
+    """Files without text cost a record each and are counted."""
+    for number in range(200):
+        (tmp_path / f"{number}.txt").touch()
+    made_texts.write_jsonl(tmp_path / "pages.jsonl", [made_texts.text(seed) for seed in range(5)])
+    report = run([tmp_path], tmp_path / "out")
+    assert (report["read"]["documents"], report["kept"]["documents"]) == (205, 5)
+    assert [step["dropped"] for step in report["steps"] if step["dropped"]] == [
+        {"empty": {"documents": 200, "bytes": 0}}
+    ]
+
+
+def test_damage_stops_the_run_or_is_listed(tmp_path):
+    """The finished chunks are used again when the run is repeated with skip_bad."""
+    path = made_texts.write_jsonl(tmp_path / "pages.jsonl", [made_texts.text(seed) for seed in range(30)])
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"pages\.jsonl:31: the field 'text' is of type int, expected a string"):
+        run([path], tmp_path / "out")
+    report = run([path], tmp_path / "out", skip_bad=True)
+    assert report["kept"]["documents"] == 30
+    assert report["read"]["bad"] == 1
+    assert report["read"]["bad_records"] == [[f"{path}:31", "the field 'text' is of type int, expected a string"]]
+    assert "expected a string" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 
 def test_a_document_left_empty_or_none_left(tmp_path):

@@ -45,7 +45,7 @@ def damaged_texts() -> list[str]:
     """Texts with the faults that the filters look for, in growing doses."""
     rng = random.Random(0)
     texts = ["word", "a b", "the of " * 30, "•\n" * 60, "# " * 60, "Lorem ipsum dolor. " * 6]
-    for seed in range(400):
+    for seed in range(200):
         lines = made_texts.text(seed, lines=rng.randint(2, 12)).split("\n")
         for _ in range(rng.choice([0, 0, 1, 2, 5, 9])):
             fault = rng.choice(

@@ -19,7 +19,7 @@ from gptcore.prepare.duplicates import minhash_bands, remove_units, shingles
 from gptcore.prepare.readers import BadRecord, Raw, make_document
 from gptcore.prepare.recipe import Recipe
 from gptcore.prepare.store import Chunks, Rejected, write_zst
-from gptcore.prepare.summary import Summary, histogram, language_of, licence_of, measure
+from gptcore.prepare.summary import MEASURES, Summary, histogram, language_of, licence_of, measure
 from gptcore.text.tokenizer import Tokenizer
 
 
@@ -88,7 +88,7 @@ def first_pass(context: Context, number: int, records: Sequence[Raw]) -> None:
             rejected.append(out)
             summary.add_drop(out)
     summary.languages = dict(sorted(languages.items()))
-    summary.histograms = histogram(np.array(measures).reshape(len(measures), -1)) if measures else {}
+    summary.histograms = histogram(np.array(measures).reshape(len(measures), len(MEASURES)))
     arrays = {}
     if (units := recipe.sections.get("repeated_lines")) is not None:
         found = [(hash, row) for row, document in enumerate(kept) for hash in units.hashes(document)]
@@ -116,7 +116,8 @@ def second_pass(context: Context, number: int, alive: np.ndarray[Any, Any], firs
         else:
             rejected.append(out)
             summary.add_drop(out)
-    arrays: dict[str, np.ndarray[Any, Any]] = {"measures": np.array([measure(document) for document in kept])}
+    measures = np.array([measure(document) for document in kept]).reshape(len(kept), len(MEASURES))
+    arrays: dict[str, np.ndarray[Any, Any]] = {"measures": measures}
     sets = []
     if near is not None:
         sets = [shingles(document.text, near.ngram) for document in kept]

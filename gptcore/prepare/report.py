@@ -112,10 +112,8 @@ class Result:
         total: dict[str, list[int]] = histogram(np.empty((0, len(MEASURES))))
         for number in range(self.second.count):
             kept = self.kept[self.second.starts[number] : self.second.starts[number + 1]]
-            values = np.asarray(self.second.chunks.array(number, "measures")).reshape(len(kept), -1)
-            if len(kept):
-                for name, counts in histogram(values[kept]).items():
-                    total[name] = [a + b for a, b in zip(total[name], counts, strict=True)]
+            for name, counts in histogram(self.second.chunks.array(number, "measures")[kept]).items():
+                total[name] = [a + b for a, b in zip(total[name], counts, strict=True)]
         return total
 
     def _sources(self, summary: Summary) -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""docs/data.md: its commands and its program run as written, its table of steps is that of the recipes."""
+
+import re
+from pathlib import Path
+
+import made_texts
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+
+from gptcore.cli import main
+from gptcore.prepare.recipe import FIRST, RECIPES, SECOND, make_recipe
+
+PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+SMALL_MODEL = ["--n-positions", "16", "--n-embd", "16", "--n-layer", "1", "--n-head", "2", "--max-steps", "2",
+               "--warmup-steps", "0", "--samples", "0", "--disable-tqdm", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_commands_and_config(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    made_texts.write_jsonl(Path("pages.jsonl"), [made_texts.text(seed) for seed in range(40)])
+    Path("books").mkdir()
+    for seed in range(5):
+        Path(f"books/{seed}.txt").write_text(made_texts.text(100 + seed, lines=60), encoding="utf-8")
+    Path("exam.txt").write_text(made_texts.text(3, lines=1), encoding="utf-8")
+    (config,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    Path("prepare.toml").write_text(config, encoding="utf-8")
+    commands = re.findall(r"^gptcore .*$", PAGE, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        words = [str(path) for word in command.split()[1:] for path in _expanded(word)]
+        extra = SMALL_MODEL if words[0] == "train" else ["--workers", "1"]
+        assert main([*words, *extra]) == 0, (command, capsys.readouterr().err)
+    shown = capsys.readouterr().out
+    assert "source books: " in shown
+    assert "decontaminate        dropped 1 of " in shown
+    assert Path("mixed/report.html").is_file()
+
+
+def _expanded(word: str) -> list[str]:
+    """Return what a shell makes of a word: the files of a glob, unless a name stands before it."""
+    return sorted(map(str, Path().glob(word))) if "*" in word and "=" not in word else [word]
+
+
+@pytest.mark.slow
+def test_filters_in_two_processes_of_datatrove(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pages").mkdir()
+    for name in ("a", "b"):
+        texts = [made_texts.text(seed) for seed in range(3)]
+        parquet.write_table(pyarrow.table({"text": [*texts, "too short"]}), f"pages/{name}.parquet")
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(program, {"__name__": "program"})
+    kept = [len(parquet.read_table(path)) for path in sorted(Path("kept").iterdir())]
+    assert kept == [3, 3]
+
+
+def test_the_table_of_steps_is_that_of_the_recipes():
+    rows = dict(re.findall(r"^\| `(\w+)` \| .*? \| (?=[^|]*\|[^|]*\|[^|]*\|[^|]*\|$)(.*) \|$", PAGE, re.MULTILINE))
+    for step in [*FIRST, *SECOND]:
+        cells = [cell.strip() for cell in rows[step].split("|")]
+        for recipe, cell in zip(RECIPES, cells, strict=True):
+            assert bool(cell) == (step in make_recipe(recipe).sections), (step, recipe)
