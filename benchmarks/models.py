@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Limit, name_of, pick
-from gptcore import _C, GPT, GPTConfig, ops
+from gptcore import GPT, GPTConfig, ops
 from gptcore.hf.pretrained import PREFIX, TRANSPOSED
-from gptcore.ops.linear import FASTER_ON
+from gptcore.ops.linear import uses_kernel
 from gptcore.ops.registry import BACKENDS, FLOATS, Backend
 from gptcore.training.optim import AdamW
 
@@ -87,7 +87,7 @@ def no_kernels(dtype: torch.dtype) -> str:
         "layer_norm": layer_norm,
         "gelu": lambda x, bias, tanh: x,
     }
-    ours = dtype is torch.bfloat16 and _C.cpu_isa() == FASTER_ON  # as ops.linear chooses
+    ours = uses_kernel(dtype, training=True)
     nothing["linear"] = BACKENDS["cpu" if ours else "torch"].implementations["linear"]
     implementations = {**BACKENDS["cpu"].implementations, **nothing}
     BACKENDS["nothing"] = Backend("nothing", devices=("cpu",), dtypes=FLOATS, implementations=implementations)

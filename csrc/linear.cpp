@@ -4,20 +4,21 @@
 namespace gptcore {
 namespace {
 
-// Requires an operand or result of matrix products in `dtype`: dense, on the CPU, in `dtype` or float32.
+// Requires an operand or result of matrix products in `dtype`: on the CPU, in `dtype` or float32.
 void check_operand(const TensorView& t, const char* name, DType dtype) {
   check_cpu(t, name);
   check_float(t, name);
   if (t.dtype != dtype && t.dtype != DType::float32)
     refuse(name, " is ", t.dtype_name(), ", expected torch.float32 or the dtype of the output");
-  check_contiguous(t, name);
 }
 
-// Returns a tensor (..., columns) as a matrix with `rows` rows.
+// Returns a tensor (..., columns) as a matrix with `rows` rows. It is dense, or a matrix with dense rows.
 Matrix as_rows(const TensorView& t, const char* name, DType dtype, int64_t rows, int64_t columns) {
   check_operand(t, name, dtype);
   if (t.ndim < 1 || t.shape[t.ndim - 1] != columns || t.size() != rows * columns)
     refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected ", rows, " rows of ", columns);
+  if (t.ndim == 2 && t.strides[0] > columns && (columns == 1 || t.strides[1] == 1)) return {t.data, t.dtype, t.strides[0]};
+  check_contiguous(t, name);
   return {t.data, t.dtype, columns};
 }
 
@@ -44,6 +45,7 @@ void check_weight(const TensorView& t, const char* name) {
 void check_bias(const TensorView& t, const char* name, const LinearArgs& args) {
   check_operand(t, name, args.dtype);
   check_shape(t, name, {args.out_features});
+  check_contiguous(t, name);
 }
 
 void run(LinearArgs& args, std::initializer_list<const OptionalView*> outputs) {
@@ -74,10 +76,13 @@ void linear_forward(const TensorView& x, const TensorView& weight, const Optiona
   run(args, {&output});
 }
 
-// Computes the gradients that are given; grad_weight needs x, and grad_x needs weight.
+// Computes the gradients that are given; grad_weight needs x, and grad_x needs weight. With `scale`, adds scale times
+// the gradient to a float32 grad_weight.
 void linear_backward(const TensorView& grad_out, const OptionalView& x, const OptionalView& weight,
                      const OptionalView& grad_x, const OptionalView& grad_weight, const OptionalView& grad_bias,
-                     int64_t num_threads) {
+                     std::optional<double> scale, int64_t num_threads) {
+  if (scale && !grad_weight) refuse("scale is given, but grad_weight is None");
+  if (scale) check_dtype(*grad_weight, "grad_weight", DType::float32, "torch.float32 with a scale");
   if (grad_x.has_value() > weight.has_value()) refuse("weight is None, but grad_x needs it");
   if (grad_weight.has_value() > x.has_value()) refuse("x is None, but grad_weight needs it");
   if (weight) check_weight(*weight, "weight");
@@ -86,6 +91,7 @@ void linear_backward(const TensorView& grad_out, const OptionalView& x, const Op
   const int64_t in_features = weight ? weight->shape[1] : grad_weight ? grad_weight->shape[1] : 0;
   LinearArgs args = common_args(grad_out.dtype, rows, in_features, grad_out.shape[grad_out.ndim - 1], num_threads);
   args.grad_out = as_rows(grad_out, "grad_out", args.dtype, rows, args.out_features);
+  args.accumulate = scale.has_value(), args.scale = static_cast<float>(scale.value_or(1.0));
   if (grad_x) {
     args.weight = as_rows(*weight, "weight", args.dtype, args.out_features, in_features);
     args.grad_x = as_rows(*grad_x, "grad_x", args.dtype, rows, in_features);
@@ -118,7 +124,7 @@ void bind_linear(py::module_& m) {
   m.def("linear_forward", &linear_forward, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
         py::arg("num_threads"));
   m.def("linear_backward", &linear_backward, py::arg("grad_out"), py::arg("x"), py::arg("weight"), py::arg("grad_x"),
-        py::arg("grad_weight"), py::arg("grad_bias"), py::arg("num_threads"));
+        py::arg("grad_weight"), py::arg("grad_bias"), py::arg("scale"), py::arg("num_threads"));
 }
 
 }  // namespace gptcore

@@ -108,9 +108,13 @@ def linear_backward(
     grad_x: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
+    scale: float | None,
     num_threads: int,
 ) -> None:
-    """Fill the gradients that are not None: grad_x needs weight, and grad_weight needs x."""
+    """Fill the gradients that are not None: grad_x needs weight, and grad_weight needs x.
+
+    With a scale, adds scale times the gradient to a float32 grad_weight.
+    """
 
 def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool, num_threads: int) -> float:
     """Return the sum of the cross entropies of the rows; logits is (rows, vocabulary) with dense rows.

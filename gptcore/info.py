@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from gptcore import _C, ops, precision
+from gptcore.ops.linear import describe_choice
 
 
 def openmp_runtimes() -> list[str]:
@@ -48,6 +49,7 @@ def describe() -> dict[str, str]:
         "instruction sets": isas,
         "in use": chosen,
         "16 bits on the CPU": f"{', '.join(ratios)} times as long as float32 (a training step of a block, measured)",
+        "linear layers on the CPU": describe_choice(),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} (torch.set_num_threads)",
         "openmp": openmp,
         "cuda": _C.cuda_problem() or f"built for {', '.join(_C.cuda_archs())}",

@@ -289,12 +289,12 @@ class GPT(nn.Module):
             cache.end()
         if labels is None:
             kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
-            return GPTOutput(F.linear(hidden[:, kept], output_weight), None)
+            return GPTOutput(ops.linear(hidden[:, kept], output_weight), None)
         targets = targets_of(labels, attention_mask, cu_seqlens).long()
         if not return_logits:
             loss = ops.linear_cross_entropy(hidden, output_weight, targets, ignore_index=IGNORED)
             return GPTOutput(hidden.new_empty(B, 0, config.vocab_size), loss)
-        logits = F.linear(hidden, output_weight)  # (B, T, V)
+        logits = ops.linear(hidden, output_weight)  # (B, T, V)
         return GPTOutput(logits, mean_cross_entropy(logits, targets))
 
     def _output_weight(self) -> Tensor:

@@ -104,6 +104,8 @@ struct LinearArgs {
   const void* bias;  // (out_features,), may be null
   void* grad_bias;
   DType bias_dtype;
+  bool accumulate;  // grad_weight += scale * product, in float32, instead of grad_weight = product
+  float scale;
   char* workspace;  // linear_workspace bytes, aligned to 64
   int num_threads;
 };

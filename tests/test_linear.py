@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 from gptcore import _C, ops
 from gptcore.model import GPT, GPTConfig, Linear
+from gptcore.ops.linear import TRAINED
 
 # The others leave linear layers to PyTorch
 on_the_cpu = pytest.mark.parametrize("kernel", [name for name in NATIVE if name.startswith("cpu")], indirect=True)
@@ -235,6 +235,41 @@ def test_the_number_of_threads_does_not_matter(kernel: str, dtype: torch.dtype) 
 
 
 @on_the_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outer", [5, 130])
+def test_a_row_has_the_same_bits_whatever_the_number_of_rows(kernel: str, dtype: torch.dtype, outer: int) -> None:
+    """And of threads: few rows and many take different ways through the kernel."""
+    inner = 1100 if outer == 130 else 1101  # several blocks of the sum; pairs of 16-bit weights, and an odd one
+    x, weight = randn(300, inner, dtype=dtype), randn(outer, inner, seed=1, dtype=dtype)
+    bias = randn(outer, seed=2, dtype=dtype)
+    whole, out = torch.empty(300, outer, dtype=dtype), torch.empty(300, outer, dtype=dtype)
+    _C.linear_forward(x, weight, bias, whole, 1)
+    for rows in (*range(1, 65), 66, 97, 300):
+        for count in (1, 2, 4):
+            _C.linear_forward(x[-rows:], weight, bias, out[:rows].fill_(math.nan), count)
+            assert torch.equal(out[:rows], whole[-rows:]), (rows, count)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_scaled_gradient_is_added(kernel: str, dtype: torch.dtype) -> None:
+    x, grad_out, before = randn(70, 40, dtype=dtype), randn(70, 33, seed=3, dtype=dtype), randn(33, 40, seed=4)
+    alone, added = torch.empty(33, 40), before.clone()
+    _C.linear_backward(grad_out, x, None, None, alone, None, None, 1)
+    _C.linear_backward(grad_out, x, None, None, added, None, 0.25, 1)
+    torch.testing.assert_close(added, before + 0.25 * alone, rtol=1e-6, atol=1e-6)
+
+
+@on_the_cpu
+def test_rows_may_be_apart(kernel: str) -> None:
+    """As those of logits in a padded buffer."""
+    x, weight, out = randn(13, 40)[:, :33], randn(9, 50)[:, :33], torch.full((13, 20), math.nan)
+    _C.linear_forward(x, weight, None, out[:, :9], 1)
+    torch.testing.assert_close(out[:, :9], F.linear(x, weight))
+    assert out[:, 9:].isnan().all()
+
+
+@on_the_cpu
 @pytest.mark.parametrize(("dtype", "inner"), [(BF16, 2048), (F32, 1024)])
 def test_rows_a_page_apart(kernel: str, dtype: torch.dtype, inner: int) -> None:
     """Which would share few places of the cache, and are packed for that."""
@@ -265,7 +300,7 @@ def test_neighbours_in_memory_are_neither_read_nor_written(kernel: str, dtype: t
         for seed, tensor in enumerate((x, weight, bias, grad_out)):
             tensor.copy_(randn(*tensor.shape, seed=seed, dtype=dtype))
         _C.linear_forward(x, weight, bias, out, 2)
-        _C.linear_backward(grad_out, x, weight, *gradients, 2)
+        _C.linear_backward(grad_out, x, weight, *gradients, None, 2)
         assert not any(tensor.isnan().any() for tensor in (out, *gradients))
         assert all(room[:64].isnan().all() and room[-64:].isnan().all() for room in rooms)
 
@@ -286,17 +321,20 @@ class Special(Tensor):
     """Of a kind that the kernel does not know."""
 
 
-def test_the_kernel_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["gptcore.ops.linear"]
-    monkeypatch.setattr(module, "FASTER_ON", _C.cpu_isa())
-    x, weight = randn(300, 8, dtype=BF16), randn(9, 8, dtype=BF16)
+@pytest.fixture
+def fast_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training the kernel is faster in bfloat16."""
+    monkeypatch.setitem(TRAINED, _C.cpu_isa(), (BF16,))
+
+
+def test_the_kernel_is_taken_where_it_is_faster(fast_in_bfloat16: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = randn(300, 8, dtype=BF16).requires_grad_(), randn(9, 8, dtype=BF16)
 
     def calls(*args: Tensor, **settings: Any) -> int:
         return calls_of_the_kernel(lambda: ops.linear(*args, **settings), monkeypatch)
 
     assert calls(x, weight) == 1
     assert calls(x.view(10, 30, 8), weight) == 1
-    assert calls(x[:255], weight) == 0
     assert calls(x.float(), weight.float()) == 0
     assert calls(x.half(), weight.half()) == 0
     with torch.autocast("cpu", BF16):
@@ -308,11 +346,12 @@ def test_the_kernel_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch)
     with ops.use("cpu"):
         assert calls(x, weight) == 1
         assert calls(x.float(), weight.float()) == 0
-    assert calls(x.to_sparse(), weight) == 0
+    assert calls(x.detach().to_sparse(), weight) == 0
     assert calls(x.view(-1, *[1] * 7, 8), weight) == 0
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         assert calls(x, weight) == 0
     assert counter.get_total_flops() == 2 * 300 * 8 * 9
+    x = x.detach()
     traced = torch.jit.trace(ops.linear, (x, weight), check_trace=False)
     assert torch.equal(traced(2 * x, weight), F.linear(2 * x, weight))
     torch.testing.assert_close(
@@ -323,18 +362,43 @@ def test_the_kernel_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch)
         tangent = torch.autograd.forward_ad.unpack_dual(ops.linear(dual, weight)).tangent
     torch.testing.assert_close(tangent, F.linear(x, weight))
     assert calls(x, weight.as_subclass(Special)) == 0
-    monkeypatch.setattr(module, "FASTER_ON", "another")
-    assert calls(x, weight) == 0
 
 
-def test_a_model_in_bfloat16_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["gptcore.ops.linear"], "FASTER_ON", _C.cpu_isa())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_is_taken_where_nothing_is_differentiated(
+    fast_in_bfloat16: None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = leaves(randn(3, 8, dtype=dtype), randn(9, 8, dtype=dtype))
+
+    def calls(x: Tensor) -> int:
+        return calls_of_the_kernel(lambda: ops.linear(x, weight), monkeypatch)
+
+    assert calls(x) == (dtype is BF16)
+    with torch.no_grad():
+        assert calls(x) == 1
+        assert calls(x[:1]) == 1
+    weight.requires_grad_(False)
+    assert calls(x.detach()) == 1
+
+
+def test_a_model_in_bfloat16_runs_on_the_kernel(fast_in_bfloat16: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(GPTConfig(vocab_size=50, n_positions=64, n_embd=16, n_layer=2, n_head=2)).eval()
     ids = torch.randint(50, (4, 64))
     assert calls_of_the_kernel(lambda: model(ids), monkeypatch) == 0
     with torch.autocast("cpu", BF16):
-        assert calls_of_the_kernel(lambda: model(ids), monkeypatch) == 8
-    assert calls_of_the_kernel(lambda: model.bfloat16()(ids), monkeypatch) == 8
+        assert calls_of_the_kernel(lambda: model(ids), monkeypatch) == 9
+    assert calls_of_the_kernel(lambda: model.bfloat16()(ids), monkeypatch) == 9
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_logits_has_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50, n_positions=64, n_embd=16, n_layer=2, n_head=2)).eval().to(dtype)
+    ids = torch.randint(50, (7, 20))
+    with torch.no_grad():
+        together = model(ids).logits
+        for rows in (1, 2, 3, 5):
+            assert torch.equal(model(ids[:rows]).logits, together[:rows])
 
 
 def test_the_module_is_torchs_linear(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,11 +469,13 @@ def test_native_arguments_that_do_not_fit() -> None:
     for i, name in enumerate(("grad_x", "grad_weight", "grad_bias")):
         for wrong, match in ((gradients[i][:-1], "shape"), (gradients[i].double(), "torch.float64")):
             given = [*gradients[:i], wrong, *gradients[i + 1 :]]
-            refused(f"{name} .*{match}", _C.linear_backward, out, x, weight, *given, 1)
-    refused("weight is None", _C.linear_backward, out, x, None, gradients[0], None, None, 1)
-    refused("x is None", _C.linear_backward, out, None, weight, None, gradients[1], None, 1)
-    refused(r"weight has shape \(8, 9\)", _C.linear_backward, out, x, weight.view(8, 9), gradients[0], None, None, 1)
-    refused(r"x has shape \(3, 8\)", _C.linear_backward, out, x[:3], None, None, gradients[1], None, 1)
+            refused(f"{name} .*{match}", _C.linear_backward, out, x, weight, *given, None, 1)
+    refused("weight is None", _C.linear_backward, out, x, None, gradients[0], None, None, None, 1)
+    refused("x is None", _C.linear_backward, out, None, weight, None, gradients[1], None, None, 1)
+    refused(
+        r"weight has shape \(8, 9\)", _C.linear_backward, out, x, weight.view(8, 9), gradients[0], None, None, None, 1
+    )
+    refused(r"x has shape \(3, 8\)", _C.linear_backward, out, x[:3], None, None, gradients[1], None, None, 1)
     refused(
         "grad_x shares memory with weight",
         _C.linear_backward,
@@ -419,10 +485,11 @@ def test_native_arguments_that_do_not_fit() -> None:
         weight.view(-1)[:32].view(4, 8),
         None,
         None,
+        None,
         1,
     )
-    refused("grad_weight shares memory with x", _C.linear_backward, randn(4, 4), x, None, None, x, None, 1)
-    refused("grad_bias shares memory with grad_out", _C.linear_backward, out, None, None, None, None, out[0], 1)
+    refused("grad_weight shares memory with x", _C.linear_backward, randn(4, 4), x, None, None, x, None, None, 1)
+    refused("grad_bias shares memory with grad_out", _C.linear_backward, out, None, None, None, None, out[0], None, 1)
     refused(
         "grad_x shares memory with grad_weight",
         _C.linear_backward,
@@ -432,8 +499,14 @@ def test_native_arguments_that_do_not_fit() -> None:
         gradients[1],
         gradients[1],
         None,
+        None,
         1,
     )
+    refused(
+        "scale is given, but grad_weight is None", _C.linear_backward, out, x, weight, gradients[0], None, None, 1.0, 1
+    )
+    narrow = gradients[1].bfloat16()
+    refused("grad_weight is torch.bfloat16", _C.linear_backward, out.bfloat16(), x, None, None, narrow, None, 1.0, 1)
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptcore import _C
 from gptcore.ops import arguments, native, registry
+from gptcore.ops.linear import uses_kernel
 from gptcore.ops.operation import Operation, Sample
 
 CHUNK = 512  # minimum tokens per chunk: with fewer, matmuls are slower and grad_weight is accumulated more often
@@ -34,7 +36,8 @@ def linear_cross_entropy(
     """Return the mean of -log softmax(x @ weight.T)[target] over the targets that are not ignore_index.
 
     The logits have the dtype of F.linear's result; softmax, loss and the accumulation of grad_weight are float32. The
-    matmuls are PyTorch's, whose last bits may depend on the number of threads.
+    matmuls are ours where ops.linear's kernel is the faster one, else PyTorch's, whose last bits may depend on the
+    number of threads.
 
     Args:
         x: (..., width), the last hidden states.
@@ -109,7 +112,7 @@ def _linear_cross_entropy_torch(
     return total / (targets != ignore_index).sum().clamp(min=1)
 
 
-# ---- cpu: kernels/cpu/cross_entropy.cpp, and PyTorch's matmul --------------------------------------------------------
+# ---- cpu: kernels/cpu/cross_entropy.cpp, and the matmul of kernels/cpu/linear.cpp or PyTorch -------------------------
 
 
 def _forward_native(
@@ -124,15 +127,17 @@ def _forward_native(
     if low < 0 or high >= vocab:
         _check_targets(targets, vocab, ignore_index)
     targets = kept
-    rows = (x if everything else x.index_select(0, counted)).to(dtype)
-    narrow = weight if weight.dtype == dtype else _kept("narrow", weight.shape, dtype).copy_(weight)
+    rows = (x if everything else x.index_select(0, counted)).to(dtype).contiguous()
+    narrow = weight.contiguous() if weight.dtype == dtype else _kept("narrow", weight.shape, dtype).copy_(weight)
     # 1 / count is applied after the sums: softmax / count would underflow in float16
     scale = 1.0 / max(1, count)
     grad_rows = torch.empty_like(rows if need_x else rows[:0])
     grad_weight = _kept("gradient", weight.shape if need_weight else (0,), torch.float32)
-    if count == 0:
+    in_kernel = uses_kernel(dtype, training=need_x or need_weight)
+    if count == 0 or in_kernel:
         grad_weight.zero_()
 
+    threads = torch.get_num_threads()
     most = max(CHUNK, CHUNK_BYTES // (vocab * dtype.itemsize))
     size = max(1, -(-count // max(1, -(-count // most))))
     buffer, total = _kept("logits", (min(size, count), -(-vocab // ROW) * ROW), dtype), 0.0
@@ -142,11 +147,19 @@ def _forward_native(
     for begin in range(0, count, size):
         chunk = slice(begin, begin + size)
         part = rows[chunk]
-        logits = torch.mm(part, narrow.t(), out=buffer[: len(part)])  # autocast does not cast calls with `out`
+        if in_kernel:
+            logits = buffer[: len(part)]
+            _C.linear_forward(part, narrow, None, logits, threads)
+        else:
+            logits = torch.mm(part, narrow.t(), out=buffer[: len(part)])  # autocast does not cast calls with `out`
         total += cross_entropy(logits, targets[chunk], need_x or need_weight)
-        if need_x:
+        if in_kernel and need_x:
+            _C.linear_backward(logits, None, narrow, grad_rows[chunk], None, None, None, threads)
+        elif need_x:
             torch.mm(logits, narrow, out=grad_rows[chunk])
-        if need_weight:
+        if in_kernel and need_weight:
+            _C.linear_backward(logits, part, None, None, grad_weight, None, scale, threads)
+        elif need_weight:
             _add_product(grad_weight, logits, part, scale, first=begin == 0)
     grad_x = grad_rows.to(x.dtype).mul_(scale)
     if need_x and not everything:

@@ -1,118 +1,86 @@
 // A linear layer, y = x W^T + b, and its gradients dx = dy W, dW = dy^T x, db = the sum of the rows of dy.
 //
-// Each is a product C = A B. All of B is packed first, in panels of few columns. Then each thread takes one band of
-// rows of C after the other: what it reads of A stays in the cache while B passes by, panel after panel. Results leave
-// the registers once, as what they are to be, with the bias added.
+// Each is a product C = A B. An element of C is the bias plus sums over blocks of kSteps, in order, whatever the number
+// of rows and of threads: a row of C has the same bits alone and among others.
+//
+// With many rows, all of B is packed first, in panels of kWidth columns. Each thread then takes one band of rows of C
+// after the other, and multiplies it by panel after panel. With few rows, packing would take longer than multiplying:
+// each thread takes panels, and packs each block of it into the first-level cache just before it is multiplied.
 #include <omp.h>
 
-#include "kernels/cpu/rows.h"
-#include "kernels/cpu/tiles.h"
+#include "kernels/cpu/linear_pack.h"
 
 namespace gptcore {
 namespace GPTCORE_ISA {
 namespace {
 
-// A tile of C in registers: 12 x 2 vectors read less of B than 6 x 4, and B comes from the second level of the cache.
-constexpr int kRows = kLanes == 16 ? 12 : 6, kVectors = 2;
-constexpr int kWidth = kVectors * kLanes;  // columns of a panel of B
-constexpr int64_t kSteps = 256;            // whose terms are added up on their own, as those of kDepth in attention
-constexpr int64_t kStretch = 64;           // rows or columns that are packed in one go
-constexpr int64_t kMostTiles = 2;          // of a band, one above the other
+constexpr int64_t kSteps = 256;      // of a block: the fewer terms in a float32 sum, the more exact it is
+constexpr int64_t kMostTiles = 8;    // of a band, one above the other: a block of a panel stays in the cache for them
+constexpr int64_t kFewRows = 64;     // with up to so many, B is packed block by block
+constexpr int64_t kFused = 4;        // with up to so many, it is not even packed
+constexpr int64_t kSerial = 1 << 17;  // multiplications that take less time than waking a thread
 
 template <class T>
 struct Product {
   int64_t rows, columns, depth;  // of C, and of the sum
   Matrix a, b, c;
-  bool turned;       // `a` holds A^T and `b` holds B, instead of A and B
-  bool b_turned;     // `b` holds B^T
-  const void* bias;  // (columns,), may be null
+  bool a_transposed;   // `a` holds A^T, and `b` holds B
+  bool b_transposed;   // `b` holds B^T, and `a` holds A
+  const void* bias;    // (columns,), may be null
   DType bias_dtype;
+  bool accumulate;     // C += alpha A B instead of C = A B
+  float alpha;
 
   int64_t steps() const { return (depth + kStep<T> - 1) / kStep<T>; }
   int64_t panels() const { return (columns + kWidth - 1) / kWidth; }
   int64_t panel_size() const { return steps() * kWidth; }  // Wide<T>s
-  // A can be read as it lies. Rows at this distance would share the few places of one set of the cache.
+  bool few_rows() const { return b_transposed && rows <= kFewRows; }
+  // B can be multiplied as it is transposed, in units of 32 bits.
+  bool fused() const {
+    const int64_t numbers = b.dtype == DType::float32 ? 1 : 2;
+    return rows <= kFused && depth % numbers == 0 && b.stride % numbers == 0 && numbers >= kStep<T>;
+  }
+  int threads(int most) const { return rows * columns * depth < kSerial ? 1 : most; }
+  // A can be read in place. Rows at such a stride would share the few ways of one set of the cache.
   bool ready() const {
     const DType dtype = kStep<T> == 2 ? DType::bfloat16 : DType::float32;
-    return !turned && depth % kStep<T> == 0 && a.dtype == dtype && a.stride * (int64_t)sizeof(T) % 4096 != 0;
+    return !a_transposed && depth % kStep<T> == 0 && a.dtype == dtype && a.stride * (int64_t)sizeof(T) % 4096 != 0;
   }
-  // Else a band of it is packed, in rows or, turned, in panels of kRows like B's.
-  int64_t left_row() const { return round_up(depth, 128) + 64; }  // never of such a distance
+  // Else a band of it is packed, in rows or, transposed, in panels of kRows like B's.
+  int64_t left_row() const { return round_up(depth, 128) + 64; }  // never such a stride
   int64_t left_panel() const { return round_up(steps() * kRows + kLanes, kLanes); }
-  size_t left_bytes() const {  // of a thread
+  size_t left_bytes() const {  // of a thread, or of all with few rows
     if (ready()) return 0;
-    return kMostTiles * (turned ? left_panel() * sizeof(Wide<T>) : kRows * left_row() * sizeof(T));
+    if (few_rows()) return rows * left_row() * sizeof(T);
+    return kMostTiles * (a_transposed ? left_panel() * sizeof(Wide<T>) : kRows * left_row() * sizeof(T));
   }
   // Rows of A from `row` on, which in the packed band are those from `at` on.
   Left<T> left(const char* band, int64_t row, int64_t at, int64_t tile_rows) const {
     if (ready()) return by_rows((const T*)a.data + row * a.stride, a.stride);
-    if (!turned) return by_rows((const T*)band + at * left_row(), left_row());
+    if (!a_transposed) return by_rows((const T*)band + at * left_row(), left_row());
     const Wide<T>* panel = (const Wide<T>*)band + at / tile_rows * left_panel();
     return {(const T*)panel, kStep<T>, kStep<T> * kRows};
   }
-  size_t right_bytes() const { return panels() * panel_size() * sizeof(Wide<T>); }
-  size_t workspace(int num_threads) const { return right_bytes() + num_threads * left_bytes(); }
+  size_t right_bytes(int num_threads) const {  // all panels, or a block of a thread
+    return sizeof(Wide<T>) * (few_rows() ? num_threads * kSteps * kWidth : panels() * panel_size());
+  }
+  size_t workspace(int num_threads) const {
+    return right_bytes(num_threads) + (few_rows() ? 1 : num_threads) * left_bytes();
+  }
 };
 
-// What T keeps of these numbers.
+// Packs the steps [step, end) of a panel. With few rows, prefetches the next block: of this panel, or of the next.
 template <class T>
-GPTCORE_INLINE Vec rounded_to(Vec v) {
-  if constexpr (kStep<T> == 2) return bit_cast<Vec>(__builtin_convertvector(to_bfloat16(v), UintVec) << 16);
-  return v;
-}
-
-// Two numbers side by side that bfloat16 can hold, or one.
-GPTCORE_INLINE void store_exactly(float* p, const Vec* v) { store(p, v[0]); }
-GPTCORE_INLINE void store_exactly(uint32_t* p, const Vec* v) {
-  store((float*)p, bit_cast<Vec>(bit_cast<UintVec>(v[0]) >> 16 | bit_cast<UintVec>(v[1])));
-}
-
-// Rows of a source that follow each other in depth: Width columns of each, of which `columns` are there. The last
-// vector may be written beyond Width, where the next row goes.
-template <int Width, class S, class T>
-void pack_from_rows(Wide<T>* to, const S* source, int64_t stride, int64_t rows, int64_t columns) {
-  auto pack = [&](int64_t count, auto load_at) {
-    for (int64_t j = 0; j < Width; j += kLanes) {
-      Vec v[kStep<T>] = {};
-      for (int s = 0; s < count; ++s) {
-        v[s] = load_at(source + s * stride + j, j);
-        if (sizeof(S) > sizeof(T)) v[s] = rounded_to<T>(v[s]);
-      }
-      store_exactly(to + j, v);
-    }
-    source += count * stride, to += Width;
-  };
-  auto some = [&](const S* p, int64_t j) { return j < columns ? load_up_to(p, columns - j) : Vec{}; };
-  auto all = [](const S* p, int64_t) { return load(p); };
-  const bool whole = columns >= (Width + kLanes - 1) / kLanes * kLanes;
-  int64_t k = 0;
-  for (; whole && k + kStep<T> <= rows; k += kStep<T>) pack(kStep<T>, all);
-  for (; k < rows; k += kStep<T>) pack(smaller(kStep<T>, rows - k), some);
-}
-
-// Rows of a source side by side, up to kWidth: depth runs along its columns.
-template <class S, class T>
-void pack_from_columns(Wide<T>* to, const S* source, int64_t stride, int64_t rows, int64_t columns) {
-  if constexpr (sizeof(S) > sizeof(T)) {
-    for (int64_t k = 0; k < columns; k += kStretch, source += kStretch, to += kStretch / kStep<T> * kWidth) {
-      T narrow[kWidth * kStretch];
-      const int64_t here = smaller(kStretch, columns - k);
-      pack_rows(narrow, kStretch, source, stride, rows, here);
-      pack_panel_columns<T, T, kWidth>(to, narrow, kStretch, rows, round_up(here, kStep<T>), 1.0f);
-    }
-  } else {
-    pack_panel_columns<S, T, kWidth>(to, source, stride, rows, columns, 1.0f);
-  }
-}
-
-template <class T>
-void pack_right(const Product<T>& p, int64_t column, Wide<T>* to) {
-  const int64_t columns = smaller(kWidth, p.columns - column);
+void pack_right(const Product<T>& p, int64_t column, int64_t step, int64_t end, Wide<T>* to) {
+  const int64_t columns = smaller(kWidth, p.columns - column), k = step * kStep<T>;
+  const int64_t depth = smaller(end * kStep<T>, p.depth) - k;
   with_type(p.b.dtype, [&](auto zero) {
     using S = decltype(zero);
     const S* source = (const S*)p.b.data;
-    if (p.b_turned) pack_from_columns<S, T>(to, source + column * p.b.stride, p.b.stride, columns, p.depth);
-    else pack_from_rows<kWidth, S, T>(to, source + column, p.b.stride, p.depth, p.columns - column);
+    const int64_t ahead = !p.few_rows() ? 0 : end < p.steps() ? kSteps * kStep<T> : kWidth * p.b.stride - k;
+    if (p.b_transposed)
+      pack_from_columns<S, T>(to, source + column * p.b.stride + k, p.b.stride, columns, depth, ahead);
+    else pack_from_rows<kWidth, S, T>(to, source + k * p.b.stride + column, p.b.stride, depth, p.columns - column);
   });
 }
 
@@ -121,11 +89,11 @@ void pack_left(const Product<T>& p, int64_t row, int64_t rows, int64_t tile_rows
   with_type(p.a.dtype, [&](auto zero) {
     using S = decltype(zero);
     const S* source = (const S*)p.a.data;
-    if (!p.turned) {
+    if (!p.a_transposed) {
       source += row * p.a.stride;
       return pack_rows((T*)to, round_up(p.depth, kStep<T>), source, p.a.stride, rows, p.depth, p.left_row());
     }
-    for (int64_t k = 0; k < p.depth; k += kStretch)  // whose rows stay in the cache, while each panel takes its columns
+    for (int64_t k = 0; k < p.depth; k += kStretch)  // whose rows stay in the cache while each panel takes its columns
       for (int64_t r = 0; r < rows; r += tile_rows)
         pack_from_rows<kRows, S, T>((Wide<T>*)to + r / tile_rows * p.left_panel() + k / kStep<T> * kRows,
                                     source + k * p.a.stride + row + r, p.a.stride, smaller(kStretch, p.depth - k),
@@ -133,7 +101,7 @@ void pack_left(const Product<T>& p, int64_t row, int64_t rows, int64_t tile_rows
   });
 }
 
-// Rows x Vectors of C from the registers to memory, of which `columns` are left.
+// Stores Rows x Vectors of C, of which `columns` exist.
 template <int Rows, int Vectors, class S>
 GPTCORE_INLINE void store_tile(S* to, int64_t stride, const Vec (&acc)[Rows][Vectors], int64_t columns) {
   if (columns >= Vectors * kLanes) {
@@ -146,34 +114,48 @@ GPTCORE_INLINE void store_tile(S* to, int64_t stride, const Vec (&acc)[Rows][Vec
   }
 }
 
+// One block of the sum, for one panel.
+template <class T>
+struct Block {
+  const Wide<T>* b;
+  int64_t steps;
+  const Vec* bias;        // which the sum begins with, or null: with the partial sums
+  void* c;                // row 0 of the result, or null: the partial sums are kept
+  DType dtype;
+  int64_t stride, columns;
+};
+
 template <int Rows, int Vectors, class T>
-void multiply_tile(Left<T> a, const Wide<T>* b, int64_t steps, const Vec* bias, void* c, DType dtype, int64_t stride,
-                   int64_t columns) {
-  Vec acc[Rows][Vectors];
-  GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
-    GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] = bias[v];
-  if (kStep<T> == 2) {  // the rounding of A and B drowns that of the sum
-    add_products<Rows, Vectors, kWidth>(acc, a, b, steps);
+void multiply_tile(const Block<T>& block, Left<T> a, int64_t row, float* partial) {
+  Vec acc[Rows][Vectors], sum[Rows][Vectors] = {};
+  auto begin = [&] {
+    GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
+      GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v)
+        acc[r][v] = block.bias ? block.bias[v] : load(partial + r * kWidth + v * kLanes);
+  };
+  if (kStep<T> == 2) {  // the error of rounding A and B is far above that of the sum
+    begin();
+    add_products<Rows, Vectors, kWidth>(acc, a, block.b, block.steps);
   } else {
-    for (; steps > 0; steps -= kSteps, a = a.from_step(kSteps), b += kSteps * kWidth) {
-      Vec sum[Rows][Vectors] = {};
-      add_products<Rows, Vectors, kWidth>(sum, a, b, smaller(steps, kSteps));
-      GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
-        GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] += sum[r][v];
-    }
+    add_products<Rows, Vectors, kWidth>(sum, a, block.b, block.steps);
+    begin();
+    GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
+      GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] += sum[r][v];
   }
-  with_type(dtype, [&](auto zero) { store_tile((decltype(zero)*)c, stride, acc, columns); });
+  if (!block.c) return store_tile(partial, kWidth, acc, Vectors * kLanes);
+  with_type(block.dtype, [&](auto zero) {
+    using S = decltype(zero);
+    store_tile((S*)block.c + row * block.stride, block.stride, acc, block.columns);
+  });
 }
 
-// The same for `rows` rows, of which there are not more than Rows.
+// The same for `rows` rows, at most Rows.
 template <int Rows, class T>
-GPTCORE_INLINE void multiply_some(int64_t rows, Left<T> a, const Wide<T>* b, int64_t steps, const Vec* bias,
-                                  const Matrix& c, int64_t row, int64_t column, int64_t columns) {
+GPTCORE_INLINE void multiply_some(int64_t rows, const Block<T>& block, Left<T> a, int64_t row, float* partial) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return multiply_some<Rows - 1>(rows, a, b, steps, bias, c, row, column, columns);
-  void* to = (char*)c.data + (row * c.stride + column) * (c.dtype == DType::float32 ? 4 : 2);
-  if (columns > kLanes) multiply_tile<Rows, kVectors>(a, b, steps, bias, to, c.dtype, c.stride, columns);
-  else multiply_tile<Rows, 1>(a, b, steps, bias, to, c.dtype, c.stride, columns);
+    if (rows < Rows) return multiply_some<Rows - 1>(rows, block, a, row, partial);
+  if (block.columns > kLanes) multiply_tile<Rows, kVectors>(block, a, row, partial);
+  else multiply_tile<Rows, 1>(block, a, row, partial);
 }
 
 template <class T>
@@ -184,8 +166,109 @@ void load_bias(const Product<T>& p, int64_t column, int64_t columns, Vec* bias) 
   });
 }
 
+// Computes rows [begin, end) of one panel of C. right(step, end) returns a packed block of the panel; `left` is the
+// packed band of these rows.
+template <class T, class Right>
+GPTCORE_INLINE void multiply_panel(const Product<T>& p, const char* left, int64_t begin, int64_t end,
+                                   int64_t tile_rows, int64_t panel, Right right) {
+  float partial[larger(kMostTiles * kRows, kFewRows) * kWidth];
+  Vec bias[kVectors] = {};
+  const int64_t column = panel * kWidth, columns = smaller(kWidth, p.columns - column);
+  const bool widened = p.c.dtype == DType::float32;
+  char* c = (char*)p.c.data + column * (widened ? sizeof(float) : 2);
+  if (p.bias) load_bias(p, column, columns, bias);
+  for (int64_t step = 0; step < p.steps() || step == 0; step += kSteps) {
+    const int64_t stop = smaller(step + kSteps, p.steps());
+    const bool last = stop == p.steps() && !p.accumulate;
+    const Block<T> block{right(step, stop), stop - step, step ? nullptr : bias, last ? c : nullptr,
+                         p.c.dtype, p.c.stride, columns};
+    for (int64_t row = begin; row < end; row += tile_rows)
+      multiply_some<kRows>(smaller(tile_rows, end - row), block,
+                           p.left(left, row, row - begin, tile_rows).from_step(step), row,
+                           partial + (row - begin) * kWidth);
+  }
+  if (!p.accumulate) return;
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      float* to = (float*)c + row * p.c.stride + j;
+      store_up_to(to, load_up_to(to, columns - j) + load(partial + (row - begin) * kWidth + j) * p.alpha, columns - j);
+    }
+}
+
+// A panel of kLanes columns for up to kFused rows: B is multiplied as it is transposed, without a detour through memory.
+template <int Rows, class S, class T>
+void multiply_fused(const Product<T>& p, Left<T> a, int64_t column) {
+  constexpr int64_t kNumbers = sizeof(float) / sizeof(S), kStepsOfUnit = kNumbers / kStep<T>;
+  const int64_t columns = smaller(kLanes, p.columns - column), units = p.depth / kNumbers;
+  const int64_t stride = p.b.stride / kNumbers, block = kSteps / kStepsOfUnit;
+  const float* source = (const float*)((const S*)p.b.data + column * p.b.stride);
+  Vec bias = {}, acc[Rows], sum[Rows];
+  if (p.bias) load_bias(p, column, columns, &bias);
+  for (int r = 0; r < Rows; ++r) acc[r] = bias;
+  for (int64_t k = 0; k < units; k += block) {
+    const int64_t end = smaller(k + block, units), ahead = end < units ? block : kLanes * stride - k;
+    for (int r = 0; r < Rows; ++r) sum[r] = kStep<T> == 2 ? acc[r] : Vec{};
+    transpose_units<kLanes>(source + k, stride, columns, end - k, ahead, [&](int64_t, int64_t unit, Vec v) {
+      const Left<T> at = a.from_step((k + unit) * kStepsOfUnit);
+      if constexpr (kStepsOfUnit == 2) {
+        Vec both[2];
+        split(bit_cast<UintVec>(v), both, S());
+        GPTCORE_UNROLL for (int s = 0; s < 2; ++s)
+          GPTCORE_UNROLL for (int r = 0; r < Rows; ++r) sum[r] += splat(at.data[r * at.row + s]) * both[s];
+      } else {
+        GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
+          multiply_add(sum[r], splat_wide(at.data + r * at.row), bit_cast<decltype(splat_wide(at.data))>(v));
+      }
+    });
+    for (int r = 0; r < Rows; ++r) acc[r] = kStep<T> == 2 ? sum[r] : acc[r] + sum[r];
+  }
+  with_type(p.c.dtype, [&](auto zero) {
+    using C = decltype(zero);
+    for (int r = 0; r < Rows; ++r) store_up_to((C*)p.c.data + r * p.c.stride + column, acc[r], columns);
+  });
+}
+
+// The same for the number of rows that there are, at most Rows.
+template <int Rows, class S, class T>
+GPTCORE_INLINE void multiply_fused_some(const Product<T>& p, Left<T> a, int64_t column) {
+  if constexpr (Rows > 1)
+    if (p.rows < Rows) return multiply_fused_some<Rows - 1, S>(p, a, column);
+  multiply_fused<Rows, S>(p, a, column);
+}
+
 template <class T>
-void multiply_all(const Product<T>& p, char* workspace, int num_threads) {
+void multiply_few(const Product<T>& p, char* workspace, int num_threads) {
+  const int64_t tiles = larger(1, (p.rows + kRows - 1) / kRows), tile_rows = larger(1, (p.rows + tiles - 1) / tiles);
+  char* left = workspace + p.right_bytes(num_threads);
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+  {
+    Wide<T>* packed = (Wide<T>*)workspace + omp_get_thread_num() * kSteps * kWidth;
+    if (!p.ready()) {
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < p.rows; ++row) pack_left(p, row, 1, 1, left + row * p.left_row() * sizeof(T));
+    }
+    if (p.fused()) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t panel = 0; panel < p.panels(); ++panel)
+        with_type(p.b.dtype, [&](auto zero) {
+          using S = decltype(zero);
+          if constexpr (sizeof(S) <= sizeof(T) && (kStep<T> == 1 || kSame<S, T>))
+            for (int64_t j = panel * kWidth; j < smaller((panel + 1) * kWidth, p.columns); j += kLanes)
+              multiply_fused_some<kFused, S>(p, p.left(left, 0, 0, 1), j);
+        });
+    } else {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t panel = 0; panel < p.panels(); ++panel)
+      multiply_panel(p, left, 0, p.rows, tile_rows, panel, [&](int64_t step, int64_t end) {
+        pack_right(p, panel * kWidth, step, end, packed);
+        return packed;
+      });
+    }
+  }
+}
+
+template <class T>
+void multiply_many(const Product<T>& p, char* workspace, int num_threads) {
   // All threads get as many tiles of about the same size, in as many bands.
   const int64_t tiles = larger(1, (p.rows + kRows * num_threads - 1) / (kRows * num_threads));  // of a thread
   const int64_t tile_rows = larger(1, (p.rows + tiles * num_threads - 1) / (tiles * num_threads));
@@ -193,24 +276,27 @@ void multiply_all(const Product<T>& p, char* workspace, int num_threads) {
   Wide<T>* right = (Wide<T>*)workspace;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
-    char* left = workspace + p.right_bytes() + omp_get_thread_num() * p.left_bytes();
+    char* left = workspace + p.right_bytes(num_threads) + omp_get_thread_num() * p.left_bytes();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t panel = 0; panel < p.panels(); ++panel)
-      pack_right(p, panel * kWidth, right + panel * p.panel_size());
+      pack_right(p, panel * kWidth, 0, p.steps(), right + panel * p.panel_size());
 #pragma omp for schedule(dynamic, 1)
     for (int64_t begin = 0; begin < p.rows; begin += band) {
       const int64_t end = smaller(begin + band, p.rows);
       if (!p.ready()) pack_left(p, begin, end - begin, tile_rows, left);
-      for (int64_t panel = 0; panel < p.panels(); ++panel) {
-        const int64_t column = panel * kWidth, columns = smaller(kWidth, p.columns - column);
-        Vec bias[kVectors] = {};
-        if (p.bias) load_bias(p, column, columns, bias);
-        for (int64_t row = begin; row < end; row += tile_rows)
-          multiply_some<kRows>(smaller(tile_rows, end - row), p.left(left, row, row - begin, tile_rows),
-                               right + panel * p.panel_size(), p.steps(), bias, p.c, row, column, columns);
-      }
+      for (int64_t panel = 0; panel < p.panels(); ++panel)
+        multiply_panel(p, left, begin, end, tile_rows, panel, [&](int64_t step, int64_t) {
+          return right + panel * p.panel_size() + step * kWidth;
+        });
     }
   }
+}
+
+template <class T>
+void multiply_all(const Product<T>& p, char* workspace, int num_threads) {
+  if (p.rows == 0) return;
+  if (p.few_rows()) multiply_few(p, workspace, p.threads(num_threads));
+  else multiply_many(p, workspace, p.threads(num_threads));
 }
 
 // The sums of the rows of a matrix, in blocks of rows: the fewer float32 additions follow one another, the more exact
@@ -242,17 +328,17 @@ void sum_rows(const Matrix& m, int64_t rows, int64_t columns, void* to, DType to
 template <class T>
 Product<T> output(const LinearArgs& args) {
   return {args.rows, args.out_features, args.in_features, args.x, args.weight, args.out, false, true,
-          args.bias, args.bias_dtype};
+          args.bias, args.bias_dtype, false, 1.0f};
 }
 template <class T>
 Product<T> input_gradient(const LinearArgs& args) {
   return {args.rows, args.in_features, args.out_features, args.grad_out, args.weight, args.grad_x, false, false,
-          nullptr, DType::float32};
+          nullptr, DType::float32, false, 1.0f};
 }
 template <class T>
 Product<T> weight_gradient(const LinearArgs& args) {
   return {args.out_features, args.in_features, args.rows, args.grad_out, args.x, args.grad_weight, true, false,
-          nullptr, DType::float32};
+          nullptr, DType::float32, args.accumulate, args.scale};
 }
 
 // body(T()) for the type T in which products of `dtype` are made.
