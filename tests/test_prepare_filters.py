@@ -45,6 +45,8 @@ def damaged_texts() -> list[str]:
     """Texts with the faults that the filters look for, in growing doses."""
     rng = random.Random(0)
     texts = ["word", "a b", "the of " * 30, "•\n" * 60, "# " * 60, "Lorem ipsum dolor. " * 6]
+    texts += ["".join(f"Short line {i}.\n" for i in range(20))]
+    texts += ["".join(f"internationalisation{i} characterisation{i}.\n" for i in range(20))]
     for seed in range(200):
         lines = made_texts.text(seed, lines=rng.randint(2, 12)).split("\n")
         for _ in range(rng.choice([0, 0, 1, 2, 5, 9])):
@@ -53,7 +55,9 @@ def damaged_texts() -> list[str]:
                  "[12] and [edit]. Yes.", "if (this) { return that; } else.", "JavaScript must be enabled here.",
                  "See our privacy policy, which is long.",
                  "12 345 67 8 9 10 11 12 13", "\n", "one two three four five six. " * rng.randint(1, 9), "x" * 1001,
-                 "Home", "MENU", made_texts.sentence(rng)[:-1] + "...", "no end here at all"]
+                 "Home", "MENU", made_texts.sentence(rng)[:-1] + "...", "no end here at all",
+                 f'"{made_texts.sentence(rng)}"', "See https://example.org/a/b. ::",
+                 "Don't say 'no' to well-known e-mail@example.org 你好。"]
             )  # fmt: skip
             lines.insert(rng.randrange(len(lines) + 1), fault)
         texts.append("\n".join(lines))

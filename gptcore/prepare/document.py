@@ -16,7 +16,8 @@ import numpy as np
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 # Close to the words of spaCy's English tokenizer, which datatrove's filters count, at a small part of its time
-WORD = re.compile(r"\w+|\.\.\.|[^\w\s]")
+WORD = re.compile(r"(?:https?://|www\.)\S+|\w+(?:[.@]\w+)*|['’]\w+|-{2,}|\.{2,}|[^\w\s]")
+_WORD_CHARACTER = re.compile(r"\w")
 _PARAGRAPHS = re.compile(r"\n{2,}")
 _SENTENCE_END = re.compile(r"[.!?…。！？]+[\"'”’)\]]*(?=\s|$)")
 
@@ -118,9 +119,9 @@ class Document:
 
 
 def count_sentences(text: str) -> int:
-    """Return the number of sentences in a line: those with a terminal mark, and the rest as one more."""
+    """Return the number of sentences in a line, at least 1: those with a terminal mark, and words after the last."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-    return len(ends) + bool(text[ends[-1] if ends else 0 :].strip())
+    return max(1, len(ends) + (_WORD_CHARACTER.search(text, ends[-1] if ends else 0) is not None))
 
 
 def settings(step: Any) -> dict[str, Any]:

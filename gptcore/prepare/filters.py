@@ -17,7 +17,12 @@ import numpy as np
 from gptcore.prepare.document import Document, Drop, Integers, count_sentences
 
 STOP_WORDS = ["the", "be", "to", "of", "and", "that", "have", "with"]
-TERMINAL = tuple(".?!\"'…。！？”’؟।։")
+TERMINAL = tuple(  # of Unicode's property Sentence_Terminal; no quotation marks
+    "!.?\u0589\u061d\u061e\u061f\u06d4\u0700\u0701\u0702\u07f9\u0837\u0839\u083d\u083e\u0964\u0965\u104a"
+    "\u104b\u1362\u1367\u1368\u166e\u1735\u1736\u17d4\u17d5\u17d6\u17d9\u17da\u1803\u1809\u1944\u1945"
+    "\u1aa8\u1aa9\u1aaa\u1aab\u1b5a\u1b5b\u1b5e\u1b5f\u1b7d\u1b7e\u1c3b\u1c3c\u1c7e\u1c7f\u203c\u203d"
+    "\u2047\u2048\u2049\u2e2e\u2e3c\u2e53\u2e54\u3002\uff0e\uff01\uff1f\uff61"
+)
 _LINES = re.compile(r"\n+")
 _CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
 _POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
