@@ -69,8 +69,8 @@ def bench_attention(backward: bool, dtype: torch.dtype, D: int, S: int, compare:
 )
 @pytest.mark.parametrize("D", pick([64], [64, 128]))
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
-def bench_rest_of_attention(backward: bool, D: int, dtype: torch.dtype, S: int, compare: Compare) -> None:
-    """Time the same scores with head_dim 2, whose products take almost no time: the ratio is the share of the rest."""
+def bench_attention_without_matmuls(backward: bool, D: int, dtype: torch.dtype, S: int, compare: Compare) -> None:
+    """Time the same scores with head_dim 2, whose matmuls take almost no time: the ratio is the share of the rest."""
 
     def run(head_dim: int) -> Callable[[], Any]:
         inputs = [torch.randn(1, HEADS, S, head_dim).to(dtype).requires_grad_(backward) for _ in "qkv"]
@@ -79,29 +79,29 @@ def bench_rest_of_attention(backward: bool, D: int, dtype: torch.dtype, S: int, 
         return forward_backward(ops.attention, inputs, [torch.randn_like(inputs[0])])
 
     compare(
-        f"rest of attention, {'forward + backward' if backward else 'forward'} {name_of(dtype)}", f"D={D} S={S}",
-        run(D), run(2), against="all but products",
+        f"attention without its matmuls, {'forward + backward' if backward else 'forward'} {name_of(dtype)}",
+        f"D={D} S={S}", run(D), run(2), against="the same with head_dim 2",
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("S", pick([16], [256, 1024, 4096]))
 @dtypes
-def bench_attention_products(dtype: torch.dtype, S: int, compare: Compare) -> None:
-    """Time attention without a mask against its two products alone: the ratio is below 1 by the cost of softmax.
+def bench_attention_matmuls(dtype: torch.dtype, S: int, compare: Compare) -> None:
+    """Time attention without a mask against its two matmuls alone: the ratio is below 1 by the cost of softmax.
 
-    torch.bmm writes both products into preallocated buffers.
+    torch.bmm writes both results into preallocated buffers.
     """
     D = 64
     q, k, v = (torch.randn(HEADS, S, D).to(dtype) for _ in range(3))
     scores, out = torch.empty(HEADS, S, S, dtype=dtype), torch.empty_like(q)
 
-    def products() -> None:
+    def matmuls() -> None:
         torch.bmm(q, k.transpose(1, 2), out=scores)
         torch.bmm(scores, v, out=out)
 
     compare(
-        f"attention against its products {name_of(dtype)}", f"D={D} S={S}, no mask",
-        lambda: ops.attention(q[None], k[None], v[None], causal=False), products,
+        f"attention against its matmuls {name_of(dtype)}", f"D={D} S={S}, no mask",
+        lambda: ops.attention(q[None], k[None], v[None], causal=False), matmuls,
         against="torch.bmm alone", limit=measure.matmul(dtype), flops=4 * HEADS * D * S * S,
         bytes=4 * q.nbytes,
     )  # fmt: skip
@@ -161,7 +161,7 @@ def bench_call(op: str, backward: bool, compare: Compare) -> None:
         runs = [forward_backward(call, inputs, [torch.ones_like(call(*inputs))]) for call in calls]
     else:
         runs = [functools.partial(call, *inputs) for call in calls]
-    compare(f"call of {op}", f"forward{' + backward' * backward} of its sample", *runs, against="PyTorch")
+    compare(f"call overhead of {op}", f"forward{' + backward' * backward}, tiny tensors", *runs, against="PyTorch")
 
 
 @dtypes
@@ -196,7 +196,7 @@ def bench_gelu_in_place(dtype: torch.dtype, rows: int, compare: Compare) -> None
         torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad_x)
 
     compare(
-        f"GELU into memory that exists {name_of(dtype)}", "tanh, {} x {}".format(*shape), ours, theirs,
+        f"GELU into preallocated outputs {name_of(dtype)}", "tanh, {} x {}".format(*shape), ours, theirs,
         against="PyTorch", limit=measure.copy(), bytes=5 * x.nbytes, flops=30 * x.numel(),
     )  # fmt: skip
 
@@ -250,7 +250,7 @@ def bench_layer_norm_in_place(dtype: torch.dtype, residual: bool, rows: int, com
     else:
         call = forward_backward(ops.layer_norm, inputs, [grad])
     compare(
-        f"layer norm{', residual,' * residual} into memory that exists {name_of(dtype)}", f"{rows} x {width}",
+        f"layer norm{' with residual' * residual} into preallocated outputs {name_of(dtype)}", f"{rows} x {width}",
         ours, call, against="ops.layer_norm", limit=measure.copy(), bytes=(8 if residual else 5) * x.nbytes,
     )  # fmt: skip
 
@@ -318,6 +318,7 @@ def bench_kept_memory(dtype: torch.dtype, name: str, processes: list[Connection]
     shape, tensors = shape_of(name), 8 if name.endswith("residual") else 5
     kept, usual = (lambda pipe=pipe: (pipe.send((name, dtype)), pipe.recv()) for pipe in processes)
     compare(
-        f"{name}, freed memory kept {name_of(dtype)}", "forward + backward, {} x {}".format(*shape), kept, usual,
-        against="freed memory given back", limit=measure.copy(), bytes=tensors * math.prod(shape) * dtype.itemsize,
+        f"{name}, malloc keeps freed memory {name_of(dtype)}", "forward + backward, {} x {}".format(*shape), kept,
+        usual, against="malloc returns freed memory", limit=measure.copy(),
+        bytes=tensors * math.prod(shape) * dtype.itemsize,
     )  # fmt: skip

@@ -96,8 +96,9 @@ def bench_small_model(
 def bench_parts(weights: torch.dtype, part: str, compare: Compare) -> None:
     """Time a step without some of its parts, against the whole step: the difference is their time."""
     compare(
-        f"small model step in parts {named(BF16, weights)}", part, *in_parts(SMALL, SMALL_BATCH, BF16, part, weights),
-        against="the whole step", limit=matmuls(SMALL, SMALL_BATCH[0] * SMALL_BATCH[1], BF16),
+        f"small model step with parts removed {named(BF16, weights)}", part,
+        *in_parts(SMALL, SMALL_BATCH, BF16, part, weights), against="the whole step",
+        limit=matmuls(SMALL, SMALL_BATCH[0] * SMALL_BATCH[1], BF16),
     )  # fmt: skip
 
 

@@ -97,6 +97,6 @@ def bench_two_processes(compare: Compare) -> None:
         try:
             assert neighbour.stdout is not None
             assert neighbour.stdout.readline() == "running\n", "the neighbour did not start"
-            compare("beside another process", CASE, *attention_pair(), against=PYTORCH)
+            compare("with another busy process", CASE, *attention_pair(), against=PYTORCH)
         finally:
             neighbour.kill()

@@ -49,7 +49,7 @@ def bench_gpt2(dtype: torch.dtype, weights: torch.dtype, compare: Compare) -> No
 def bench_parts(dtype: torch.dtype, part: str, compare: Compare) -> None:
     """Time a step without some of its parts, against the whole step: the difference is their time."""
     compare(
-        f"GPT-2 124M step in parts {named(dtype, torch.float32)}", part, *in_parts(GPT2, BATCH, dtype, part),
+        f"GPT-2 124M step with parts removed {named(dtype, torch.float32)}", part, *in_parts(GPT2, BATCH, dtype, part),
         against="the whole step", limit=matmuls(GPT2, BATCH[0] * BATCH[1], dtype),
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ class Goal(NamedTuple):
     stops: str = ""  # prefix of the rows that measure the obstacle; \1 is the first group of `rows`
 
 
-REST = r"rest of attention, \1 \2 \3"
+REST = r"attention without its matmuls, \1 \2 \3"
 FORWARD, BOTH = r"attention (forward) (bfloat16)", r"attention (forward \+ backward) (bfloat16)"
 GOALS = [
     Goal(r"attention (forward) (float32) (.*)", ratio=1.8, stops=REST),
@@ -29,20 +29,20 @@ GOALS = [
     Goal(r"attention (forward \+ backward) (float32) (.*)", ratio=1.8, percent=70, stops=REST),
     Goal(BOTH + r" (.*)", ratio=3, percent=60, stops=REST),
     Goal(r"attention decode (\w+) .*", ratio=1.5, percent=80, stops=r"attention decode, native function alone \1 "),
-    Goal(r"GELU forward \+ backward (\w+) .*", ratio=4, percent=85, stops=r"GELU into memory that exists \1 "),
+    Goal(r"GELU forward \+ backward (\w+) .*", ratio=4, percent=85, stops=r"GELU into preallocated outputs \1 "),
     Goal(
         r"layer norm forward \+ backward (\w+) .*", ratio=1.2, percent=85,
-        stops=r"layer norm into memory that exists \1 ",
+        stops=r"layer norm into preallocated outputs \1 ",
     ),
     Goal(
         r"layer norm with residual forward \+ backward (\w+) .*", ratio=1.6, percent=85,
-        stops=r"layer norm, residual, into memory that exists \1 ",
+        stops=r"layer norm with residual into preallocated outputs \1 ",
     ),
-    Goal(r"GPT-2 124M training step (\w+) .*", ratio=1.3, percent=85, stops=r"GPT-2 124M step in parts \1 "),
+    Goal(r"GPT-2 124M training step (\w+) .*", ratio=1.3, percent=85, stops=r"GPT-2 124M step with parts removed \1 "),
     Goal(r"small model training step float32 against ops\.use\(\"torch\"\)", ratio=1.6),
     Goal(
         r"small model training step (bfloat16(?: \w+)?) against ops\.use\(\"torch\"\)", ratio=2.5,
-        stops=r"small model step in parts \1 ",
+        stops=r"small model step with parts removed \1 ",
     ),
     Goal(r"peak memory of a GPT-2 124M step .*", ratio=1),
 ]  # fmt: skip

@@ -96,7 +96,7 @@ def no_kernels(dtype: torch.dtype) -> str:
 
 ALL = "all of it"  # without transformers' steps in between, which make the next step allocate memory again
 # Each part is left out together with those before it
-PARTS = ["without AdamW and clipping", "nor casts", "nor attention, norms and GELU"]
+PARTS = ["without AdamW and clipping", "also without casts", "also without attention, norms and GELU"]
 
 
 def named(dtype: torch.dtype, weights: torch.dtype) -> str:
@@ -109,7 +109,7 @@ def in_parts(
     config: GPTConfig, batch: tuple[int, int], dtype: torch.dtype, part: str, weights: torch.dtype = torch.float32
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Return a training step without some of its parts, and the whole step."""
-    if part == "nor casts" and dtype is weights:
+    if part == "also without casts" and dtype is weights:
         pytest.skip(f"{named(dtype, weights)} has none")
     torch.manual_seed(0)
     model = GPT(config).train().to(weights)

@@ -41,7 +41,7 @@ SHOWN = [
 DTYPES = "float32", "bfloat16"
 THEIRS = "PyTorch", "transformers", "PyTorch's fused operations"  # references that are not gptcore's code
 OVERHEAD = {  # groups, by pattern, that measure Python and autograd rather than kernels
-    "call of .*": "operations on tiny tensors, dominated by Python overhead",
+    "call overhead of .*": "operations on tiny tensors, dominated by Python overhead",
     "overhead of .*": "a training step of a tiny model, dominated by Python overhead",
 }
 WITHIN_SPREAD = "†: in at least one case the difference is within the spread of the measurements."

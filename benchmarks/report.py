@@ -37,17 +37,19 @@ WHY = """Why goals are missed, and which rows measure the cause:
 
 - "The whole of a limit would be ...": the limit itself bounds the ratio. PyTorch is close to it, or the goal nearly
   equals it. Other lines state the ratio without a cost that the following rows measure.
-- Attention in bfloat16: all work except the matrix products, which matters most if AMX computes these. *Rest of
-  attention* measures it with the same scores and a head_dim of 2; products that thin are slow, so it is an upper bound.
-  *Attention against its products* has no mask. At S=256, blocks on the diagonal are partly masked but fully computed.
+- Attention in bfloat16: all work except the matrix products, which matters most if AMX computes these. *Attention
+  without its matmuls* measures it with the same scores and a head_dim of 2; matmuls that thin are slow, so it is an
+  upper bound. *Attention against its matmuls* has no mask. At S=256, blocks on the diagonal are partly masked but
+  fully computed.
 - Decoding at batch 1: the call from Python, which *attention decode, native function alone* excludes.
-- GELU and layer norm: page faults on new memory, and the call. *GELU into memory that exists*, *layer norm into memory
-  that exists* and *freed memory kept* run the same kernels without page faults, or without both. With few rows (128,
-  512) the data stays in the cache, and the arithmetic takes most of the time.
-- Training steps: *step in parts* removes one part after the other; each row also lacks the parts of the rows above it.
-  The last row is the step without steps of transformers in between, after which memory must be mapped again. Half of
-  the small model's step in bfloat16 is *its matmuls alone*; *linear layer* measures their rate. *Overhead of a small
-  model's step* is the time of Python and PyTorch around the kernels, *call of ...* that of one call."""
+- GELU and layer norm: page faults on new memory, and the call. *GELU into preallocated outputs*, *layer norm into
+  preallocated outputs* and *malloc keeps freed memory* run the same kernels without page faults, or without both. With
+  few rows (128, 512) the data stays in the cache, and the arithmetic takes most of the time.
+- Training steps: *step with parts removed* removes one part after the other; each row also lacks the parts of the
+  rows above it. The last row is the step without steps of transformers in between, after which memory must be mapped
+  again. Half of the small model's step in bfloat16 is *its matmuls alone*; *linear layer* measures their rate.
+  *Overhead of a small model's step* is the time of Python and PyTorch around the kernels, *call overhead of ...* that
+  of one call."""
 
 
 def full(results: Results) -> str:

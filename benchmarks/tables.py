@@ -115,12 +115,12 @@ def ceiling(row: dict[str, Any], goal: Outcome, rows: list[dict[str, Any]]) -> s
     for other in rows:
         if not goal.stops or not f"{other['group']} {other['case']}".startswith(goal.stops):
             continue
-        if "rest of" in other["group"]:  # in units of our time: products at the limit's rate, and our time for the rest
+        if "without its matmuls" in other["group"]:  # the matmuls at the limit's rate, and our time for the rest
             most = measured / (share + other["ratio"][0])
-            found += f"; the whole of {row['limit']} and the rest as it is alone would be {most:.2f} {goal.unit}"
+            found += f"; the whole of {row['limit']} and the rest at its own speed would be {most:.2f} {goal.unit}"
         elif goal.unit == "%":
             found += f"; {other['group']}, {other['case']}: {other['percent'][0]:.0f} %"
-        elif "in parts" in other["group"]:
+        elif "parts removed" in other["group"]:
             found += f"; {other['case']}: {measured * other['ratio'][0]:.2f} x"
         else:
             found += f"; {other['group']}: {measured * other['ratio'][0]:.2f} x"

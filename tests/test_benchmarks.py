@@ -130,9 +130,9 @@ def test_what_is_missed_names_what_stops_it() -> None:
         limit = {"limit": "matmul bfloat16", "percent": percent and [percent] * 3}
         return {**line, "group": f"{group} bfloat16", "case": "D=64 S=1024", **limit}
 
-    rest = attention("rest of attention, forward", 0.010, 0.004, None)
+    rest = attention("attention without its matmuls, forward", 0.010, 0.004, None)
     results = results_of(attention("attention forward", 0.010, 0.030, 80.0), rest)
-    words = "3.00 of 3.3 x; the whole of matmul bfloat16 and the rest as it is alone would be 2.50 x"
+    words = "3.00 of 3.3 x; the whole of matmul bfloat16 and the rest at its own speed would be 2.50 x"
     assert tables.shortfalls(results)[1].endswith(words)
     assert tables.shortfalls(results_of(results["rows"][0]))[1].endswith("the whole of matmul bfloat16 would be 3.75 x")
     memory = {**rest, "group": "peak memory of a GPT-2 124M step float32", "case": "batch 4 x 256"}
