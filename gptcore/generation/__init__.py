@@ -37,6 +37,9 @@ def stream(
 
     Tokens come step by step, in a step row by row, each with the number of its row. The last of a row has a
     finish_reason. Arguments are checked before the first token; errors are those of `generate`.
+
+    vocab_size: of the tokenizer, if the model's was padded to a round number: no token from there on is ever taken.
+    use_cache: False computes the whole sequence again for every token, slowly, as a check.
     """
     rows, pads = read_prompts(input_ids, attention_mask)
     options = Settings(max_new_tokens, **settings)
@@ -64,10 +67,8 @@ def generate(
     input_ids: Prompts,
     max_new_tokens: int,
     *,
-    num_return_sequences: int = 1,
     attention_mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    use_cache: bool = True,
+    num_return_sequences: int = 1,
     **settings: Any,
 ) -> Tensor:
     """Continue each prompt by `max_new_tokens` tokens: (B, T) -> (B, T + max_new_tokens) int64, prompts included.
@@ -77,11 +78,10 @@ def generate(
     input_ids: a (B, T) tensor, in which attention_mask (B, T) marks padding on the left by zeros; or B prompts of any
         lengths, each a list, an array or a tensor of token ids. They are padded on the left to the longest, T.
     num_return_sequences: rows drawn for each prompt, one after another; more than one needs do_sample=True.
-    vocab_size: of the tokenizer, if the model's was padded to a round number: no token from there on is ever taken.
-    use_cache: False computes the whole sequence again for every token, slowly, as a check.
-    settings: do_sample, temperature, top_k, top_p, repetition_penalty, no_repeat_ngram_size, min_new_tokens,
-        eos_token_id and seed, as `Settings` says. Row r draws from a seed made of `seed` and r, the first row from
-        `seed` itself. A row is filled with padding (config.pad_token_id, or the end token) after its end.
+    settings: vocab_size and use_cache, as `stream` says; do_sample, temperature, top_k, top_p, repetition_penalty,
+        no_repeat_ngram_size, min_new_tokens, eos_token_id and seed, as `Settings` says. Row r draws from a seed made of
+        `seed` and r, the first row from `seed` itself. A row is filled with padding (config.pad_token_id, or the end
+        token) after its end.
 
     The model is in eval mode for the time of the call. Raises ValueError or TypeError before any work for arguments
     that are out of range, and FloatingPointError where the model computes logits that are not finite.
@@ -89,7 +89,7 @@ def generate(
     rows, pads = read_prompts(input_ids, attention_mask)
     tokens = stream(
         model, [row[pad:] for row, pad in zip(rows, pads, strict=True)], max_new_tokens,
-        num_return_sequences=num_return_sequences, vocab_size=vocab_size, use_cache=use_cache, **settings,
+        num_return_sequences=num_return_sequences, **settings,
     )  # fmt: skip
     eos = settings.get("eos_token_id")
     eos = model.config.eos_token_id if eos is None else eos

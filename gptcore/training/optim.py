@@ -7,10 +7,11 @@ Micikevicius et al. 2018, "Mixed Precision Training" (arXiv:1710.03740), section
 
 from __future__ import annotations
 
-import functools
+import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,20 @@ from gptcore.ops.operation import Operation
 
 Group = dict[str, Any]
 Implementation = Callable[..., Any]
+
+
+class Update(NamedTuple):
+    """The step of the parameters of a group that have the same device and dtype: the tensors of each, and settings."""
+
+    parameters: list[Tensor]
+    masters: list[Tensor]  # empty if the parameters are in float32
+    gradients: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+    group: Group
+    grad_scale: float | Tensor
+    found_inf: Tensor | None
 
 
 class AdamW(torch.optim.Optimizer):
@@ -63,7 +78,7 @@ class AdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         _check({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        _plain("add_param_group")(self, param_group)
         for parameter in self.param_groups[-1]["params"]:
             if not parameter.dtype.is_floating_point:
                 self.param_groups.pop()
@@ -77,8 +92,15 @@ class AdamW(torch.optim.Optimizer):
             _check(group)
         super().__setstate__(state)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        _plain("zero_grad")(self, set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = _plain("state_dict")(self)
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        _plain("load_state_dict")(self, state_dict)
         numbers, parameters = (
             [entry for group in groups for entry in group["params"]]
             for groups in (state_dict["param_groups"], self.param_groups)
@@ -135,18 +157,19 @@ class AdamW(torch.optim.Optimizer):
         updates = []
         for group, (run, parameters, gradients) in alike:
             states = [self.init_state(parameter) for parameter in parameters]
-            moments = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")]
-            masters = [state["master"] for state in states] if _has_master(parameters[0]) else []
-            updates.append(
-                functools.partial(run, parameters, masters, gradients, *moments, group, grad_scale, found_inf)
+            exp_avgs, exp_avg_sqs, steps = (
+                [state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")
             )
+            masters = [state["master"] for state in states] if _has_master(parameters[0]) else []
+            tensors = parameters, masters, gradients, exp_avgs, exp_avg_sqs, steps
+            updates.append((run, Update(*tensors, group, grad_scale, found_inf)))
         if len(updates) > 1:  # one checks all before it writes
             for group in self.param_groups:
                 _check(group)
-            for update in updates:
-                update(check_only=True)
-        for update in updates:
-            update()
+            for run, update in updates:
+                run(update, check_only=True)
+        for run, update in updates:
+            run(update)
         return loss
 
     def _alike(self, op: str, params: list[Tensor]) -> list[tuple[Implementation, list[Tensor], list[Tensor]]]:
@@ -190,6 +213,12 @@ class AdamW(torch.optim.Optimizer):
         return state
 
 
+def _plain(method: str) -> Callable[..., Any]:
+    """Return a method of PyTorch's Optimizer, which would import torch._dynamo, to disable it: that takes seconds."""
+    found: Callable[..., Any] = getattr(torch.optim.Optimizer, method)
+    return found if "torch._dynamo" in sys.modules else inspect.unwrap(found)
+
+
 def _has_master(parameter: Tensor) -> bool:
     return parameter.dtype in (torch.bfloat16, torch.float16)
 
@@ -214,18 +243,8 @@ def _grad_norm_torch(gradients: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float64)))
 
 
-def _adamw_torch(
-    parameters: list[Tensor],
-    masters: list[Tensor],
-    gradients: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    group: Group,
-    grad_scale: float | Tensor,
-    found_inf: Tensor | None,
-    check_only: bool = False,
-) -> None:
+def _adamw_torch(update: Update, check_only: bool = False) -> None:
+    parameters, masters, gradients, exp_avgs, exp_avg_sqs, steps, group, grad_scale, found_inf = update
     for parameter, *moments in zip(parameters, exp_avgs, exp_avg_sqs, strict=True):
         if any(moment.shape != parameter.shape for moment in moments):
             shapes = [tuple(moment.shape) for moment in moments]
@@ -271,24 +290,15 @@ def _grad_norm_cpu(gradients: list[Tensor]) -> Tensor:
     return torch.tensor(norm, dtype=torch.float64, device="cpu")
 
 
-def _adamw_cpu(
-    parameters: list[Tensor],
-    masters: list[Tensor],
-    gradients: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    group: Group,
-    grad_scale: float,
-    found_inf: None,
-    check_only: bool = False,
-) -> None:
-    gradients = [gradient.contiguous() for gradient in gradients]
+def _adamw_cpu(update: Update, check_only: bool = False) -> None:
+    parameters, masters, group = update.parameters, update.masters, update.group
     beta1, beta2 = group["betas"]
+    gradients = [gradient.contiguous() for gradient in update.gradients]
     updated, copies = (masters, parameters) if masters else (parameters, [])
     _C.adamw(
-        updated, copies, gradients, exp_avgs, exp_avg_sqs, steps, group["lr"], beta1, beta2, group["eps"],
-        group["weight_decay"], grad_scale, torch.get_num_threads(), check_only,
+        updated, copies, gradients, update.exp_avgs, update.exp_avg_sqs, update.steps, group["lr"], beta1, beta2,
+        group["eps"], group["weight_decay"], float(update.grad_scale), torch.get_num_threads(),
+        check_only,
     )  # fmt: skip
     if not check_only:
         torch.autograd.graph.increment_version(parameters)  # so that a backward pass that needs the old ones says so
