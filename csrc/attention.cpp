@@ -134,7 +134,7 @@ AttentionArgs common_args(const TensorView& query, const TensorView& key, const 
       refuse("query has shape ", shape_text(query.shape, 4), " and key ", shape_text(key.shape, 4),
              ", expected batch x heads, query_len x heads / kv_heads and kv_len at most 2^31 - 257");
   const int64_t tiles = std::max(query_len, kv_len) / 16 + 1;
-  if (execution.allocate && batch * query_heads > INT32_MAX / tiles)
+  if (execution.on_gpu() && batch * query_heads > INT32_MAX / tiles)
     refuse("query has shape ", shape_text(query.shape, 4), " and key ", shape_text(key.shape, 4), ", expected at most ",
            INT32_MAX / tiles, " heads in the batch at that length: a GPU starts at most 2^31 - 1 blocks");
   if (!(std::abs(settings.scale) <= 1e38))  // log2(e) times it is finite in float32
@@ -219,7 +219,7 @@ class Documents {
       args.segments = segments_.data(), args.num_segments = static_cast<int64_t>(segments_.size());
     }
     if (q.has_value() != k.has_value()) refuse("cu_seqlens_q and cu_seqlens_k must be given together");
-    if (!q || !execution.allocate) return;
+    if (!q || !execution.on_gpu()) return;
     args.cu_seqlens_q = boundaries(*q, "cu_seqlens_q", query);
     args.cu_seqlens_k = boundaries(*k, "cu_seqlens_k", query);
     if (q->shape[0] != k->shape[0])
@@ -245,15 +245,13 @@ void attention_forward(const TensorView& query, const TensorView& key, const Ten
   check_distinct(out, "out");
   for (const auto* in : {&query, &key, &value}) check_apart(out, "out", *in, "an input");
   const Documents documents(args, query, settings, execution);
+  if (execution.check_only) return;
   const Workspace workspace(execution, query, kernels.attention_forward_workspace(args));
   args.workspace = workspace.as();
-  const DeviceTensors tensors{{"query", query, Access::read},
-                              {"key", key, Access::read},
-                              {"value", value, Access::read},
+  const DeviceTensors tensors{{"query", query, Access::read}, {"key", key, Access::read}, {"value", value, Access::read},
                               {"cu_seqlens_q", settings.cu_seqlens_q, Access::read},
                               {"cu_seqlens_k", settings.cu_seqlens_k, Access::read},
-                              {"out", out, Access::write},
-                              {"lse", lse, Access::write},
+                              {"out", out, Access::write}, {"lse", lse, Access::write},
                               {"workspace", workspace.view(), Access::write}};
   py::gil_scoped_release release;
   prefer_huge_pages(out);
@@ -282,21 +280,16 @@ void attention_backward(const TensorView& grad_out, const OptionalView& grad_lse
   args.grad_out = heads(grad_out);
   args.grad_query = heads(grad_query), args.grad_key = heads(grad_key), args.grad_value = heads(grad_value);
   const Documents documents(args, query, settings, execution);
+  if (execution.check_only) return;
   const Workspace workspace(execution, query, kernels.attention_backward_workspace(args));
   args.workspace = workspace.as();
-  const DeviceTensors tensors{{"grad_out", grad_out, Access::read},
-                              {"grad_lse", grad_lse, Access::read},
-                              {"query", query, Access::read},
-                              {"key", key, Access::read},
-                              {"value", value, Access::read},
-                              {"out", out, Access::read},
-                              {"lse", lse, Access::read},
+  const DeviceTensors tensors{{"grad_out", grad_out, Access::read}, {"grad_lse", grad_lse, Access::read},
+                              {"query", query, Access::read}, {"key", key, Access::read}, {"value", value, Access::read},
+                              {"out", out, Access::read}, {"lse", lse, Access::read},
                               {"cu_seqlens_q", settings.cu_seqlens_q, Access::read},
                               {"cu_seqlens_k", settings.cu_seqlens_k, Access::read},
-                              {"grad_query", grad_query, Access::write},
-                              {"grad_key", grad_key, Access::write},
-                              {"grad_value", grad_value, Access::write},
-                              {"workspace", workspace.view(), Access::write}};
+                              {"grad_query", grad_query, Access::write}, {"grad_key", grad_key, Access::write},
+                              {"grad_value", grad_value, Access::write}, {"workspace", workspace.view(), Access::write}};
   py::gil_scoped_release release;
   for (const auto* grad : {&grad_query, &grad_key, &grad_value}) prefer_huge_pages(*grad);
   kernels.attention_backward(args);
@@ -319,7 +312,6 @@ void bind_attention(py::module_& m) {
         py::arg("key"), py::arg("value"), py::arg("out"), py::arg("lse"), py::arg("grad_query"), py::arg("grad_key"),
         py::arg("grad_value"), py::arg("settings"), py::arg("execution"));
   m.def("attention_takes", &attention_takes, py::arg("query"), py::arg("key"), py::arg("value"));
-  m.def("check_memory", [](const std::vector<TensorView>&) {}, py::arg("tensors"));
   m.def(
       "check_segments",
       [](const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k, int64_t batch, int64_t query_len,

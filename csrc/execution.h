@@ -11,12 +11,16 @@
 namespace gptcore {
 
 // In Python: the number of threads on the CPU; on a GPU a tuple (stream, allocate, allow_tf32): the handle of a CUDA
-// stream, a function from a number of bytes to a uint8 tensor, and torch.backends.cuda.matmul.allow_tf32.
+// stream, a function from a number of bytes to a uint8 tensor, and torch.backends.cuda.matmul.allow_tf32. Or None: the
+// arguments are checked as for a GPU, and nothing is run.
 struct Execution {
   int num_threads = 1;
   void* stream = nullptr;
   pybind11::object allocate;  // null on the CPU
   bool allow_tf32 = false;
+  bool check_only = false;
+
+  bool on_gpu() const { return allocate || check_only; }
 };
 
 // Returns the kernels for the device of a tensor. Throws ValueError if this module has no kernels for it.
@@ -97,8 +101,12 @@ struct type_caster<gptcore::Execution> {
   PYBIND11_TYPE_CASTER(gptcore::Execution, const_name("Execution"));
 
   bool load(handle source, bool) {
+    if (source.is_none()) {
+      value.check_only = true;
+      return true;
+    }
     if (!isinstance<tuple>(source)) {
-      if (!PyLong_Check(source.ptr())) throw type_error("execution is neither a number of threads nor a tuple");
+      if (!PyLong_Check(source.ptr())) throw type_error("execution is neither a number of threads, nor a tuple, nor None");
       value.num_threads = gptcore::check_threads(source.cast<int64_t>());
       return true;
     }

@@ -31,6 +31,7 @@ void layer_norm_forward(const TensorView& x, const OptionalView& residual, const
   args.rstd = float_array(rstd, "rstd", x, {rows});
   args.eps = static_cast<float>(eps);
   args.num_threads = execution.num_threads, args.stream = execution.stream;
+  if (execution.check_only) return;
   DeviceTensors tensors{{"x", x, Access::read},           {"residual", residual, Access::read},
                         {"weight", weight, Access::read}, {"bias", bias, Access::read},
                         {"out", out, Access::write},      {"residual_out", residual_out, Access::write},
@@ -64,6 +65,7 @@ void layer_norm_backward(const TensorView& grad_out, const OptionalView& grad_re
   args.grad_weight = float_array(grad_weight, "grad_weight", x, {width});
   args.grad_bias = float_array(grad_bias, "grad_bias", x, {width});
   args.num_threads = execution.num_threads, args.stream = execution.stream;
+  if (execution.check_only) return;
   Workspace workspace(execution, x, kernels.layer_norm_backward_workspace(args));
   args.workspace = workspace.as<float>();
   DeviceTensors tensors{{"grad_out", grad_out, Access::read},       {"grad_residual_out", grad_residual_out, Access::read},

@@ -14,6 +14,7 @@
 using namespace gptcore;
 
 const Kernels& gptcore::kernels_for(const TensorView& tensor, const Execution& execution) {
+  if (execution.check_only) return cpu_kernels();  // not run
 #ifdef GPTCORE_CUDA_ARCHS
   if (tensor.device_type == Device::cuda) {
     if (!execution.allocate)
@@ -48,6 +49,14 @@ static std::optional<std::string> why_no_cuda() {
 #endif
 }
 
+// Checks the tensors among these objects, and in lists and tuples of them.
+static void check_storage(py::handle objects) {
+  for (py::handle object : objects) {
+    if (py::isinstance<py::tuple>(object) || py::isinstance<py::list>(object)) check_storage(object);
+    else py::detail::type_caster<TensorView>::check_storage(object);
+  }
+}
+
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "The native kernels of gptcore. Use gptcore.ops, which checks, differentiates and chooses among backends.";
   if (const char* isa = std::getenv("GPTCORE_CPU_ISA")) {
@@ -59,6 +68,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   }
 
   bind_operations(m);
+  m.def("check_storage", &check_storage, py::arg("objects"));
   m.def("compiled_isas", &compiled_isas,
         "Return the CPU instruction sets that the kernels are compiled for, lowest first.");
   m.def("supported_isas", &supported_isas,

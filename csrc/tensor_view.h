@@ -130,6 +130,40 @@ struct type_caster<gptcore::TensorView> {
     return value;
   }
 
+  // Throws for a tensor of any dtype that exceeds its storage. For PyTorch's own functions, which would access memory
+  // beyond it. Other objects pass, and tensors without a storage in memory: sparse, meta and fake ones, wrappers.
+  static void check_storage(handle source) {
+    const Torch& torch = Torch::get();
+    std::optional<NoOverrides> no_overrides;
+    if (!is_plain(source)) {
+      if (!isinstance(source, torch.tensor)) return;
+      if (object(type::handle_of(source).attr("__torch_dispatch__")).ptr() != torch.torch_dispatch.ptr()) return;
+      no_overrides.emplace(torch);
+    }
+    PyObject* arguments[] = {source.ptr()};
+    const auto storage = reinterpret_steal<object>(PyObject_Vectorcall(torch.untyped_storage.ptr(), arguments, 1, nullptr));
+    if (!storage) return PyErr_Clear();
+    const auto number = [&](const object& method) { return PyLong_AsLongLong(call(method, source).ptr()); };
+    int64_t last = number(torch.storage_offset), item_size;
+    bool is_empty = false;
+    const auto add = [&](int64_t size, int64_t stride) { is_empty |= size == 0, last += (size - 1) * stride; };
+    gptcore::dlpack::DLTensor t;
+    if (!no_overrides && torch.view && torch.view(source.ptr(), &t) == 0) {
+      for (int i = 0; i < t.ndim; ++i) add(t.shape[i], t.strides[i]);
+      item_size = t.dtype.bits * t.dtype.lanes / 8;
+    } else {
+      PyErr_Clear();
+      if (call(torch.is_cpu, source).ptr() != Py_True && call(torch.is_cuda, source).ptr() != Py_True) return;
+      const object shape = call(torch.shape, source), strides = call(torch.stride, source);
+      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(shape.ptr()); ++i)
+        add(PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i)), PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i)));
+      item_size = number(torch.element_size);
+    }
+    const int64_t end = (last + 1) * item_size, bytes = PyObject_Size(storage.ptr());
+    if (PyErr_Occurred()) throw error_already_set();
+    if (end > bytes && !is_empty) throw beyond_storage(end, bytes);
+  }
+
   // Returns whether the type is Tensor or Parameter itself, which DLPack describes correctly.
   static bool is_plain(handle source) { return Torch::get().is_plain(source); }
 
@@ -140,7 +174,7 @@ struct type_caster<gptcore::TensorView> {
     object tensor, parameter, dtypes[kDTypes];
     // Getters and methods of torch.Tensor and of its storage, called with the object.
     object shape, stride, dtype, is_cpu, is_cuda, get_device, data_ptr, is_neg, untyped_storage, storage_ptr;
-    object no_torch_function;
+    object storage_offset, element_size, torch_dispatch, no_torch_function;
 
     decltype(gptcore::dlpack::DLPackExchangeAPI::dltensor_from_py_object_no_sync) view = nullptr;
 
@@ -162,6 +196,8 @@ struct type_caster<gptcore::TensorView> {
       shape = getter("shape"), dtype = getter("dtype"), is_cpu = getter("is_cpu"), is_cuda = getter("is_cuda");
       stride = tensor.attr("stride"), get_device = tensor.attr("get_device"), data_ptr = tensor.attr("data_ptr");
       is_neg = tensor.attr("is_neg"), untyped_storage = tensor.attr("untyped_storage");
+      storage_offset = tensor.attr("storage_offset"), element_size = tensor.attr("element_size");
+      torch_dispatch = tensor.attr("__torch_dispatch__");
       storage_ptr = torch.attr("UntypedStorage").attr("data_ptr");
       no_torch_function = torch.attr("_C").attr("DisableTorchFunctionSubclass");
     }
@@ -203,9 +239,12 @@ struct type_caster<gptcore::TensorView> {
     int64_t last = 0;
     for (int i = 0; i < value.ndim; ++i) last += (value.shape[i] - 1) * value.strides[i];
     const int64_t end = reinterpret_cast<uintptr_t>(value.data) - begin + (last + 1) * gptcore::item_size(value.dtype);
-    if (begin == 0 || end < 0 || end > bytes)
-      throw value_error("a tensor that ends at byte " + std::to_string(end) + " of its storage, which has " +
-                        std::to_string(bytes) + ": the storage was resized; resize it back or make a new tensor");
+    if (begin == 0 || end < 0 || end > bytes) throw beyond_storage(end, bytes);
+  }
+
+  static value_error beyond_storage(int64_t end, int64_t bytes) {
+    return value_error("a tensor that ends at byte " + std::to_string(end) + " of its storage, which has " +
+                       std::to_string(bytes) + ": the storage was resized; resize it back or make a new tensor");
   }
 
   // Returns false for tensors that DLPack cannot describe; the Python attributes are read instead.

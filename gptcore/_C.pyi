@@ -9,8 +9,9 @@ import collections.abc
 from torch import Tensor
 
 # On the CPU the number of threads. On a GPU (stream, allocate, allow_tf32): the handle of a stream, a function that
-# allocates a workspace of a number of bytes, and whether float32 products may use TF32.
-Execution = int | tuple[int, collections.abc.Callable[[int], Tensor], bool]
+# allocates a workspace of a number of bytes, and whether float32 products may use TF32. None checks the arguments as
+# for a GPU and runs nothing.
+Execution = int | tuple[int, collections.abc.Callable[[int], Tensor], bool] | None
 
 # The fields of gptcore.ops.attention.Settings.
 AttentionSettings = tuple[Tensor | None, Tensor | None, Tensor | None, float, bool, int, int, float]
@@ -45,8 +46,8 @@ def attention_backward(
 def attention_takes(query: object, key: object, value: object) -> bool:
     """Return whether these are tensors that attention's kernels can read, with shapes that fit. Never raises."""
 
-def check_memory(tensors: collections.abc.Sequence[Tensor]) -> None:
-    """Raise ValueError for a tensor that exceeds its storage or is lazily negated."""
+def check_storage(objects: object) -> None:
+    """Raise ValueError for a tensor among these, or in lists and tuples of them, that exceeds its storage."""
 
 def check_segments(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, batch: int, query_len: int, kv_len: int) -> None:
     """Raise ValueError for cu_seqlens that do not fit such a batch."""

@@ -8,7 +8,6 @@ from torch import Tensor
 from gptcore._C import attention_backward as attention_backward
 from gptcore._C import attention_forward as attention_forward
 from gptcore._C import attention_takes as attention_takes
-from gptcore._C import check_memory as check_memory
 from gptcore._C import check_segments as check_segments
 from gptcore._C import gelu_backward as gelu_backward
 from gptcore._C import gelu_forward as gelu_forward

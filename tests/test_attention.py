@@ -419,17 +419,6 @@ def test_dropout_draws_anew_for_each_call(backend: str) -> None:
     assert torch.equal(first, ops.attention(q, q, q, dropout_p=0.5, backend=backend))
 
 
-def test_boundaries_of_one_row_hold_for_every_row(backend: str) -> None:
-    q, k, v = (randn(3, 2, 20, 8, seed=s) for s in range(3))
-    one = torch.tensor([0, 7, 7, 20])
-    every = torch.tensor([0, 7, 7, 20, 27, 27, 40, 47, 47, 60])
-    out = ops.attention(q, k, v, cu_seqlens=one, backend=backend)
-    assert torch.equal(out, ops.attention(q, k, v, cu_seqlens=every.int(), backend=backend))
-    assert torch.equal(out, ops.attention(q, k, v, cu_seqlens=(one.int(), every[:4]), backend=backend))
-    strided = torch.stack((every, -every), dim=1)[:, 0]
-    assert torch.equal(out, ops.attention(q, k, v, cu_seqlens=strided, backend=backend))
-
-
 def test_a_limit_beyond_every_key_is_no_limit(backend: str) -> None:
     q, k, v = (randn(1, 2, n, 8, seed=n) for n in (20, 9, 9))
     for causal in (True, False):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_ops import Block
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -118,19 +119,6 @@ def test_compiled_for_any_length(name: str) -> None:
         )
         for ours, eager in zip(results(compiled, tensors), results(run, tensors), strict=True):
             torch.testing.assert_close(ours, eager)
-
-
-class Block(torch.nn.Module):
-    """Half a transformer block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.project = torch.nn.LayerNorm(16), torch.nn.Linear(16, 48)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = ops.layer_norm(x, self.norm.weight, self.norm.bias)
-        q, k, v = self.project(y).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        return x + ops.gelu(ops.attention(q, k, v).transpose(1, 2).flatten(2), bias=self.norm.bias)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from types import SimpleNamespace
@@ -19,13 +20,16 @@ built = pytest.mark.skipif(
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
-class OnGPU(torch.Tensor):
-    """A tensor that says it is on a GPU, as far as the native module asks."""
-
-    is_cpu, is_cuda, device = False, True, torch.device("cuda", 0)
-
-    def get_device(self) -> int:
-        return 0
+def as_if_on_a_gpu(tensor: torch.Tensor, patch: pytest.MonkeyPatch) -> torch.Tensor:
+    """The same memory as a tensor on cuda:0, as DLPack would hand it over: nothing here may read it as one."""
+    patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    capsule = torch.utils.dlpack.to_dlpack(tensor)
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    address = pointer(capsule, b"dltensor")
+    cuda = 2
+    (ctypes.c_int32 * 2).from_address(address + ctypes.sizeof(ctypes.c_void_p))[:] = [cuda, 0]  # after the data pointer
+    return torch.from_dlpack(capsule)
 
 
 @built
@@ -40,17 +44,24 @@ def test_without_a_driver_it_imports_and_says_what_it_was_built_for() -> None:
 
 @built
 @no_gpu
-@pytest.mark.skip(
-    reason="native code reads the true device of a subclass, so nothing here can stand in for a GPU tensor"
-)
-def test_a_launch_that_fails_says_which() -> None:
-    x, out = (torch.zeros(70, 256).as_subclass(OnGPU) for _ in range(2))
-    execution = (0, lambda size: torch.empty(size, dtype=torch.uint8).as_subclass(OnGPU), False)
+def test_a_launch_that_fails_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, out = (as_if_on_a_gpu(torch.zeros(70, 256), monkeypatch) for _ in range(2))
+    assert x.is_cuda
     with pytest.raises(
         RuntimeError,
         match=r"cannot launch gelu_forward: grid \(3, 1, 1\), 256 threads a block, 0 bytes of shared memory: .*driver",
     ):
-        _C.gelu_forward(x, None, out, True, execution)
+        _C.gelu_forward(x, None, out, True, (0, torch.empty, False))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_cuda_kernels_a_tensor_on_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if _C.cuda_archs():
+        pytest.skip("built with CUDA kernels")
+    x, out = (as_if_on_a_gpu(torch.zeros(70, 256), monkeypatch) for _ in range(2))
+    _C.gelu_forward(x, None, out, True, None)  # checks, and runs nothing
+    with pytest.raises(ValueError, match="a tensor is on cuda:0, expected cpu"):
+        _C.gelu_forward(x, None, out, True, (0, torch.empty, False))
 
 
 def test_a_tensor_on_another_gpu_than_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

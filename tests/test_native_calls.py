@@ -23,6 +23,7 @@ from test_native import stubs_of
 from gptcore import _C, ops
 from gptcore.ops import native, registry
 from gptcore.ops.attention import Settings
+from gptcore.training.optim import AdamW
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,7 +88,8 @@ def valid_arguments() -> dict[str, dict[str, Any]]:
 def test_the_samples_call_every_kernel() -> None:
     assert {*recorded()} == {*KERNELS} - {"adamw", "grad_norm"}  # the optimizer's, which has no samples
     for name, arguments in recorded().items():
-        assert not [key for key, value in arguments.items() if value is None], name
+        given = {key for key, value in arguments.items() if value is not None}
+        assert {*arguments} - given <= {"scale"}, name  # which accumulates a gradient
 
 
 # Ways to spoil a tensor; `others` are the tensors of the same call
@@ -302,11 +304,54 @@ def test_operations_on_memory_that_is_not_there_raise(backend: str) -> None:
             run(q.as_subclass(Wide))  # type: ignore[arg-type]
         cut = behind(q)
         cut.untyped_storage().resize_(0)
-        if backend != "torch":  # whose functions do not check it
-            with pytest.raises(ValueError, match="storage was resized"):
-                run(cut)
+        with pytest.raises(ValueError, match="storage was resized"):
+            run(cut)
+        if backend != "torch":  # whose functions take it
             with pytest.raises(ValueError, match="negative bit is set"):
                 run(torch._neg_view(q))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_pytorch_never_gets_a_storage_that_was_resized(dtype: torch.dtype) -> None:
+    """Its own functions, F.linear among them, crash on it."""
+    row, matrix, targets = torch.ones(8, dtype=dtype), torch.ones(9, 8, dtype=dtype), torch.zeros(6, dtype=torch.long)
+    kinds: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda t: t,
+        torch.nn.Parameter,
+        lambda t: behind(t).as_subclass(Named),  # type: ignore[arg-type]
+    ]
+    for i, kind in enumerate(kinds):
+        for shape in ((6, 8), (1, 1, 6, 8), (1, 1, 1, 1, 1, 1, 1, 6, 8)):
+            cut = kind(torch.ones(shape, dtype=dtype))
+            cut.untyped_storage().resize_(0 if i == 0 else cut.untyped_storage().nbytes() - 1)
+            calls: list[Callable[[], Any]] = [
+                lambda cut=cut: ops.linear(cut, matrix),
+                lambda cut=cut: ops.layer_norm(cut, row, backend="torch"),
+                lambda cut=cut: ops.gelu(cut, backend="torch"),
+            ]
+            if cut.dim() == 2:
+                calls += [
+                    lambda cut=cut: ops.linear(matrix, cut),
+                    lambda cut=cut: ops.linear_cross_entropy(cut, matrix, targets, backend="torch"),
+                ]
+            if cut.dim() == 4:
+                calls.append(lambda cut=cut: ops.attention(cut, cut, cut, backend="torch"))
+            for run in calls:
+                with pytest.raises(ValueError, match=r"ends at byte \d+ of its storage, which has \d+|without storage"):
+                    run()
+    for whole in (row.to("meta"), row.to_sparse(), row[:0], torch.empty(0, 8), [row], None, 3):
+        _C.check_storage([whole])
+
+
+def test_an_optimizer_never_gets_a_storage_that_was_resized() -> None:
+    parameter = torch.nn.Parameter(torch.ones(64, 8))
+    parameter.grad = torch.ones(64, 8)
+    optimizer = AdamW([parameter], backend="torch")
+    parameter.grad.untyped_storage().resize_(0)
+    for run in (optimizer.grad_norm, optimizer.step):
+        with pytest.raises(ValueError, match="storage was resized"):
+            run()
+    assert torch.equal(parameter, torch.ones(64, 8))
 
 
 def test_a_batch_of_empty_rows_takes_no_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ def _no_default() -> Iterator[None]:
     before = sys.getswitchinterval()
     yield
     sys.setswitchinterval(before)
-    ops.use(None)
+    ops.set_default_backend(None)
 
 
 def in_another_thread(call: Callable[[], object]) -> object:
@@ -33,14 +34,16 @@ def test_a_block_holds_for_its_thread_alone() -> None:
     """Also between the call of `use` and the first line of the block, which a switch of threads may separate."""
     sys.setswitchinterval(1e-6)
     seen: set[str | None] = set()
-    done = threading.Event()
+    begun, done = threading.Event(), threading.Event()
 
     def look() -> None:
         while not done.is_set():
             seen.add(ops.in_use())
+            begun.set()
 
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(look)
+        begun.wait()
         for _ in range(300):
             with ops.use("torch"):
                 assert ops.in_use() == "torch"
@@ -49,24 +52,32 @@ def test_a_block_holds_for_its_thread_alone() -> None:
     assert seen == {None}
 
 
-def test_a_call_without_a_block_sets_the_default_of_all_threads() -> None:
+def test_the_default_of_the_process_holds_for_all_threads() -> None:
     with ThreadPoolExecutor(1) as pool:  # a thread that is there before
         assert pool.submit(ops.in_use).result() is None
-        ops.use("torch")
+        ops.set_default_backend("torch")
         assert pool.submit(ops.in_use).result() == in_another_thread(ops.in_use) == ops.in_use() == "torch"
         with ops.use("cpu"):
             assert in_another_thread(ops.in_use) == "torch"
-            pool.submit(ops.use, None).result()
+            pool.submit(ops.set_default_backend, None).result()
             assert ops.in_use() == "cpu"
             assert in_another_thread(ops.in_use) is None
         assert ops.in_use() is None
 
 
-def test_a_call_whose_result_is_kept_holds_at_once() -> None:
-    kept = ops.use("torch")  # as in an interactive session, where _ keeps the last result
-    assert ops.in_use() == "torch"
-    del kept
-    assert ops.in_use() == in_another_thread(ops.in_use) == "torch"
+def test_a_call_of_use_holds_for_its_thread_from_then_on() -> None:
+    """Whether its result is kept or not."""
+    with ThreadPoolExecutor(1) as pool:
+        for keep in (True, False):
+            kept = pool.submit(ops.use, "torch").result()
+            if not keep:
+                del kept
+                gc.collect()
+            assert pool.submit(ops.in_use).result() == "torch"
+            assert ops.in_use() is None
+            pool.submit(ops.use, "cpu").result()
+            with ops.use(None):
+                assert pool.submit(ops.in_use).result() == "cpu"
 
 
 def test_a_block_in_a_task_is_not_seen_by_other_tasks() -> None:
@@ -92,17 +103,18 @@ def test_a_compiled_function_follows_use() -> None:
     for backend in ("cpu", "torch", "cpu"):
         with ops.use(backend):
             assert torch.equal(compiled(x), by_backend[backend])
-        ops.use(backend)
+        ops.set_default_backend(backend)
         assert torch.equal(compiled(x), by_backend[backend])
-        ops.use(None)
+        ops.set_default_backend(None)
         assert torch.equal(compiled(x), by_backend["cpu"])
 
 
 def test_an_unknown_backend_changes_nothing() -> None:
-    ops.use("torch")
-    with pytest.raises(ValueError, match="unknown backend 'gpu'"):
-        ops.use("gpu")
-    assert ops.in_use() == "torch"
+    ops.set_default_backend("torch")
+    for choose in (ops.use, ops.set_default_backend):
+        with pytest.raises(ValueError, match="unknown backend 'gpu'"):
+            choose("gpu")
+        assert ops.in_use() == "torch"
 
 
 def test_every_operation_has_a_formula_and_samples() -> None:
@@ -111,7 +123,8 @@ def test_every_operation_has_a_formula_and_samples() -> None:
         assert "torch" in operation.implementations
         assert operation.samples
         for backend, implementation in operation.implementations.items():
-            assert registry.BACKENDS[backend].implementations[name] is implementation
+            found = registry.BACKENDS[backend].implementations[name]
+            assert getattr(found, "__wrapped__", found) is implementation
 
 
 @pytest.mark.slow
@@ -138,9 +151,16 @@ sys.modules["gptcore._C"] = native
 
 import gptcore
 from gptcore import ops
+from gptcore.training.optim import AdamW
 assert gptcore.ops.registry._C is native
 model = gptcore.GPT(gptcore.GPTConfig(vocab_size=9, n_positions=8, n_layer=1, n_head=1, n_embd=8))
 model(torch.zeros(1, 8, dtype=torch.int64), labels=torch.zeros(1, 8, dtype=torch.int64)).loss.backward()
+optimizer = AdamW(model.parameters())
+optimizer.grad_norm()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules, "importing it takes seconds, and only torch.compile needs it"
 with ops.use("cpu"):
     ops.chosen("attention", next(model.parameters()))
 assert not torch.cuda.is_initialized()

@@ -1,4 +1,7 @@
-"""The GPU simulator: for each rule a kernel that breaks it, which must be reported, and a correct twin that passes."""
+"""The GPU simulator: for each rule a kernel that breaks it, which must be reported, and a correct twin that passes.
+
+Its cases of the operations are picked from their grids (TILES and FEW, made for the tiles of the CUDA kernels).
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import every_operation as tables
 import pytest
 import torch
 import torch.nn.functional as F
-from every_operation import HERE, OF_ALL_TENSORS, OF_ONE_TENSOR, every_operation, every_tensor, flat
+from every_operation import HERE, OF_ALL_TENSORS, OF_ONE_TENSOR, as_heads, every_operation, every_tensor, flat
 from grid import BF16, F32, leaves, randn
 from test_ops import Bits, assert_same_bits
 from torch import Tensor
@@ -97,7 +97,7 @@ def test_a_trace_computes(name: str) -> None:
 @every_operation
 @pytest.mark.parametrize("backend", HERE)
 def test_outputs_may_be_modified_in_place(backend: str, name: str) -> None:
-    """And the gradients are right, or autograd says that the backward pass needs the output."""
+    """And the gradients are right, or autograd says that the backward pass needs the output, as for PyTorch's own."""
     run, factor = OF_ONE_TENSOR[name], torch.full((), 2.0, requires_grad=True)
     x = randn(6, 8)
     (leaf,) = leaves(x)
@@ -114,14 +114,26 @@ def test_outputs_may_be_modified_in_place(backend: str, name: str) -> None:
         F.dropout(out, 0.0, inplace=True)
         is_saved = name in ("attention", "documents", "qkvpacked") or (name == "residual" and i == 1)
         if is_saved and (backend != "torch" or (name == "documents" and i == 1)):
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            with pytest.raises(
+                RuntimeError, match=r"modified by an inplace operation: .* which is output \d of \w+, is at"
+            ):
                 torch.autograd.grad(out.sum(), leaf)
         else:
             torch.testing.assert_close(torch.autograd.grad(out.sum(), leaf)[0], expected)
         with torch.no_grad():
             out = output(x)
-        if name != "qkvpacked" and (backend != "torch" or name not in ("attention", "documents")):  # transposed views
-            assert out.mul_(factor).requires_grad
+        assert out.mul_(factor).requires_grad  # a view made without grad mode would refuse it
+
+
+def test_pytorch_refuses_the_same_changes_in_place() -> None:
+    """F.scaled_dot_product_attention reads its output in the backward pass, and F.layer_norm its input."""
+    (x,), row = leaves(randn(6, 8)), torch.ones(8)
+    summed = 2 * x
+    normalised = F.layer_norm(summed, (8,), row)
+    summed.mul_(2.0)
+    for out in (F.scaled_dot_product_attention(*as_heads(x), is_causal=True).mul_(2.0), normalised):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
 
 
 class Wrapper(torch.Tensor):

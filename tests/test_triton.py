@@ -1,5 +1,7 @@
 """The Triton kernels, in Triton's interpreter: the grid thinned out, since a case takes a second here.
 
+Lengths, widths and rows are its own, because they straddle the edges of Triton's tiles and no other kernel's.
+
 What they compile to for GPUs is checked by tools/triton_table.py, in a process of its own without the interpreter.
 """
 
@@ -29,9 +31,12 @@ from grid import BF16, DTYPES, F16, F32, covering, leaves, randn
 from test_attention import (  # noqa: F401
     Attention,
     test_a_limit_beyond_every_key_is_no_limit,
-    test_boundaries_of_one_row_hold_for_every_row,
     test_dropout_draws_anew_for_each_call,
     test_the_gradient_of_the_log_sum_exp_alone,
+)
+from test_cu_seqlens import (  # noqa: F401
+    test_boundaries_of_one_row_hold_for_every_row,
+    test_boundaries_that_are_none,
 )
 from test_gelu import Gelu, test_gelu_of_every_16_bit_number, test_zero_keeps_its_sign  # noqa: F401
 from test_layer_norm import LayerNorm, test_a_bad_row_stays_a_row  # noqa: F401
@@ -44,7 +49,6 @@ from test_ops import (  # noqa: F401
     test_a_second_derivative_is_refused,
     test_autocast,
     test_both_backends_refuse_alike,
-    test_boundaries_that_are_none,
     test_functional_call,
     test_inputs_are_left_alone,
     test_merging_the_heads_of_an_output_is_free,
@@ -196,6 +200,33 @@ def test_layer_norm(case: LayerNorm) -> None:
 @pytest.mark.parametrize("case", gelu_grid.GELUS, ids=grid.name_of)
 def test_gelu(case: Gelu) -> None:
     gelu_grid.test_gelu("triton", case)
+
+
+def test_a_direct_call_of_an_operator_reads_nothing_out_of_bounds() -> None:
+    """Past the checks of ops, as from a wrapper subclass that lies about its shape: the native checks come first."""
+    run, x, row = torch.ops.gptcore, randn(6, 8), randn(8)
+    q, k, cu = randn(1, 2, 5, 8), randn(1, 2, 9, 8), torch.tensor([0, 2, 5])
+    settings = (None, None, None, 1.0, True, -1, -1, 0.0, False, "triton")
+    out, lse = run.attention_forward(q, k, k, *settings)
+    _, _, mean, rstd = run.layer_norm_forward(x, row, None, None, 1e-5, "triton")
+    cut = randn(6, 16)[:, 8:]
+    cut.untyped_storage().resize_(4)
+    for call, message in (
+        (lambda: run.gelu_forward(x, row[:4], True, "triton"), r"bias has shape \(4\), expected \(8\)"),
+        (lambda: run.gelu_forward(x.T, None, True, "triton"), "x is not contiguous"),
+        (lambda: run.gelu_forward(cut, None, True, "triton"), "storage was resized"),
+        (lambda: run.gelu_backward(x[:2], x, None, True, "triton"), r"grad_out has shape \(2, 8\), expected \(6, 8\)"),
+        (lambda: run.layer_norm_forward(x, row[:4], None, None, 1e-5, "triton"), r"weight has shape \(4\)"),
+        (lambda: run.layer_norm_forward(x, row, None, x[:2], 1e-5, "triton"), r"residual has shape \(2, 8\)"),
+        (lambda: run.layer_norm_backward(x, None, x, row, mean[:2], rstd, True, "triton"), r"mean has shape \(2\)"),
+        (lambda: run.attention_forward(q, k, k[:, :, :4], *settings), r"value has shape \(1, 2, 4, 8\)"),
+        (lambda: run.attention_forward(q, k[:, :, :, :4], k[..., :4], *settings), r"key has shape \(1, 2, 9, 4\)"),
+        (lambda: run.attention_forward(q, k, k, cu, cu, *settings[2:]), r"cu_seqlens_k ends at 5, expected length = 9"),
+        (lambda: run.attention_backward(q, None, q, k, k, out[:, :1], lse, *settings), r"out has shape \(1, 1, 5, 8\)"),
+        (lambda: run.attention_backward(q, None, q, k, k, out, lse[..., :2], *settings), r"lse has shape \(1, 2, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_dropout_drops_what_the_reference_drops() -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore import ops
+from gptcore.ops.documents import assume_valid
 
 
 class KVCache:
@@ -132,3 +133,4 @@ class Ragged:
         filled = row * longest + positions[:, -1] + 1
         self.cu_seqlens_q = F.pad(torch.stack([end_q, end_q], 1).flatten(), (1, 0))
         self.cu_seqlens_k = F.pad(torch.stack([filled, end_k], 1).flatten(), (1, 0))
+        assume_valid(self.cu_seqlens_q, self.cu_seqlens_k, B, T, longest)  # a check would wait for the device

@@ -1,7 +1,7 @@
 """The operations of a GPT, one function each, with the same arguments and errors on every backend.
 
-`backends()` lists the backends, and why any is unavailable; `use(name)` chooses one for the process or for a `with`
-block; the argument `backend=` chooses for one call.
+`backends()` lists the backends, and why any is unavailable. The argument `backend=` chooses one for a call, `use(name)`
+for the current thread or a `with` block, `set_default_backend(name)` for the process.
 """
 
 from gptcore.ops.attention import attention, attention_qkvpacked, attention_with_lse
@@ -9,7 +9,7 @@ from gptcore.ops.gelu import gelu
 from gptcore.ops.layer_norm import layer_norm
 from gptcore.ops.linear import linear
 from gptcore.ops.linear_cross_entropy import linear_cross_entropy
-from gptcore.ops.registry import backends, chosen, in_use, use
+from gptcore.ops.registry import backends, chosen, in_use, set_default_backend, use
 
 __all__ = [
     "attention",
@@ -22,5 +22,6 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "set_default_backend",
     "use",
 ]

@@ -6,19 +6,31 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore import _C
 from gptcore.ops import arguments, native, registry
+from gptcore.ops.documents import Boundaries, check_boundaries, check_values, segments
 from gptcore.ops.dropout import dropout_keep
 from gptcore.ops.operation import Operation, Sample
 
-Boundaries = Tensor | tuple[Tensor, Tensor]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `attention`."""
+
+    causal: bool
+    scale: float | None
+    window: tuple[int, int] | None
+    cu_seqlens: Boundaries | None
+    dropout_p: float
+    backend: str | None
 
 
 class Settings(NamedTuple):
@@ -73,52 +85,36 @@ def attention(
     Returns:
         (batch, query_heads, query_len, head_dim), laid out so that `.transpose(1, 2).flatten(2)` is a view. A query
         that attends to no key gets zeros. NaN in a value reaches exactly the queries that attend to it on
-        the CPU and in `torch`, and may reach others of a masked tile on a GPU.
+        the CPU and in `torch`, and may reach others of a masked tile on a GPU. The backward pass of a kernel reads
+        the output, as that of F.scaled_dot_product_attention does: it raises after an in-place change.
 
     Raises:
         ValueError: shapes, dtypes, strides or arguments that do not fit, with what was expected.
         TypeError: an argument has the wrong type.
         RuntimeError: the requested backend cannot run the call.
     """
-    return _attend(q, k, v, causal, scale, window, cu_seqlens, dropout_p, backend)[0]
+    return _attend(q, k, v, None, causal, scale, window, cu_seqlens, dropout_p, backend)[0]
 
 
-def attention_with_lse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    window: tuple[int, int] | None = None,
-    cu_seqlens: Boundaries | None = None,
-    dropout_p: float = 0.0,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+_DEFAULTS: dict[str, Any] = attention.__kwdefaults__ or {}
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tuple[Tensor, Tensor]:
     """Return `attention` and the log-sum-exp of each query's scores: float32 (batch, query_heads, query_len).
 
     The log-sum-exp of a query that attends to no key is -inf. Arguments and errors are those of `attention`.
     """
-    return _attend(q, k, v, causal, scale, window, cu_seqlens, dropout_p, backend)
+    return _attend(q, k, v, None, **{**_DEFAULTS, **options})
 
 
-def attention_qkvpacked(
-    qkv: Tensor,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    window: tuple[int, int] | None = None,
-    cu_seqlens: Boundaries | None = None,
-    dropout_p: float = 0.0,
-    backend: str | None = None,
-) -> Tensor:
+def attention_qkvpacked(qkv: Tensor, **options: Unpack[Options]) -> Tensor:
     """Return `attention` of q, k and v packed in one tensor; their gradient is one tensor as well.
 
     The result equals that of qkv.permute(2, 0, 3, 1, 4).unbind(0), whose gradient would be assembled from three.
 
     Args:
         qkv: (batch, length, 3, heads, head_dim).
-        causal, scale, window, cu_seqlens, dropout_p, backend: as in `attention`.
+        options: the keyword arguments of `attention`.
 
     Returns:
         (batch, length, heads, head_dim), dense: `.flatten(2)` is a view.
@@ -134,8 +130,7 @@ def attention_qkvpacked(
     if qkv.stride(4) != 1 and qkv.shape[4] > 1 and qkv.numel():
         raise ValueError(f"qkv has stride {qkv.stride(4)} in its last dimension, expected 1; call .contiguous() on it")
     (qkv,) = arguments.cast_for_autocast(qkv)
-    out, _ = _run(*_parts(qkv.detach()), qkv, causal, scale, window, cu_seqlens, dropout_p, backend)
-    return out.transpose(1, 2)
+    return _attend(*_parts(qkv.detach()), qkv, **{**_DEFAULTS, **options})[0]
 
 
 def _parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,13 +139,7 @@ def _parts(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    arguments.check_tensors(q=q, k=k, v=v)
-    q, k, v = arguments.cast_for_autocast(q, k, v)
-    return _run(q, k, v, None, *settings)
-
-
-def _run(
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -164,11 +153,16 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of `attention` and return its output and the log-sum-exp.
 
-    packed: the tensor that q, k and v are views of, or None. If given, implementations get (packed, None, None).
+    packed: the tensor that q, k and v are views of, or None. If given, implementations get (packed, None, None), and
+        their output is (batch, length, heads, head_dim).
     """
+    if packed is None:
+        arguments.check_tensors(q=q, k=k, v=v)
+        q, k, v = arguments.cast_for_autocast(q, k, v)
     arguments.check_numbers(scale=0 if scale is None else scale, dropout_p=dropout_p)
     arguments.check_flags(causal=causal)
-    # The native check is ten times as fast; _check then raises with the reason, or accepts a subclass of Tensor.
+    # What every backend refuses is checked here; native functions check again what keeps memory accesses in bounds,
+    # for they can be called without this. _check is for tensors without memory and for the message: it takes longer.
     if torch.compiler.is_compiling() or not _C.attention_takes(q, k, v):
         _check(q, k, v)
     if scale is None:
@@ -178,7 +172,7 @@ def _run(
     left, right = _check_window(window)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, expected 0 <= dropout_p < 1")
-    cu_seqlens_q, cu_seqlens_k = _check_cu_seqlens(cu_seqlens, q, k)
+    cu_seqlens_q, cu_seqlens_k = check_boundaries(cu_seqlens, q, k)
     run = registry.select("attention", backend, q)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu") if dropout_p > 0.0 else None
     settings = Settings(cu_seqlens_q, cu_seqlens_k, seed, float(scale), causal, left, right, float(dropout_p))
@@ -223,50 +217,7 @@ def _check_window(window: tuple[int, int] | None) -> tuple[int, int]:
     return min(left, NO_LIMIT), min(right, NO_LIMIT)
 
 
-def _check_cu_seqlens(cu_seqlens: Boundaries | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return cu_seqlens_q and cu_seqlens_k. Their values are checked where they are read."""
-    if cu_seqlens is None:
-        return None, None
-    if isinstance(cu_seqlens, Tensor):
-        if q.shape[2] != k.shape[2]:
-            raise ValueError(
-                f"cu_seqlens for {q.shape[2]} queries and {k.shape[2]} keys a row must be a pair, "
-                "(cu_seqlens_q, cu_seqlens_k)"
-            )
-        cu_seqlens = (cu_seqlens, cu_seqlens)
-    if len(cu_seqlens) != 2 or not all(isinstance(cu, Tensor) for cu in cu_seqlens):
-        raise ValueError("cu_seqlens must be a tensor of boundaries, or a pair of them for queries and keys")
-    for cu in cu_seqlens:
-        if cu.dim() != 1 or cu.dtype not in (torch.int32, torch.int64) or cu.device != q.device:
-            raise ValueError(
-                f"cu_seqlens is {cu.dtype} of shape {tuple(cu.shape)} on {cu.device}, "
-                f"expected int32 or int64, 1-D, on {q.device}"
-            )
-    return cu_seqlens
-
-
-def _check_values(cu_q: Tensor, cu_k: Tensor, q: Tensor, k: Tensor) -> None:
-    """Raise ValueError for invalid cu_seqlens; synchronises. Tensors without memory are not checked."""
-    if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    if cu_q.is_meta or native.is_watched(cu_q, cu_k):
-        return
-    if registry.is_transformed():  # torch.func's wrappers have no memory to read
-        cu_q, cu_k = (torch.from_numpy(np.array(cu.tolist(), np.int64)) for cu in (cu_q, cu_k))
-    with torch._C._DisableFuncTorch():
-        _C.check_segments(cu_q.cpu(), cu_k.cpu(), q.shape[0], q.shape[2], k.shape[2])
-
-
 # ---- torch: the formula in plain PyTorch -----------------------------------------------------------------------------
-
-
-def _segments(cu: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """Return for each token, (batch, length), the index of its document and its position in it."""
-    position = torch.arange(length, device=cu.device).expand(batch, length)
-    row_begin = torch.arange(batch, device=cu.device)[:, None] * length
-    flat = torch.where(cu[-1] == length, position, position + row_begin)  # boundaries of one row hold for every row
-    segment = torch.bucketize(flat, cu[1:].contiguous(), right=True)
-    return segment, flat - cu[segment]
 
 
 def _mask(q: Tensor, k: Tensor, settings: Settings) -> Tensor:
@@ -278,9 +229,9 @@ def _mask(q: Tensor, k: Tensor, settings: Settings) -> Tensor:
     allowed = torch.ones(1, query_len, kv_len, dtype=torch.bool, device=q.device)
     cu_q, cu_k = settings.cu_seqlens_q, settings.cu_seqlens_k
     if cu_q is not None and cu_k is not None:
-        _check_values(cu_q, cu_k, q, k)
-        query_segment, query_position = _segments(cu_q, batch, query_len)
-        key_segment, key_position = _segments(cu_k, batch, kv_len)
+        check_values(cu_q, cu_k, q, k)
+        query_segment, query_position = segments(cu_q, batch, query_len)
+        key_segment, key_position = segments(cu_k, batch, kv_len)
         key = key_position[:, None, :]
         position = (query_position + (cu_k.diff() - cu_q.diff())[query_segment])[:, :, None]
         allowed = query_segment[:, :, None] == key_segment[:, None, :]
@@ -294,6 +245,7 @@ def _mask(q: Tensor, k: Tensor, settings: Settings) -> Tensor:
 
 
 def _attention_torch(q: Tensor, k: Tensor | None, v: Tensor | None, settings: Settings) -> tuple[Tensor, Tensor]:
+    packed = k is None
     if k is None or v is None:
         q, k, v = _parts(q)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -308,8 +260,10 @@ def _attention_torch(q: Tensor, k: Tensor | None, v: Tensor | None, settings: Se
     if settings.seed is not None:
         keep = dropout_keep(scores.shape, settings.seed.to(q.device), settings.dropout_p, q.device)
         probs = probs * keep / (1.0 - settings.dropout_p)
-    out = _weighted_sum(probs, values, allowed)
-    return out.transpose(1, 2).contiguous().transpose(1, 2).to(q.dtype), lse.to(torch.float32)
+    # Copies, because a view that was made without grad mode could not be modified in place with it
+    out = _weighted_sum(probs, values, allowed).transpose(1, 2)
+    out = out.to(q.dtype, copy=True, memory_format=torch.contiguous_format)
+    return out if packed else out.transpose(1, 2).clone(), lse.to(torch.float32)
 
 
 def _weighted_sum(probs: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
@@ -326,8 +280,10 @@ def _weighted_sum(probs: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
 
 _SETTINGS = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, float scale, bool causal, int window_left, "
-    "int window_right, float dropout_p"
+    "int window_right, float dropout_p, bool packed"
 )
+# packed: q, k and v are views of one tensor. Then the output is dense, (batch, length, heads, head_dim), and in the
+# backward pass the first result is the gradient of that tensor, and the other two are empty.
 
 
 def _like_heads(tensor: Tensor) -> Tensor:
@@ -336,8 +292,11 @@ def _like_heads(tensor: Tensor) -> Tensor:
     return tensor.new_empty_strided(shape, (length * heads * head_dim, head_dim, heads * head_dim, 1))
 
 
-def _outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _outputs(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Return empty out and lse; the last argument is `packed`."""
+    batch, heads, length, head_dim = q.shape
+    out = q.new_empty(batch, length, heads, head_dim) if others[-1] else _like_heads(q)
+    return out, q.new_empty(batch, heads, length, dtype=torch.float32)
 
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -350,15 +309,15 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, t
 
 
 def _forward_body(kernel: native.Kernel, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _outputs(q)
-    kernel(q, k, v, out, lse, settings)
+    out, lse = _outputs(q, packed := settings[-1])
+    kernel(q, k, v, out.transpose(1, 2) if packed else out, lse, settings[:-1])
     return out, lse
 
 
 def _forward_on_gpu(kernel: native.Kernel, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     cu_q, cu_k, *others = settings
     if cu_q is not None and cu_k is not None:
-        _check_values(cu_q, cu_k, q, k)
+        check_values(cu_q, cu_k, q, k)
     return _forward_body(kernel, q, k, v, *_as_int64(cu_q, cu_k), *others)
 
 
@@ -367,29 +326,17 @@ def _as_int64(*cu_seqlens: Tensor | None) -> list[Tensor | None]:
     return [None if cu is None else cu.long().contiguous() for cu in cu_seqlens]
 
 
-# The backward pass has one more setting, `packed`: q, k and v are views of one tensor. Then the first result is the
-# gradient of that tensor, and the other two are empty.
-
-
 def _backward_body(
-    kernel: native.Kernel,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *settings: Any,
+    kernel: native.Kernel, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *settings_of_forward, packed = settings
+    out, lse, *settings, packed = others
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
     whole, gradients = _gradients(q, k, v, packed)
     if settings[1] is not None:  # kernels write no gradient for the keys of a document without queries
         gradients[1].zero_()
         gradients[2].zero_()
-    kernel(grad_out, grad_lse, q, k, v, out, lse, *gradients, tuple(settings_of_forward))
+    kernel(grad_out, grad_lse, q, k, v, out, lse, *gradients, tuple(settings))
     return (whole, whole.new_empty(0), whole.new_empty(0)) if packed else gradients
 
 
@@ -415,7 +362,7 @@ _forward = native.define(
 )
 _backward = native.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_SETTINGS}, bool packed) -> (Tensor, Tensor, Tensor)",
+    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)",
     native.compiled("attention_backward", _backward_on_gpu)
     | native.compiled("attention_backward", _backward_body, ["cpu"])
     | native.triton("attention", "backward", _backward_on_gpu),
@@ -431,7 +378,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor | None, v: Tensor | None, settings: Settings, backend: str
     ) -> tuple[Tensor, Tensor]:
         tensors = (q, k, v) if k is not None and v is not None else _parts(q)
-        out, lse = _forward(*tensors, *settings, backend)
+        out, lse = _forward(*tensors, *settings, k is None, backend)
         ctx.save_for_backward(q, k, v, out, lse, *settings[:3])
         ctx.settings, ctx.backend = settings[3:], backend
         ctx.set_materialize_grads(False)
@@ -448,6 +395,7 @@ class _Attention(torch.autograd.Function):
         packed = k is None
         if packed:
             q, k, v = _parts(q)
+            grad_out, out = grad_out.transpose(1, 2), out.transpose(1, 2)
         gradients = _backward(
             grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, *ctx.settings, packed, ctx.backend
         )

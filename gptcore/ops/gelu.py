@@ -94,12 +94,12 @@ def _gradients(grad_out: Tensor, x: Tensor, bias: Tensor | None, *_: Any) -> tup
 
 _forward = native.define(
     "gelu_forward(Tensor x, Tensor? bias, bool tanh_form) -> Tensor",
-    native.compiled("gelu_forward", _forward_native) | native.triton("gelu", "forward"),
+    native.compiled("gelu_forward", _forward_native) | native.triton("gelu", "forward", _forward_native),
     lambda x, *_: torch.empty_like(x),
 )
 _backward = native.define(
     "gelu_backward(Tensor grad_out, Tensor x, Tensor? bias, bool tanh_form) -> (Tensor, Tensor)",
-    native.compiled("gelu_backward", _backward_native) | native.triton("gelu", "backward"),
+    native.compiled("gelu_backward", _backward_native) | native.triton("gelu", "backward", _backward_native),
     _gradients,
 )
 
@@ -107,25 +107,26 @@ _backward = native.define(
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, tanh_form: bool, backend: str) -> Tensor:
-        x = x.contiguous()
-        wide = None if bias is None else bias.float().contiguous()
-        ctx.save_for_backward(x, wide)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, bias)
         ctx.settings = tanh_form, backend
-        return _forward(x, wide, tanh_form, backend)
+        return _forward(x, bias, tanh_form, backend)
 
     @staticmethod
     @native.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
         grad, grad_bias = _backward(grad_out.contiguous(), x, bias, *ctx.settings)
-        return grad, None if bias is None else grad_bias.to(ctx.bias_dtype), None, None
+        return grad, None if bias is None else grad_bias, None, None
+
+
+def _dense(x: Tensor, bias: Tensor | None, tanh_form: bool) -> tuple[Tensor, Tensor | None, bool]:
+    return x.contiguous(), None if bias is None else bias.float().contiguous(), tanh_form
 
 
 registry.register(
     Operation(
         "gelu",
-        {"torch": _gelu_torch, **native.differentiable(_Gelu)},
+        {"torch": _gelu_torch, **native.differentiable(_Gelu, prepare=_dense)},
         samples=[
             Sample("with bias", gelu, {"x": (3, 5, 12), "bias": (12,)}, {"approximate": "none"}),
             Sample("plain", gelu, {"x": (3, 5, 12)}),

@@ -18,24 +18,14 @@ from gptcore.ops.operation import Operation, Sample
 
 @overload
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = ...,
-    *,
-    eps: float = ...,
-    residual: None = ...,
-    backend: str | None = ...,
-) -> Tensor: ...
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., *,
+    residual: None = ..., eps: float = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
 @overload
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = ...,
-    *,
-    eps: float = ...,
-    residual: Tensor,
-    backend: str | None = ...,
-) -> tuple[Tensor, Tensor]: ...
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., *,
+    residual: Tensor, eps: float = ..., backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -53,7 +43,8 @@ def layer_norm(
         residual: added to x first; x's shape, x's dtype or float32. Its dtype is that of both outputs.
 
     Returns:
-        out, in x's shape; with a residual (out, residual_out), where residual_out = x + residual.
+        out, in x's shape; with a residual (out, residual_out), where residual_out = x + residual. The backward pass
+        reads residual_out, as that of F.layer_norm reads its input: it raises after an in-place change.
 
     Raises:
         ValueError: shapes, dtypes or arguments that do not fit, with what was expected.
@@ -119,17 +110,10 @@ def _outputs(
 
 
 def _backward_native(
-    kernel: native.Kernel,
-    grad_out: Tensor,
-    grad_residual_out: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    bias: bool,
+    kernel: native.Kernel, grad_out: Tensor, grad_residual_out: Tensor | None, x: Tensor, weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_weight, grad_bias = _gradients(grad_out, grad_residual_out, x, weight, mean, rstd, bias)
-    readable = native.readable
+    (mean, rstd, bias), readable = others, native.readable
+    grad_x, grad_weight, grad_bias = _gradients(grad_out, grad_residual_out, x, weight, bias)
     kernel(
         readable(grad_out), readable(grad_residual_out), readable(x), weight, mean, rstd, readable(grad_x), grad_weight,
         grad_bias if bias else None,
@@ -138,28 +122,24 @@ def _backward_native(
 
 
 def _gradients(
-    grad_out: Tensor,
-    grad_residual_out: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    bias: bool,
+    grad_out: Tensor, grad_residual_out: Tensor | None, x: Tensor, weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    bias = others[-1]
     return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape if bias else (0,))
 
 
 _forward = native.define(
     "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    native.compiled("layer_norm_forward", _forward_native) | native.triton("layer_norm", "forward"),
+    native.compiled("layer_norm_forward", _forward_native) | native.triton("layer_norm", "forward", _forward_native),
     _outputs,
 )
 # x is the normalised tensor: residual_out, if there is a residual.
 _backward = native.define(
     "layer_norm_backward(Tensor grad_out, Tensor? grad_residual_out, Tensor x, Tensor weight, Tensor mean, "
     "Tensor rstd, bool bias) -> (Tensor, Tensor, Tensor)",
-    native.compiled("layer_norm_backward", _backward_native) | native.triton("layer_norm", "backward"),
+    native.compiled("layer_norm_backward", _backward_native)
+    | native.triton("layer_norm", "backward", _backward_native),
     _gradients,
 )
 
@@ -169,18 +149,10 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, backend: str
     ) -> tuple[Tensor, Tensor | None]:
-        x, wide = x.contiguous(), weight.float().contiguous()
-        out, residual_out, mean, rstd = _forward(
-            x,
-            wide,
-            None if bias is None else bias.float().contiguous(),
-            None if residual is None else residual.contiguous(),
-            eps,
-            backend,
-        )
-        ctx.save_for_backward(x if residual is None else residual_out, wide, mean, rstd)
-        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.has_residual, ctx.backend = residual is not None, backend
+        out, residual_out, mean, rstd = _forward(x, weight, bias, residual, eps, backend)
+        ctx.save_for_backward(x if residual is None else residual_out, weight, mean, rstd)
+        ctx.dtype, ctx.has_bias, ctx.has_residual = x.dtype, bias is not None, residual is not None
+        ctx.backend = backend
         ctx.set_materialize_grads(False)
         return out, None if residual is None else residual_out
 
@@ -188,28 +160,26 @@ class _LayerNorm(torch.autograd.Function):
     @native.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_residual_out: Tensor | None) -> tuple[Tensor | None, ...]:
         normalised, weight, mean, rstd = ctx.saved_tensors
-        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         grad_out = torch.zeros_like(normalised) if grad_out is None else grad_out.contiguous()
         if grad_residual_out is not None:
             grad_residual_out = grad_residual_out.contiguous()
         grad, grad_weight, grad_bias = _backward(
-            grad_out, grad_residual_out, normalised, weight, mean, rstd, bias_dtype is not None, ctx.backend
+            grad_out, grad_residual_out, normalised, weight, mean, rstd, ctx.has_bias, ctx.backend
         )
-        return (
-            grad.to(x_dtype),
-            grad_weight.to(weight_dtype),
-            None if bias_dtype is None else grad_bias.to(bias_dtype),
-            grad if ctx.has_residual else None,
-            None,
-            None,
-        )
+        grad_residual = grad if ctx.has_residual else None
+        return grad.to(ctx.dtype), grad_weight, grad_bias if ctx.has_bias else None, grad_residual, None, None
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Any, ...]:
+    weight, bias = weight.float().contiguous(), None if bias is None else bias.float().contiguous()
+    return x.contiguous(), weight, bias, None if residual is None else residual.contiguous(), eps
 
 
 _SHAPES: dict[str, tuple[int, ...]] = {"x": (3, 5, 12), "weight": (12,), "bias": (12,)}
 registry.register(
     Operation(
         "layer_norm",
-        {"torch": _layer_norm_torch, **native.differentiable(_LayerNorm)},
+        {"torch": _layer_norm_torch, **native.differentiable(_LayerNorm, prepare=_dense)},
         samples=[
             Sample("residual", layer_norm, {**_SHAPES, "residual": (3, 5, 12)}, {"eps": 1e-3}),
             Sample("plain", layer_norm, _SHAPES),

@@ -188,8 +188,6 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
         needs = ctx.needs_input_grad[:3]
-        x, weight = x.contiguous(), weight.contiguous()
-        bias = None if bias is None else bias.contiguous()
         ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
         ctx.settings = x.shape[-1], x.dtype, weight.dtype, dtype if bias is None else bias.dtype, needs
         ctx.backend = backend
@@ -203,10 +201,14 @@ class _Linear(torch.autograd.Function):
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None
 
 
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Any, ...]:
+    return x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), dtype
+
+
 registry.register(
     Operation(
         "linear",
-        {**dict.fromkeys(registry.WITH_TORCH, _linear_torch), **native.differentiable(_Linear, ["cpu"])},
+        {**dict.fromkeys(registry.WITH_TORCH, _linear_torch), **native.differentiable(_Linear, ["cpu"], _dense)},
         samples=[
             Sample("with bias", linear, {"x": (3, 5, 12), "weight": (7, 12), "bias": (7,)}),
             Sample("plain", linear, {"x": (5, 12), "weight": (7, 12)}),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,13 +42,18 @@ def _native_function(backend: str, name: str) -> Kernel:
     return lambda *args: getattr(module(backend), name)(*args, execution(backend, args[0]))
 
 
-def triton(op: str, name: str, body: Kernel | None = None) -> dict[str, Kernel]:
-    """Return the function `name` of gptcore.kernels.<op>, or `body` with it as first argument; imported when called."""
+def triton(op: str, name: str, body: Kernel) -> dict[str, Kernel]:
+    """Return `body` with the function `name` of gptcore.kernels.<op> as its first argument; imported when called.
 
-    def kernel(*args: Any) -> Any:
-        return getattr(triton_module(op), name)(*args)
+    That function takes the arguments of the native function <op>_<name>, which checks them first: a Triton kernel reads
+    whatever is at a pointer.
+    """
 
-    return {"triton": kernel if body is None else functools.partial(body, kernel)}
+    def kernel(*args: Any) -> None:
+        getattr(_C, f"{op}_{name}")(*args, None)
+        getattr(triton_module(op), name)(*args)
+
+    return {"triton": functools.partial(body, kernel)}
 
 
 @functools.cache
@@ -163,16 +169,20 @@ def _vmap(operator: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *ar
 
 
 def differentiable(
-    function: type[torch.autograd.Function], backends: Sequence[str] = KERNEL_BACKENDS
+    function: type[torch.autograd.Function],
+    backends: Sequence[str] = KERNEL_BACKENDS,
+    prepare: Callable[..., tuple[Any, ...]] = lambda *args: args,
 ) -> dict[str, Callable[..., Any]]:
-    """Return function.apply(..., backend) for each backend, skipping autograd where nothing is differentiated."""
+    """Return function.apply(*prepare(...), backend) for each backend, skipping autograd where it is not needed.
+
+    prepare: casts and copies that kernels need, differentiated by PyTorch.
+    """
     apply = _apply_without_check(function)
 
     def run(backend: str, *args: Any) -> Any:
+        args = prepare(*args)
         if torch.compiler.is_compiling():
             return function.apply(*distinct(args), backend)
-        if backend == "triton":  # which takes pointers unseen, as native functions do not
-            _C.check_memory([arg for arg in args if type(arg) in (torch.Tensor, torch.nn.Parameter)])
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return apply(*args, backend)
         return function.forward(_NothingToKeep(), *args, backend)
@@ -198,13 +208,36 @@ def _apply_without_check(function: type[torch.autograd.Function]) -> Callable[..
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return torch's once_differentiable, skipped when grad mode is off."""
-    checked = torch.autograd.function.once_differentiable(backward)
+    """Return a backward pass whose gradients raise an error if they are differentiated again."""
+    words = re.findall("[A-Z][a-z]*", backward.__qualname__.partition(".")[0])  # of _LayerNorm.backward
+    message = (
+        f"the kernels of {'_'.join(words).lower()} have no second derivative; backend='torch' has: pass it to the "
+        'call, or compute in `with ops.use("torch"):`'
+    )
 
     def run(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        return checked(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            result = backward(ctx, *grads)
+        gradients = result if isinstance(result, tuple) else (result,)
+        # Of the saved tensors too: the gradients depend on them, also if those of the outputs are constant
+        return _NoSecondDerivative.apply(message, *gradients, *ctx.saved_tensors, *grads)[: len(gradients)]
 
     return run
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Returns its tensors, whose gradient raises the message."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        ctx.message = message
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> None:
+        raise RuntimeError(ctx.message)
 
 
 class _NothingToKeep:

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -86,10 +86,11 @@ def _asked_once(why: Callable[[], str | None]) -> Callable[[], str | None]:
     """Return `why` with its answer kept. torch.compile takes the answer as a constant."""
     answer = functools.cache(why)
 
-    @torch.compiler.assume_constant_result
     def ask() -> str | None:
         return answer()
 
+    # What torch.compiler.assume_constant_result does, after importing torch._dynamo, which takes seconds
+    ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return ask
 
 
@@ -145,9 +146,23 @@ OPERATIONS: dict[str, Operation] = {}
 def register(operation: Operation) -> Operation:
     """Add an operation to OPERATIONS, and its implementations to the backends."""
     OPERATIONS[operation.name] = operation
+    formula = operation.implementations["torch"]
+    checked = _with_storage_check(formula)
     for backend, implementation in operation.implementations.items():
-        BACKENDS[backend].implementations[operation.name] = implementation
+        BACKENDS[backend].implementations[operation.name] = checked if implementation is formula else implementation
     return operation
+
+
+def _with_storage_check(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a formula that refuses tensors whose storage was resized, as kernels do: PyTorch would read beyond it."""
+
+    @functools.wraps(formula)
+    def run(*args: Any, **options: Any) -> Any:
+        if not (torch.compiler.is_compiling() or is_transformed()):
+            _C.check_storage(args)
+        return formula(*args, **options)
+
+    return run
 
 
 # ---- the choice of a backend -----------------------------------------------------------------------------------------
@@ -160,47 +175,45 @@ _latest: str | None = None
 
 
 class use:
-    """Run the operations on this backend; None chooses for each call.
+    """Run the operations of the current thread or asyncio task on this backend; None chooses for each call.
 
-    `with ops.use("torch"):` holds inside the block, for the current thread or asyncio task alone. `ops.use("torch")`
-    without `with` sets the default of the process, for all threads that are not inside such a block.
-    A function compiled by torch.compile follows the last change, whichever thread made it.
+    Holds from this call on or, as a context manager, until the end of the block, as torch.set_grad_enabled does. Other
+    threads and tasks follow `set_default_backend`. A function compiled by torch.compile follows the last change,
+    whichever thread made it.
 
     Raises ValueError for an unknown name and RuntimeError for a backend that is not usable here.
     """
 
-    _token: Token[str | None] | None = None  # while this object decides what the context uses
-    _is_block = False
-
     def __init__(self, backend: str | None) -> None:
-        if backend is not None and (reason := _known(backend).problem()):
-            raise RuntimeError(f"backend {backend!r} is not usable here: {reason}")
-        self.backend = backend
+        _check_usable(backend)
         self._token = _in_context.set(backend)
         _note_change()
 
     def __enter__(self) -> use:
-        self._is_block = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._release()
-
-    def __del__(self) -> None:
-        """Set the default of the process if there was no `with` block; not earlier, or other threads would change."""
-        if self._token is not None and not self._is_block:
-            global _default
-            _default = self.backend
-            self._release()
-
-    def _release(self) -> None:
-        token, self._token = self._token, None
-        if token is not None:
-            with contextlib.suppress(ValueError):  # the last reference was dropped in another context
-                _in_context.reset(token)
+        with contextlib.suppress(ValueError):  # the block ends in another context, such as that of a generator
+            _in_context.reset(self._token)
         _note_change()
+
+
+def set_default_backend(backend: str | None) -> None:
+    """Run the operations of all threads on this backend, except where `use` holds; None chooses for each call.
+
+    Raises ValueError for an unknown name and RuntimeError for a backend that is not usable here.
+    """
+    global _default
+    _check_usable(backend)
+    _default = backend
+    _note_change()
+
+
+def _check_usable(backend: str | None) -> None:
+    if backend is not None and (reason := _known(backend).problem()):
+        raise RuntimeError(f"backend {backend!r} is not usable here: {reason}")
 
 
 def _note_change() -> None:
@@ -210,7 +223,7 @@ def _note_change() -> None:
 
 
 def in_use() -> str | None:
-    """Return the backend set by `use`, or None if each call chooses."""
+    """Return the backend set by `use`, else by `set_default_backend`, or None if each call chooses."""
     if torch.compiler.is_compiling():
         return _latest
     name = _in_context.get()
@@ -229,7 +242,7 @@ def _known(name: str) -> Backend:
 
 
 def select(op: str, backend: str | None, tensor: torch.Tensor) -> Callable[..., Any]:
-    """Return the implementation of `op` for such a tensor: by `backend`, else set by `use`, else the first usable.
+    """Return the implementation of `op` for such a tensor: by `backend`, else by `in_use()`, else the first usable.
 
     Raises ValueError if the name is unknown, RuntimeError if the requested backend cannot run the call.
     """

@@ -101,27 +101,31 @@ def _tile(width: int) -> Tile:
     return Tile(max(1, 1024 // columns), columns, 4, 2)
 
 
-def forward(x: Tensor, bias: Tensor | None, tanh_form: bool) -> Tensor:
-    """Return out. x is dense, (..., width), and bias float32."""
+# The arguments are those of the native functions gelu_forward and gelu_backward, which check them.
+
+
+def forward(x: Tensor, bias: Tensor | None, out: Tensor, tanh_form: bool) -> None:
+    """Write out."""
     rows, width = rows_and_width(x)
-    out = torch.empty_like(x)
     launch(
         _forward_kernel, [_tile(width)], ("ROWS", "COLUMNS"),
         lambda tile: triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns),
         x, bias, out, rows, width, like=x, TANH_FORM=tanh_form,
     )  # fmt: skip
-    return out
 
 
-def backward(grad_out: Tensor, x: Tensor, bias: Tensor | None, tanh_form: bool) -> tuple[Tensor, Tensor]:
-    """Return grad_x and grad_bias, which is empty without a bias."""
+def backward(
+    grad_out: Tensor, x: Tensor, bias: Tensor | None, grad_x: Tensor, grad_bias: Tensor | None, tanh_form: bool
+) -> None:
+    """Write grad_x and, with a bias, grad_bias."""
     rows, width = rows_and_width(x)
     tile = _tile(width)
-    grad_x, blocks = torch.empty_like(x), triton.cdiv(width, tile.columns)
+    blocks = triton.cdiv(width, tile.columns)
     programs = min(triton.cdiv(rows, tile.rows), max(1, 16 * processors(x.device) // max(1, blocks)))
     partials = x.new_empty((programs, width) if bias is not None else (0, 0), dtype=torch.float32)
     launch(
         _backward_kernel, [tile], ("ROWS", "COLUMNS"), lambda tile: programs * blocks,
         grad_out, x, bias, grad_x, partials, rows, width, programs, like=x, TANH_FORM=tanh_form,
     )  # fmt: skip
-    return grad_x, x.new_empty(0) if bias is None else sum_rows(partials)
+    if grad_bias is not None:
+        sum_rows(partials, grad_bias)

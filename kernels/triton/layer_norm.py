@@ -6,7 +6,6 @@ Rows too wide for that are read again from the cache.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -209,43 +208,39 @@ def _tile(width: int, held: bool, lane: int) -> Tile:
     return Tile(rows, block, max(2, warps) if held else 32, 1)
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return out, residual_out (empty without a residual), mean and rstd.
+# The arguments are those of the native functions layer_norm_forward and layer_norm_backward, which check them.
 
-    x and residual are dense, (..., width), weight and bias float32.
-    """
-    (rows, width), like = rows_and_width(x), x if residual is None else residual
-    out, residual_out = torch.empty_like(like), like.new_empty(0 if residual is None else like.shape)
-    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, out: Tensor, residual_out: Tensor | None,
+    mean: Tensor, rstd: Tensor, eps: float,
+) -> None:  # fmt: skip
+    """Write out, residual_out if there is a residual, mean and rstd."""
+    rows, width = rows_and_width(x)
     held = width <= HELD_FORWARD
     launch(
         _forward_kernel, [_tile(width, held, 32)], ("ROWS", "BLOCK"), lambda tile: triton.cdiv(rows, tile.rows),
         x, weight, bias, residual, out, residual_out, mean, rstd, rows, eps, like=x, WIDTH=width, HELD=held, **OPTIONS,
     )  # fmt: skip
-    return out, residual_out, mean, rstd
 
 
 def backward(
-    grad_out: Tensor,
-    grad_residual_out: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return grad_x (also the gradient of the residual), grad_weight and grad_bias, which is empty without a bias."""
+    grad_out: Tensor, grad_residual_out: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    grad_x: Tensor, grad_weight: Tensor, grad_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Write grad_x (also the gradient of the residual), grad_weight and grad_bias."""
     rows, width = rows_and_width(total)
     held = width <= HELD_BACKWARD
-    tile, grad_x = _tile(width, held, 20), torch.empty_like(total)
+    tile = _tile(width, held, 20)
     # As many programs as are resident, if their sums leave registers for 16 warps
     programs = min(triton.cdiv(rows, tile.rows), max(1, (16 if held else 64) // tile.warps) * processors(total.device))
-    partials = [(weight.new_empty if held else weight.new_zeros)(programs, width) for _ in range(1 + bias)]
+    gradients, new = (grad_weight, grad_bias), weight.new_empty if held else weight.new_zeros
+    partials = [None if gradient is None else new(programs, width) for gradient in gradients]
     launch(
         _backward_kernel, [tile], ("ROWS", "BLOCK"), lambda tile: programs,
-        grad_out, grad_residual_out, total, weight, mean, rstd, grad_x, partials[0], partials[1] if bias else None,
+        grad_out, grad_residual_out, total, weight, mean, rstd, grad_x, *partials,
         rows, like=total, WIDTH=width, HELD=held, **OPTIONS,
     )  # fmt: skip
-    return grad_x, sum_rows(partials[0]), sum_rows(partials[1]) if bias else weight.new_empty(0)
+    for gradient, partial in zip(gradients, partials, strict=True):
+        if gradient is not None and partial is not None:
+            sum_rows(partial, gradient)

@@ -43,12 +43,10 @@ def _sum_kernel(
     tl.store(total + columns, out, mask=columns < width)
 
 
-def sum_rows(partials: Tensor) -> Tensor:
-    """Return the sum of the rows, always in the same order."""
+def sum_rows(partials: Tensor, total: Tensor) -> None:
+    """Write the sum of the rows into `total`, always in the same order."""
     count, width = partials.shape
-    total = partials.new_empty(width)
     launch(
         _sum_kernel, [Tile(32, 1024 if INTERPRETED else 32, 4, 2)], ("ROWS", "COLUMNS"),
         lambda tile: triton.cdiv(width, tile.columns), partials, total, count, width, like=partials,
     )  # fmt: skip
-    return total
