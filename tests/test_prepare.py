@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -291,13 +292,36 @@ def test_damage_stops_the_run_or_is_listed(tmp_path):
     path = made_texts.write_jsonl(tmp_path / "pages.jsonl", [made_texts.text(seed) for seed in range(30)])
     with open(path, "a", encoding="utf-8") as file:
         file.write('{"text": 3}\n')
-    with pytest.raises(ValueError, match=r"pages\.jsonl:31: the field 'text' is of type int, expected a string"):
+    with pytest.raises(
+        ValueError, match=r"pages\.jsonl:31: the field 'text' is of type int, expected a string"
+    ) as error:
         run([path], tmp_path / "out")
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # as it comes from a worker
     report = run([path], tmp_path / "out", skip_bad=True)
     assert report["kept"]["documents"] == 30
     assert report["read"]["bad"] == 1
     assert report["read"]["bad_records"] == [[f"{path}:31", "the field 'text' is of type int, expected a string"]]
     assert "expected a string" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+
+
+def test_an_output_inside_the_input_folder_is_not_read(tmp_path, monkeypatch):
+    """Killed after its last rename: OUT is complete, and what is left beside it goes."""
+    made_texts.write_jsonl(tmp_path / "pages.jsonl", [made_texts.text(seed) for seed in range(20)])
+
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "remove", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run([tmp_path], tmp_path / "out")
+    assert (tmp_path / "out.partial").is_dir()
+    before = contents(tmp_path / "out")
+    assert run([tmp_path], tmp_path / "out")["read"]["documents"] == 20
+    assert contents(tmp_path / "out") == before
+    assert not (tmp_path / "out.partial").exists()
+    with pytest.raises(ValueError, match="are in the output folder"):
+        run([tmp_path / "out"], tmp_path / "out")
 
 
 def test_a_document_left_empty_or_none_left(tmp_path):

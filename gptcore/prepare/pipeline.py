@@ -18,6 +18,7 @@ import hashlib
 import importlib.metadata
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from gptcore.files import (
     PathLike,
@@ -97,17 +99,23 @@ def prepare(
     if workers < 1:
         raise ValueError(f"workers is {workers}, expected 1 or more")
     out = absolute(output)
-    files = find_inputs(inputs)
+    work = out.with_name(out.name + ".partial")
+    made = [folder.resolve() for folder in (out, work)]  # an input folder may hold them
+    files = [file for file in find_inputs(inputs) if not any(file.path.resolve().is_relative_to(path) for path in made)]
+    if not files:
+        raise ValueError(f"all files of {', '.join(inputs)} are in the output folder {out}; give other inputs")
     sources = sorted({file.source for file in files})
     encoder = None if tokenizer is None else Tokenizer.from_pretrained(tokenizer)
     _check(recipe, sources)
     plan = _plan(files, recipe, encoder, keep_rejected)
     if os.path.lexists(out) and not overwrite:
         if (out / "report.json").is_file() and read_json(out / "report.json").get("plan") == plan:
+            if (work / "plan.json").is_file() and read_json(work / "plan.json") == plan:
+                remove(work)  # the run was killed after its last step
             log(f"{out} is complete, and was made by this command from these files")
             return read_json(out / "report.json")
         raise FileExistsError(f"{out} exists and was not made by this command; choose another folder, or --overwrite")
-    with _work_folder(out, plan, overwrite) as work:
+    with _work_folder(out, work, plan, overwrite):
         context = Context(recipe, sources, work, skip_bad)
         with _Pool(workers) as pool:
             found = _run(context, pool, files, encoder, plan, command, keep_rejected, log)
@@ -206,7 +214,7 @@ def _check(recipe: Recipe, sources: Sequence[str]) -> None:
 def _plan(files: Sequence[Input], recipe: Recipe, encoder: Tokenizer | None, keep_rejected: bool) -> dict[str, Any]:
     """Return all that the output depends on. A run is continued only if it is the same."""
     listed = hashlib.sha256()
-    for file in files:
+    for file in [*files, *_given_files(recipe)]:
         status = os.stat(file.path)
         listed.update(
             f"{file.source}\0{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
@@ -228,11 +236,21 @@ def _plan(files: Sequence[Input], recipe: Recipe, encoder: Tokenizer | None, kee
     }
 
 
+def _given_files(recipe: Recipe) -> list[Input]:
+    """Return the files that steps read: word lists, evaluation files, and a model."""
+    steps = recipe.first | recipe.second
+    paths = [Path(path) for path in getattr(steps.get("blocklist"), "files", [])]
+    if model := getattr(steps.get("perplexity"), "model", ""):
+        paths += sorted(path for path in Path(model).iterdir() if path.is_file())
+    found = [Input("", path, str(path)) for path in paths]
+    evaluation = getattr(steps.get("decontaminate"), "files", [])
+    return found + (find_inputs(evaluation) if evaluation else [])
+
+
 @contextlib.contextmanager
-def _work_folder(out: Path, plan: dict[str, Any], overwrite: bool) -> Iterator[Path]:
-    """Yield OUT.partial, locked, with the results of an unfinished run of the same plan if there is one."""
-    make_folder(out.parent)
-    work = make_folder(out.with_name(out.name + ".partial"))
+def _work_folder(out: Path, work: Path, plan: dict[str, Any], overwrite: bool) -> Iterator[None]:
+    """Make and lock the folder of intermediate results, which an unfinished run of the same plan may have left."""
+    make_folder(work)
     descriptor = lock(work)
     if descriptor is None:
         raise FileExistsError(f"{work} is in use: another process prepares {out}")
@@ -253,7 +271,7 @@ def _work_folder(out: Path, plan: dict[str, Any], overwrite: bool) -> Iterator[P
             write_json(work / "plan.json", plan)
         for folder in (work, work / "first", work / "second", work / "result", work / "result" / "text"):
             sweep(folder)
-        yield work
+        yield
     finally:
         unlock(descriptor)
 
@@ -430,8 +448,7 @@ class _Pool:
 
 
 def _one_thread() -> None:
-    """Let a worker compute on one thread: its siblings use the other cores."""
-    import torch
-
+    """Let a worker compute on one thread, as others use the other cores, and leave Ctrl-C to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["RAYON_NUM_THREADS"] = os.environ["TOKENIZERS_PARALLELISM"] = "1"
     torch.set_num_threads(1)

@@ -36,7 +36,7 @@ COMPRESSIONS = (".gz", ".zst", ".bz2")
 class Limits:
     """Sizes beyond which a record or a file is refused."""
 
-    document_bytes: int = 1 << 26  # of one record
+    document_bytes: int = 1 << 24  # of one record; the filters need about 60 times as much memory
     expansion: int = 200  # times its size on the disk that a compressed file may grow, beyond expansion_from bytes
     expansion_from: int = 1 << 26
     file_bytes: int = 1 << 40  # of one file, after decompression
@@ -64,6 +64,9 @@ class BadRecord(ValueError):
     def __init__(self, place: str, reason: str) -> None:
         super().__init__(f"{place}: {reason}")
         self.place, self.reason = place, reason
+
+    def __reduce__(self) -> tuple[type[BadRecord], tuple[str, str]]:
+        return BadRecord, (self.place, self.reason)  # it comes from a worker
 
 
 class Input(NamedTuple):
