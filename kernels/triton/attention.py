@@ -46,7 +46,7 @@ def _forward_block(
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over one block of keys. Scores are (QUERIES, KEYS), in units of 1 / |scale|."""
+    """Update the online softmax with one block of keys. Scores (QUERIES, KEYS) are not yet multiplied by |scale|."""
     acc, row_sum, row_max = state
     first_key = block * KEYS
     k_tile = load_tile(k, first_key, other_length(side), HEAD_DIM, MASKED, KEYS, BLOCK_D)
@@ -58,7 +58,7 @@ def _forward_block(
     weights = tl.exp2((scores - base[:, None]) * factor)
     rescale = tl.exp2((row_max - base) * factor)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
-    if dropout is not None:  # after the sum, which is over all keys; dropout_scale is applied at the end
+    if dropout is not None:  # the sum is over all keys; dropout_scale is applied at the end
         weights *= dropout_mask(dropout, batch_head, first_query, first_key, QUERIES, KEYS, False)
     v_tile = load_tile(v, first_key, other_length(side), HEAD_DIM, MASKED, KEYS, BLOCK_D)
     acc = dot(narrow(weights, v_tile.dtype), v_tile, acc * rescale[:, None], PRECISION)
@@ -90,7 +90,7 @@ def _forward_kernel(
 ):  # fmt: skip
     tiles = tl.cdiv(query_len, QUERIES)
     batch_head, tile = head_and_tile(tl.program_id(0), tiles, batch_heads, heads_per_wave)
-    first_query = (tiles - 1 - tile) * QUERIES  # causal: the longest first
+    first_query = (tiles - 1 - tile) * QUERIES  # the last tiles take longest if causal
     batch, head = batch_head // query_heads, batch_head % query_heads
     if spans is not None:
         spans += batch.to(tl.int64) * query_len * 2
@@ -98,7 +98,8 @@ def _forward_kernel(
     dropout = None if seed is None else (seed, dropout_threshold, dropout_scale)
     k, v = head_rows(k, batch, head // group), head_rows(v, batch, head // group)
 
-    # scale = sign x size. The sign is applied to q; the maximum is taken of scores before they are multiplied by size.
+    # scale = sign x size. q is multiplied by sign, so that the largest score has the largest probability; size
+    # multiplies the exponents.
     sign = tl.where(scale > 0.0, 1.0, tl.where(scale < 0.0, -1.0, 0.0))
     size = tl.where(scale == 0.0, 1.0, tl.abs(scale))
     q_tile = load_tile(head_rows(q, batch, head), first_query, query_len, HEAD_DIM, True, QUERIES, BLOCK_D)
@@ -119,7 +120,7 @@ def _forward_kernel(
 
     queries = first_query + tl.arange(0, QUERIES)
     first, end = span(queries, side)
-    row_sum = tl.where(first < end, row_sum, 1.0)  # a query without keys: zeros, and an LSE of -inf
+    row_sum = tl.where(first < end, row_sum, 1.0)  # a query that attends to no key: output 0, LSE -inf
     acc = acc / row_sum[:, None]
     if dropout is not None:
         acc *= dropout_scale
@@ -135,8 +136,8 @@ def _forward_kernel(
 def _products_of_rows(a, b, PRECISION: tl.constexpr):
     """Return the dot product of each row of a with the same row of b.
 
-    In float32 it is the diagonal of a matrix product, rounded in the order of dP: with a probability of exactly 1,
-    dP - delta is then exactly 0. In 16 bits the rounding of dS is larger than the effect of the order.
+    In float32 it is the diagonal of a matrix product, which is summed in the order of dP, so that dP - delta is exactly
+    0 for a probability of exactly 1. In 16 bits the order does not matter: rounding dS is a larger error.
     """
     if a.dtype == tl.float32:
         rows = tl.arange(0, a.shape[0])
@@ -283,7 +284,7 @@ def _dkdv_kernel(
 ):  # fmt: skip
     batch_head, tile = head_and_tile(tl.program_id(0), tl.cdiv(kv_len, KEYS), batch_heads // group, heads_per_wave)
     batch, kv_head = batch_head // (query_heads // group), batch_head % (query_heads // group)
-    first_key = tile * KEYS  # causal: the longest first
+    first_key = tile * KEYS  # the first tiles take longest if causal
     if spans is not None:
         spans += batch.to(tl.int64) * kv_len * 2
     side = spans, kv_len, query_len, window_right, window_left

@@ -1,8 +1,8 @@
 """The masks of attention: causal, windows, documents, dropout.
 
-Every mask lets a query attend to one range of consecutive keys, [first, end), and both ends increase with the query. So
-the first and the last query of a tile determine the blocks of keys to visit and which of them need no mask. The same
-holds for the queries that attend to a key.
+Under every mask a query attends to one range of keys, [first, end), and both ends never decrease from query to query.
+The first and the last query of a tile therefore determine the blocks of keys to visit, and which of them need no mask.
+The same holds for the queries that attend to a key.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def other_length(side):
 
 @triton.jit
 def span(tokens, side):
-    """Return the range [first, end) on the other side of each token. Aligned at the end: the last is at the last."""
+    """Return the range [first, end) on the other side of each token. The last tokens of both have one position."""
     spans, length, other, window_left, window_right = side
     if spans is None:
         position = tokens + (other - length)
@@ -41,7 +41,7 @@ def span(tokens, side):
 
 @triton.jit
 def attended(first_token, TOKENS: tl.constexpr, side, first_other, OTHERS: tl.constexpr):
-    """Return the mask (TOKENS, OTHERS) of the pairs that attend."""
+    """Return the mask (TOKENS, OTHERS): True for pairs of which one attends to the other."""
     first, end = span(first_token + tl.arange(0, TOKENS), side)
     others = first_other + tl.arange(0, OTHERS)[None, :]
     return (others >= first[:, None]) & (others < end[:, None])
