@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from gptcore.config import GPTConfig
 from gptcore.data.collator import DataCollatorForLanguageModeling
 from gptcore.model import GPT
 from gptcore.tensor_file import load_tensors
-from gptcore.training import optim
+from gptcore.training import batches, optim
 from gptcore.training.arguments import TrainingArguments
 from gptcore.training.callbacks import TrainerCallback
 from gptcore.training.optim import AdamW
@@ -277,6 +278,10 @@ def test_the_device_is_read_only_where_something_is_logged(tmp_path: Path, monke
     reads: list[int] = []
     monkeypatch.setattr(UnreadSteps, "read", lambda self: (reads.append(len(self.steps)), self.steps.clear())[1] or [])
     monkeypatch.setattr(torch.autograd, "backward", lambda loss: None)
+    for part in ((Trainer, "_description"), (batches.Batches, "describe")):  # hash data, on the CPU
+        monkeypatch.setattr(*part, lambda *_: {})
+    monkeypatch.setattr(batches, "own_randomness", lambda seed: contextlib.nullcontext())  # keeps generators' state
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)  # needs a real GPU
     with FakeTensorMode(), ops.use("torch"):
         for dtype in (torch.float32, torch.bfloat16):
             model = Affine(torch.empty(3, dtype=dtype, device="cuda"))

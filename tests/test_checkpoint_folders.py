@@ -122,7 +122,7 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, two: Path) -> 
             tiny_trainer(tmp_path).save_model()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "log.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "log.jsonl", "run.json"]
     tiny_trainer(tmp_path, max_steps=4, lr_scheduler_type="constant").train(resume_from_checkpoint=True)
     assert newest_checkpoint(tmp_path).name == "checkpoint-4"
 
@@ -148,7 +148,7 @@ def test_total_limit_keeps_newest_and_best(tmp_path: Path) -> None:
     trainer.__class__ = Scripted
     (tmp_path / "checkpoint-best").mkdir()
     trainer.train()
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-4", "checkpoint-best", "log.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-4", "checkpoint-best", "log.jsonl", "run.json"]
     assert (trainer.state.best_metric, trainer.state.best_step) == (1.0, 4)
 
 
@@ -180,7 +180,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path: Path, monk
     monkeypatch.setattr("gptcore.files.lock", no_locks)
     with pytest.warns(UserWarning, match="has no locks"):
         tiny_trainer(tmp_path, max_steps=2).train()
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "log.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "log.jsonl", "run.json"]
 
 
 def test_a_folder_that_cannot_hold_a_run_is_refused_with_the_reason(
@@ -215,7 +215,7 @@ def test_a_failed_save_advises_what_helps(
     ) as error:
         tiny_trainer(folder, max_steps=6).train(resume_from_checkpoint=True)
     assert ("make room" in str(error.value)) == (code == "ENOSPC")
-    assert sorted(os.listdir(folder)) == ["checkpoint-2", "checkpoint-4", "log.jsonl"]
+    assert sorted(os.listdir(folder)) == ["checkpoint-2", "checkpoint-4", "log.jsonl", "run.json"]
 
 
 # ---- what is not ours
@@ -440,7 +440,7 @@ def test_a_log_that_is_not_a_file_is_refused_before_anything_changes(two: Path, 
     for resume in (True, False):
         with pytest.raises(FileExistsError, match=r"log\.jsonl is a .* and is not replaced"):
             tiny_trainer(folder, max_steps=4, overwrite_output_dir=True).train(resume_from_checkpoint=resume)
-    assert sorted(os.listdir(folder)) == ["checkpoint-2", "checkpoint-4", "log.jsonl"]
+    assert sorted(os.listdir(folder)) == ["checkpoint-2", "checkpoint-4", "log.jsonl", "run.json"]
 
 
 # ---- permissions

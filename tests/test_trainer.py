@@ -25,12 +25,13 @@ from gptcore import ops
 from gptcore.config import GPTConfig
 from gptcore.model import GPT, GPTOutput
 from gptcore.training.arguments import TrainingArguments
+from gptcore.training.batches import _epoch_order
 from gptcore.training.callbacks import ProgressLine, TrainerCallback
 from gptcore.training.checkpoint import list_checkpoints
 from gptcore.training.plan import flops_per_token
 from gptcore.training.signals import TrainingInterrupted
 from gptcore.training.state import NonFiniteError
-from gptcore.training.trainer import Trainer, _epoch_order, make_optimizer
+from gptcore.training.trainer import Trainer, make_optimizer
 
 
 class Gradients(TrainerCallback):
@@ -122,7 +123,7 @@ def test_steps_of_an_epoch_have_each_example_once(tmp_path: Path) -> None:
     assert (trainer.steps_per_epoch, trainer.total_steps) == (3, 5)
     epochs = []
     for epoch in range(2):
-        batches = [trainer._micro_batches(3 * epoch + step) for step in range(3)]
+        batches = [trainer.batches.of(3 * epoch + step) for step in range(3)]
         assert [[len(batch["labels"]) for batch in step] for step in batches] == [[4, 4], [4, 4], [4, 2]]
         epochs.append([i for step in batches for batch in step for i in batch["input_ids"][:, 0].tolist()])
         assert sorted(epochs[-1]) == list(range(22))
@@ -491,7 +492,7 @@ def test_neither_collator_nor_tokenizer_is_needed(tmp_path: Path) -> None:
     examples = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [3, 1], "labels": [3, 1]}]
     arguments = TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=2, disable_tqdm=True)
     trainer = Trainer(tiny_model(), arguments, examples)
-    (batch,) = trainer._micro_batches(0)
+    (batch,) = trainer.batches.of(0)
     assert sorted(batch["labels"].tolist()) == [[-100, 2, 3], [3, 1, -100]]
     assert trainer.count_targets(batch) == 3
     assert trainer.train().global_step == 1

@@ -21,9 +21,14 @@ def test_defaults_are_those_of_hugging_face() -> None:
     assert dataclasses.asdict(TrainingArguments("out")) == {
         "output_dir": "out", "overwrite_output_dir": False, "num_train_epochs": 3.0, "max_steps": -1,
         "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "gradient_accumulation_steps": 1,
-        "learning_rate": 5e-5, "lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.0, "adam_beta1": 0.9,
-        "adam_beta2": 0.999, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "logging_steps": 500, "eval_steps": None,
-        "save_steps": 500, "save_total_limit": None, "seed": 42, "bf16": False, "disable_tqdm": False,
+        "learning_rate": 5e-5, "lr_scheduler_type": "linear", "warmup_steps": 0, "warmup_ratio": 0.0,
+        "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
+        "logging_steps": 500, "eval_steps": None, "save_steps": 500, "save_total_limit": None, "seed": 42,
+        "bf16": False, "fp16": False, "disable_tqdm": False, "load_best_model_at_end": False,
+        "gradient_reduction": "tree", "min_lr_ratio": 0.0, "lr_power": 1.0, "lr_decay_ratio": 0.1, "tf32": False,
+        "matmul_precision": "default", "metric_for_best_model": "eval_loss", "greater_is_better": False,
+        "early_stopping_patience": None, "max_time": None, "report_to": "none", "peak_flops": None,
+        "gradient_checkpointing": False, "torch_compile": False, "packing": False, "group_by_length": False,
     }  # fmt: skip
     assert all(field.metadata["help"] for field in dataclasses.fields(TrainingArguments))
     assert TrainingArguments(Path("out"), num_train_epochs=2).num_train_epochs == 2.0  # type: ignore[arg-type]
@@ -53,8 +58,8 @@ def test_wrong_types_are_named(name: str, value: Any) -> None:
         TrainingArguments("out", **{name: value})
 
 
-def schedule(kind: Any, warmup: int, total: int) -> list[float]:
-    args = TrainingArguments("out", learning_rate=1.0, lr_scheduler_type=kind, warmup_steps=warmup)
+def schedule(kind: Any, warmup: int, total: int, **more: Any) -> list[float]:
+    args = TrainingArguments("out", learning_rate=1.0, lr_scheduler_type=kind, warmup_steps=warmup, **more)
     return [lr_at(step, args, total) for step in range(total)]
 
 
@@ -69,9 +74,36 @@ def test_schedules() -> None:
     assert schedule("linear", 3, 8) == pytest.approx([0.25, 0.5, 0.75, 1, 0.8, 0.6, 0.4, 0.2])
     assert schedule("constant", 1, 4) == [0.5, 1, 1, 1]
     assert schedule("cosine", 0, 4) == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+    assert schedule("cosine", 0, 4, min_lr_ratio=0.5) == pytest.approx([1, 0.75 + 0.5**2.5, 0.75, 0.75 - 0.5**2.5])
+    assert schedule("polynomial", 0, 4, lr_power=2.0) == [1, 0.5625, 0.25, 0.0625]
+    stable = [0.5, *[1.0] * 5, 1.0, 0.75, 0.5, 0.25]
+    assert schedule("warmup_stable_decay", 1, 10, lr_decay_ratio=0.4) == pytest.approx(stable)
+    assert schedule("warmup_stable_decay", 0, 3) == [1, 1, 1]  # a tenth of three steps is less than one
+    assert schedule("linear", 0, 8, warmup_ratio=0.3) == schedule("linear", 3, 8)
 
 
-@given(st.sampled_from(["linear", "cosine", "constant"]), st.integers(1, 200), st.data())
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_steps and warmup_ratio are both given"),
+        ({"lr_power": 2.0}, "lr_power has no effect with lr_scheduler_type 'linear'; it is for polynomial"),
+        ({"lr_scheduler_type": "constant", "min_lr_ratio": 0.1}, "min_lr_ratio has no effect"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end needs evaluations, but eval_steps is None"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience needs evaluations, but eval_steps is None"),
+        ({"load_best_model_at_end": True, "eval_steps": 3, "save_steps": 4}, "save_steps is 4, not a multiple of eval"),
+        ({"max_time": 0}, "max_time should be positive and finite"),
+        ({"report_to": "tensorbord"}, "report_to 'tensorbord' is not supported; it should be of tensorboard, wandb"),
+    ],
+)
+def test_arguments_that_exclude_each_other_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingArguments("out", **arguments)
+
+
+KINDS = ["linear", "cosine", "polynomial", "warmup_stable_decay", "constant"]
+
+
+@given(st.sampled_from(KINDS), st.integers(1, 200), st.data())
 def test_schedule_rises_then_falls_and_is_never_zero(kind: str, total: int, data: st.DataObject) -> None:
     warmup = data.draw(st.integers(0, total - 1))
     lrs = schedule(kind, warmup, total)

@@ -20,10 +20,11 @@ from torch.utils.data import Subset
 
 from gptcore import ops
 from gptcore.training import checkpoint
+from gptcore.training.batches import _epoch_order
 from gptcore.training.callbacks import TrainerCallback, read_log
 from gptcore.training.checkpoint import CheckpointError, list_checkpoints
 from gptcore.training.signals import TrainingInterrupted
-from gptcore.training.trainer import Trainer, _epoch_order
+from gptcore.training.trainer import Trainer
 
 # ---- the folder and the log ------------------------------------------------------------------------------------------
 
@@ -35,7 +36,7 @@ def test_output_dir_of_an_earlier_run(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"checkpoint-3, checkpoint-6, log.jsonl.*overwrite_output_dir=True"):
         tiny_trainer(tmp_path, save_steps=3).train()
     tiny_trainer(tmp_path, save_steps=4, overwrite_output_dir=True, max_steps=4).train()
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-4", "checkpoint-best", "log.jsonl", "notes.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-4", "checkpoint-best", "log.jsonl", "notes.txt", "run.json"]
     assert [entry["step"] for entry in losses(tmp_path)] == [1, 2, 3, 4]
     (tmp_path / "checkpoint-2").mkdir()  # of another program
     with pytest.raises(FileExistsError, match=r"checkpoint-2 has no manifest.json"):
@@ -71,9 +72,7 @@ def test_logged_loss_is_the_mean_over_labels_since_the_last_line(tmp_path: Path)
 
     class Collect(TrainerCallback):
         def on_step_end(self, trainer: Trainer) -> None:
-            labels = sum(
-                trainer.count_targets(batch) for batch in trainer._micro_batches(trainer.state.global_step - 1)
-            )
+            labels = sum(trainer.count_targets(batch) for batch in trainer.batches.of(trainer.state.global_step - 1))
             seen.append((trainer.last_step["loss"], labels))
 
     output = tiny_trainer(tmp_path, [Collect()], logging_steps=4).train()
@@ -264,7 +263,7 @@ def test_paths_are_those_of_the_start(tmp_path: Path, monkeypatch: pytest.Monkey
     trainer.train()
     trainer.save_model()
     assert sorted(os.listdir(tmp_path / "out")) == [
-        "checkpoint-3", "checkpoint-6", "config.json", "log.jsonl", "model.safetensors",
+        "checkpoint-3", "checkpoint-6", "config.json", "log.jsonl", "model.safetensors", "run.json",
     ]  # fmt: skip
     assert os.listdir(tmp_path / "elsewhere") == []
     tiny_trainer(Path("~/run"), save_steps=3, max_steps=3, lr_scheduler_type="constant").train()
@@ -302,7 +301,7 @@ def test_changed_data_is_noticed_wherever_it_changed(tmp_path: Path) -> None:
         trainer = tiny_trainer(tmp_path, data=data)
         seen = set(_epoch_order(len(data), 42, 0)[:4].tolist())
         unseen = next(j for j in range(len(data) - 1, 0, -1) if j not in seen)  # 21, and 199, the last
-        assert trainer._micro_batches(0)
+        assert trainer.batches.of(0)
         with pytest.raises(CheckpointError, match="fingerprint"):
             resume_with(tmp_path / str(i), data, changed_at(data, unseen))
     with pytest.warns(UserWarning, match="has no attribute `fingerprint`: 64 of its 200 examples are those of"):
@@ -401,7 +400,7 @@ def test_what_is_deleted_during_a_run_is_named(tmp_path: Path, what: str) -> Non
             if trainer.state.global_step == 3:
                 (tmp_path / "out" / "log.jsonl").unlink()
                 if what == "folder":
-                    (tmp_path / "out").rmdir()
+                    shutil.rmtree(tmp_path / "out")
 
     with pytest.warns(UserWarning, match="log.jsonl was deleted or replaced .*: lines before step 3 are lost"):
         tiny_trainer(tmp_path / "out", [Delete()], save_steps=6).train()

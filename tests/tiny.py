@@ -64,4 +64,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in entry.items() if k != "tokens_per_second"} for entry in read_log(folder / "log.jsonl")]
+    return [
+        {k: v for k, v in entry.items() if k not in ("tokens_per_second", "mfu")}
+        for entry in read_log(folder / "log.jsonl")
+    ]

@@ -1,4 +1,4 @@
-"""The command line: gptcore prepare | train | generate | evaluate | export | bench | info. One module a command."""
+"""The command line: `gptcore COMMAND`, one module a command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptcore import ops
-from gptcore.cli import bench, evaluate, export, generate, info, prepare, train
+from gptcore.cli import bench, evaluate, export, generate, info, plan, prepare, train
 from gptcore.cli.options import Parser, check_machine
 from gptcore.output import SteadyOutput
 from gptcore.training.checkpoint import CheckpointError
@@ -21,6 +21,7 @@ from gptcore.training.checkpoint import CheckpointError
 COMMANDS = {
     "prepare": prepare,
     "train": train,
+    "plan": plan,
     "generate": generate,
     "evaluate": evaluate,
     "export": export,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,12 @@ from gptcore.data.prepared import Prepared, find_prepared
 from gptcore.memory import total_memory
 from gptcore.model import GPT
 from gptcore.text.tokenizer import Tokenizer
+from gptcore.training import distributed
 from gptcore.training.arguments import TrainingArguments
 from gptcore.training.callbacks import read_log
 from gptcore.training.checkpoint import list_checkpoints, newest_checkpoint
 from gptcore.training.plot import plot_loss
+from gptcore.training.resume import restarted
 from gptcore.training.signals import TrainingInterrupted
 from gptcore.training.trainer import Trainer
 
@@ -102,17 +106,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, then print losses and samples and draw the loss curve. Returns 130 if interrupted."""
+    """Train, then print losses and samples and draw the loss curve. Returns 130 if interrupted.
+
+    Under torchrun each process runs this; that of rank 0 prints, and reads and writes what the others need first.
+    """
     arguments = TrainingArguments(**pick(args, TrainingArguments))
+    args.device = distributed.local_device(args.device)
+    processes = distributed.join(args.device)
+    with contextlib.ExitStack() as stack:
+        if processes.rank > 0:
+            stack.enter_context(contextlib.redirect_stdout(None))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # rank 0 warns of the same
+        status = _run(args, arguments, processes)
+    distributed.leave()
+    return status
+
+
+def _run(args: argparse.Namespace, arguments: TrainingArguments, processes: distributed.Processes) -> int:
     out = Path(arguments.output_dir)
-    checkpoint = _checkpoint(args, out)
+    args.resume = args.resume or processes.first(lambda: restarted(out))
+    checkpoint = processes.first(lambda: _checkpoint(args, out))
     prepared = find_prepared(args.files)
     _check(args, prepared)
     torch.manual_seed(args.seed)
-    tokenizer = _tokenizer(args, checkpoint, prepared)
+    tokenizer = processes.first(lambda: _tokenizer(args, checkpoint, prepared))
     model = _model(args, tokenizer).to(args.device)
     block_size = model.config.n_positions if args.block_size is None else args.block_size
-    train_set, validation_set = _datasets(args, tokenizer, block_size, prepared)
+    train_set, validation_set = processes.after_first(lambda: _datasets(args, tokenizer, block_size, prepared))
     if args.resume and checkpoint is None:
         arguments.overwrite_output_dir = True  # a run that was killed before its first checkpoint starts again
     trainer = Trainer(
@@ -132,6 +153,8 @@ def run(args: argparse.Namespace) -> int:
         return 130
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()
+    if processes.rank > 0:
+        return 0
 
     log = read_log(out / "log.jsonl") if (out / "log.jsonl").exists() else []  # it may have been deleted meanwhile
     losses = [entry["loss"] for entry in log if "loss" in entry]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+REPORTS = ("tensorboard", "wandb")
 MOST = 10**12  # of steps, epochs and all other counts
 
 
@@ -33,10 +34,19 @@ class TrainingArguments:
     max_steps: int = _arg(-1, "updates of the weights; -1: as many as num_train_epochs takes", "free")
     per_device_train_batch_size: int = _arg(8, "examples in a forward and backward pass", "same")
     per_device_eval_batch_size: int = _arg(8, "examples in a forward pass of an evaluation", "free")
-    gradient_accumulation_steps: int = _arg(1, "passes per update of the weights", "same")
+    gradient_accumulation_steps: int = _arg(1, "passes per update of the weights, over all processes", "same")
+    gradient_reduction: Literal["tree", "all_reduce"] = _arg(
+        "tree", "tree: the bits of a run do not depend on the number of processes; all_reduce: in the backend's order"
+    )
     learning_rate: float = _arg(5e-5, "the highest learning rate of the schedule")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = _arg("linear", "decay to 0 after warmup, or constant")
+    lr_scheduler_type: Literal["linear", "cosine", "polynomial", "warmup_stable_decay", "constant"] = _arg(
+        "linear", "decay after warmup; warmup_stable_decay: linearly, in the last lr_decay_ratio of the run"
+    )
+    min_lr_ratio: float = _arg(0.0, "part of learning_rate at which the decay ends")
+    lr_power: float = _arg(1.0, "exponent of the polynomial decay")
+    lr_decay_ratio: float = _arg(0.1, "part of the run in which warmup_stable_decay decays")
     warmup_steps: int = _arg(0, "steps in which the learning rate rises linearly to its highest")
+    warmup_ratio: float = _arg(0.0, "the same as a part of the run, instead of warmup_steps")
     weight_decay: float = _arg(0.0, "AdamW's decay of matrices, embeddings included; biases and norms never decay")
     adam_beta1: float = _arg(0.9, "decay of AdamW's mean of gradients")
     adam_beta2: float = _arg(0.999, "decay of AdamW's mean of squared gradients")
@@ -48,6 +58,26 @@ class TrainingArguments:
     save_total_limit: int | None = _arg(None, "checkpoints to keep; newest and best always stay; none: all", "free")
     seed: int = _arg(42, "of the order of the data and of dropout", "same")
     bf16: bool = _arg(False, "compute in bfloat16 where autocast does; weights and optimizer stay float32")
+    fp16: bool = _arg(False, "compute in float16 where autocast does, with a scaled loss; weights stay float32")
+    tf32: bool = _arg(False, "multiply float32 matrices in TF32, on GPUs; the same as matmul_precision high")
+    matmul_precision: Literal["default", "highest", "high", "medium"] = _arg(
+        "default", "of float32 matrix products, on GPUs, as torch.set_float32_matmul_precision has it"
+    )
+    gradient_checkpointing: bool = _arg(False, "recompute blocks in the backward pass: less memory, more time", "free")
+    torch_compile: bool = _arg(False, "run the model through torch.compile")
+    packing: bool = _arg(False, "leave padding out: a batch is one row of documents (cu_seqlens)")
+    group_by_length: bool = _arg(False, "put examples of similar lengths into a batch", "same")
+    load_best_model_at_end: bool = _arg(False, "end with the weights of the best checkpoint, not the last", "free")
+    metric_for_best_model: str = _arg("eval_loss", "name in what evaluate() returns, or a callback adds to it")
+    greater_is_better: bool = _arg(False, "whether the best metric is the highest")
+    early_stopping_patience: int | None = _arg(
+        None, "evaluations in a row without a better metric after which training stops; none: never", "free"
+    )
+    max_time: float | None = _arg(
+        None, "seconds after which training saves a checkpoint and stops; none: never", "free"
+    )
+    report_to: str = _arg("none", "tensorboard, wandb, both with a comma between, or none", "free")
+    peak_flops: float | None = _arg(None, "FLOP/s of the device, for MFU; none: of a table, or measured", "free")
     disable_tqdm: bool = _arg(False, "print neither plan nor progress", "free")
 
     def __post_init__(self) -> None:
@@ -69,11 +99,47 @@ class TrainingArguments:
                 value = getattr(self, name)
                 if value is not None and not allowed(value):
                     raise ValueError(f"{name} should be {expected}, not {value}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise ValueError for an argument that has no effect beside the others."""
+        for first, second, both in (
+            ("bf16", "fp16", self.bf16 and self.fp16),
+            ("tf32", "matmul_precision", self.tf32 and self.matmul_precision != "default"),
+            ("warmup_steps", "warmup_ratio", self.warmup_steps > 0 and self.warmup_ratio > 0),
+        ):
+            if both:
+                raise ValueError(f"{first} and {second} are both given, but one excludes the other; leave one out")
+        kind = self.lr_scheduler_type
+        for name, schedules in (
+            ("lr_power", ("polynomial",)),
+            ("lr_decay_ratio", ("warmup_stable_decay",)),
+            ("min_lr_ratio", ("linear", "cosine", "polynomial", "warmup_stable_decay")),
+        ):
+            if kind not in schedules and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{name} has no effect with lr_scheduler_type {kind!r}; it is for {', '.join(schedules)}"
+                )
+        if unknown := [name for name in report_names(self) if name not in REPORTS]:
+            known = ", ".join(REPORTS)
+            raise ValueError(f"report_to {unknown[0]!r} is not supported; it should be of {known}, or none")
+        if self.eval_steps is None and (self.load_best_model_at_end or self.early_stopping_patience is not None):
+            name = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
+            raise ValueError(f"{name} needs evaluations, but eval_steps is None; give eval_steps")
+        if self.load_best_model_at_end and (self.save_steps == 0 or self.save_steps % self.eval_steps):  # type: ignore
+            raise ValueError(
+                f"load_best_model_at_end loads the checkpoint of an evaluated step, but save_steps is "
+                f"{self.save_steps}, not a multiple of eval_steps {self.eval_steps}"
+            )
 
 
 _LIMITS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_steps save_total_limit",
      lambda value: value >= 1, "at least 1"),
+    ("early_stopping_patience", lambda value: value >= 1, "at least 1"),
+    ("max_time peak_flops lr_power", lambda value: 0 < value < math.inf, "positive and finite"),
+    ("min_lr_ratio warmup_ratio", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    ("lr_decay_ratio", lambda value: 0 < value <= 1, "above 0 and at most 1"),
     ("max_steps", lambda value: value >= 1 or value == -1, "at least 1, or -1 to obey num_train_epochs"),
     ("warmup_steps logging_steps save_steps", lambda value: value >= 0, "at least 0"),
     ("num_train_epochs learning_rate adam_epsilon", lambda value: 0 < value < math.inf, "positive and finite"),
@@ -83,31 +149,49 @@ _LIMITS: list[tuple[str, Callable[[Any], bool], str]] = [
 ]  # fmt: skip
 
 
+def report_names(args: TrainingArguments) -> list[str]:
+    """Return the names in report_to, without "none"."""
+    return [name for part in args.report_to.split(",") if (name := part.strip()) not in ("", "none")]
+
+
 def _plain_number(value: Any, kind: Any) -> Any:
     """Return NumPy's numbers, and whole numbers where a float is expected, as Python's int or float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
-    if kind is float:
+    kinds = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if float in kinds:
         try:
             return float(value)
         except OverflowError:
             return math.inf if value > 0 else -math.inf  # type: ignore[operator]  # an int of 309 digits
-    takes_int = kind is int or (isinstance(kind, types.UnionType) and int in get_args(kind))
-    return int(value) if takes_int and isinstance(value, numbers.Integral) else value
+    return int(value) if int in kinds and isinstance(value, numbers.Integral) else value
 
 
 def lr_at(step: int, args: TrainingArguments, total_steps: int) -> float:
     """Return the learning rate of the update that follows `step` updates, for step = 0 ... total_steps - 1.
 
-    Warmup rises in equal steps to args.learning_rate at step `warmup_steps`; the decay would reach 0 at total_steps. So
-    no update has a learning rate of 0, the first and the last included.
+    Warmup rises in equal steps to args.learning_rate; the decay would reach min_lr_ratio of it at total_steps. So no
+    update has a learning rate of 0, the first and the last included.
     """
-    if step < args.warmup_steps:
-        return args.learning_rate * (step + 1) / (args.warmup_steps + 1)
+    warmup = warmup_steps(args, total_steps)
+    if step < warmup:
+        return args.learning_rate * (step + 1) / (warmup + 1)
+    left = (total_steps - step) / (total_steps - warmup)  # 1 after warmup, 0 at the end
     if args.lr_scheduler_type == "constant":
-        return args.learning_rate
-    left = (total_steps - step) / (total_steps - args.warmup_steps)  # 1 after warmup, 0 at the end
-    return args.learning_rate * (left if args.lr_scheduler_type == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+        left = 1.0
+    elif args.lr_scheduler_type == "cosine":
+        left = 0.5 - 0.5 * math.cos(math.pi * left)
+    elif args.lr_scheduler_type == "polynomial":
+        left = left**args.lr_power
+    elif args.lr_scheduler_type == "warmup_stable_decay":  # Hu et al. 2024 (MiniCPM), section 4
+        decay = min(max(1.0, args.lr_decay_ratio * total_steps), total_steps - warmup)
+        left = min(1.0, (total_steps - step) / decay)
+    return args.learning_rate * (args.min_lr_ratio + (1 - args.min_lr_ratio) * left if args.min_lr_ratio else left)
+
+
+def warmup_steps(args: TrainingArguments, total_steps: int) -> int:
+    """Return the number of steps in which the learning rate rises."""
+    return args.warmup_steps or math.ceil(args.warmup_ratio * total_steps)
 
 
 def total_steps(args: TrainingArguments, steps_per_epoch: int) -> int:

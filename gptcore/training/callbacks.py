@@ -18,11 +18,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from gptcore.files import PathLike, atomic_file, entry, make_folder, open_file, parse_json
 from gptcore.output import SteadyOutput
+from gptcore.training.plan import correction
 
 if TYPE_CHECKING:
     from gptcore.training.trainer import Trainer
 
 
+CORRECTED = 10  # steps after which the plan's time is corrected
 LINE_LIMIT = 1 << 20  # bytes of a line in log.jsonl
 
 
@@ -157,6 +159,8 @@ class ProgressLine(TrainerCallback):
 
     def on_step_end(self, trainer: Trainer) -> None:
         logs = trainer.last_step
+        if trainer.state.global_step == self.first_step + CORRECTED and logs:
+            self._print(correction(trainer, self.first_step))
         if self.live is None or not logs or time.perf_counter() < self.refreshed + self.REFRESH:
             return
         self._show(trainer)
@@ -166,6 +170,7 @@ class ProgressLine(TrainerCallback):
         shown = [f"step {logs['step']}/{trainer.total_steps}"]
         formats = {"loss": ".4f", "eval_loss": ".4f", "learning_rate": ".2e", "tokens_per_second": ",.0f"}
         shown += [f"{name} {logs[name]:{form}}" for name, form in formats.items() if name in logs]
+        shown += [f"mfu {logs['mfu']:.1%}" if "mfu" in logs else "mfu n/a"] if "loss" in logs else []
         if self.live is None:
             self._print("  ".join([*shown, f"{self._left(trainer)} left"]))
         elif "eval_loss" in logs:

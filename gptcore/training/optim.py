@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from gptcore import _C
 from gptcore.ops import registry
 from gptcore.ops.operation import Operation
+from gptcore.training.arguments import TrainingArguments
 
 Group = dict[str, Any]
 Implementation = Callable[..., Any]
@@ -217,6 +218,28 @@ def _plain(method: str) -> Callable[..., Any]:
     """Return a method of PyTorch's Optimizer, which would import torch._dynamo, to disable it: that takes seconds."""
     found: Callable[..., Any] = getattr(torch.optim.Optimizer, method)
     return found if "torch._dynamo" in sys.modules else inspect.unwrap(found)
+
+
+def make_optimizer(model: nn.Module, args: TrainingArguments) -> AdamW:
+    """Return AdamW (Loshchilov & Hutter 2019) over the parameters with requires_grad, a tied one once.
+
+    Matrices decay, embeddings included; biases and the weights of norms do not, as in nanoGPT.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() >= 2]
+    vectors = [parameter for parameter in trained if parameter.dim() < 2]
+    assert len({id(parameter) for parameter in [*matrices, *vectors]}) == len(trained) == len(matrices) + len(vectors)
+    if not trained:
+        raise ValueError("the model has no parameter with requires_grad, so there is nothing to train")
+    return AdamW(
+        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
+    )  # fmt: skip
+
+
+def clip_factor(grad_norm: Tensor, max_grad_norm: float) -> Tensor | float:
+    """Return the factor that limits gradients of this norm, as in torch.nn.utils.clip_grad_norm_; 0: no limit."""
+    return (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0) if max_grad_norm > 0 else 1.0
 
 
 def _has_master(parameter: Tensor) -> bool:

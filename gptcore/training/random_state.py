@@ -12,10 +12,15 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and PyTorch (of every device)."""
+    """Seed the global generators of Python, NumPy (with the low 32 bits) and PyTorch (of every device)."""
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 (a dataset may use it)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 (a dataset may use it)
     torch.manual_seed(seed)
+
+
+def keyed(*numbers: int) -> int:
+    """Return a seed of 64 bits that depends on each of the numbers, as (seed, step, micro-batch)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 @contextlib.contextmanager

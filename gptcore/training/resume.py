@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -20,14 +21,28 @@ from torch import nn
 
 from gptcore import _C, ops
 from gptcore.data.datasets import fingerprint_of
-from gptcore.files import PathLike, absolute, check_replaceable, entry, from_json, remove, temporary_name
+from gptcore.files import (
+    PathLike,
+    absolute,
+    check_replaceable,
+    entry,
+    from_json,
+    read_json,
+    remove,
+    temporary_name,
+    write_json,
+)
 from gptcore.hf.pretrained import PICKLES, SAFETENSORS
 from gptcore.training import checkpoint
 from gptcore.training.arguments import TrainingArguments
 from gptcore.training.checkpoint import CheckpointError
+from gptcore.training.distributed import ProcessGroupError, launch, restarts
 from gptcore.training.state import TrainerState
 
 Description = dict[str, dict[str, Any]]
+NEWER: dict[str, Any] = {  # parts of TrainerState that older checkpoints lack
+    "skipped_steps": 0, "overflow_steps": 0, "scaler": {}, "best_evaluated": None, "evaluations_since": 0,
+}  # fmt: skip
 SAMPLED = 64  # examples that stand for a dataset without a fingerprint
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
@@ -93,6 +108,22 @@ def model_files(folder: PathLike) -> list[Path]:
     return [path for name in names if os.path.lexists(path := Path(folder, name))]
 
 
+def write_run(folder: Path, description: Description) -> None:
+    """Write run.json: what the run in `folder` was last started with."""
+    try:
+        write_json(folder / "run.json", {**description, "launch": launch()})
+    except OSError as error:
+        raise CheckpointError(f"{folder / 'run.json'} could not be written: {error}") from error
+
+
+def restarted(folder: Path) -> bool:
+    """Return whether torchrun has started the run in `folder` anew."""
+    try:
+        return restarts() > 0 and read_json(folder / "run.json").get("launch") == launch()
+    except (OSError, ValueError):
+        return False
+
+
 def check_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Raise CheckpointError if the tokenizer cannot be saved in `folder`, which is left as it is."""
     aside = temporary_name(folder / "tokenizer")
@@ -146,7 +177,12 @@ def is_in(path: Path, folder: Path) -> bool:
 
 
 def describe_run(
-    args: TrainingArguments, model: nn.Module, data: dict[str, Any], total_steps: int, device: torch.device
+    args: TrainingArguments,
+    model: nn.Module,
+    data: dict[str, Any],
+    total_steps: int,
+    device: torch.device,
+    tokenizer: Any = None,
 ) -> Description:
     """Return all that determines a run beside its state; each checkpoint stores it, and resuming compares it."""
     to_dict = getattr(getattr(model, "config", None), "to_dict", lambda: {"class": type(model).__qualname__})
@@ -157,13 +193,39 @@ def describe_run(
         "model": to_dict(),
         "environment": {
             "python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__,
-            "device": str(device), "threads": torch.get_num_threads(),
+            "device": device.type, "threads": torch.get_num_threads(),
             "cpu": f"{torch.backends.cpu.get_cpu_capability()}, kernels {_C.cpu_isa()}",
             "backend": ops.chosen("attention", next(model.parameters()))[0],
+            "code": code_version(), "vocabulary": getattr(tokenizer, "fingerprint", None),
         },
     }  # fmt: skip
     read_back: Description = json.loads(json.dumps(description, default=str))  # as a checkpoint will have it
     return read_back
+
+
+@functools.cache
+def code_version() -> str:
+    """Return the SHA-256 of the Python files of gptcore."""
+    root = Path(__file__).parents[1]
+    sha = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        sha.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def compare_processes(descriptions: list[Description]) -> None:
+    """Raise ProcessGroupError if a process has other data, arguments, versions, code or vocabulary than rank 0."""
+    first = descriptions[0]
+    differing = []
+    for rank, other in enumerate(descriptions):
+        differing += [
+            f"{name} is {other[part].get(name)!r} on rank {rank}, but {first[part].get(name)!r} on rank 0"
+            for part in first
+            for name in first[part] | other[part]
+            if first[part].get(name) != other[part].get(name) and name not in ("output_dir", "disable_tqdm")
+        ]
+    if differing:
+        raise ProcessGroupError(f"processes of one run must not differ, but {'; '.join(differing[:4])}")
 
 
 def read_state(path: Path) -> tuple[TrainerState, Description]:
@@ -173,7 +235,8 @@ def read_state(path: Path) -> tuple[TrainerState, Description]:
         for part in ("args", "data", "schedule", "model", "environment"):
             entry(saved, part, dict, where)
         values = entry(saved, "state", dict, where)
-        state = from_json(TrainerState, {"skipped_steps": 0, **values}, where)  # older checkpoints have none
+        sums = {name: {"padding": 0, **entry(values, name, dict, where)} for name in ("total", "window")}
+        state = from_json(TrainerState, {**NEWER, **values, **sums}, where)  # older checkpoints have none
         if state.global_step < 1 or checkpoint.checkpoint_step(path) not in (-1, state.global_step):  # -1: renamed
             raise ValueError(f"{where} is of step {state.global_step}, but the folder is {path.name}")
     except ValueError as error:
@@ -184,14 +247,16 @@ def read_state(path: Path) -> tuple[TrainerState, Description]:
 def compare(path: Path, saved: Description, now: Description, args: TrainingArguments) -> None:
     """Raise CheckpointError if data or batches differ; warn of all else that changes the course of the run."""
     rules = {field.name: field.metadata["resume"] for field in dataclasses.fields(args)}
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}  # of an older checkpoint
     rules |= dict.fromkeys(now["data"], "same")
     if args.lr_scheduler_type == "constant":
         rules["total_steps"] = "free"
     changes: dict[str, list[str]] = {"same": [], "warn": [], "free": []}
     for part in now:
         for name in saved[part] | now[part]:
-            before, after = saved[part].get(name), now[part].get(name)
-            if before != after and not (part == "data" and name not in saved[part]):  # older checkpoints have less
+            before, after = saved[part].get(name, defaults.get(name)), now[part].get(name)
+            older = name not in saved[part] and part in ("data", "environment")  # a checkpoint that has less
+            if before != after and not older:
                 changes[rules.get(name, "warn")].append(f"{name} {before!r} -> {after!r}")
     if changes["same"]:
         raise CheckpointError(f"{path} cannot be resumed with other data or batches: {'; '.join(changes['same'])}")

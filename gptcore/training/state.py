@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import astuple, dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,13 +27,15 @@ class Sums:
     labels: int = 0  # targets that the loss is a mean over
     loss: float = 0.0  # over those targets
     seconds: float = 0.0  # in steps: without evaluations and saves
+    padding: int = 0  # of the tokens
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def means(self) -> dict[str, float]:
         loss = self.loss / self.labels if self.labels else math.nan
-        return {"loss": loss, "tokens_per_second": self.tokens / max(1e-9, self.seconds)}
+        means = {"loss": loss, "tokens_per_second": self.tokens / max(1e-9, self.seconds)}
+        return means | ({"padding": self.padding / self.tokens} if self.padding else {})
 
 
 @dataclass
@@ -44,9 +46,13 @@ class TrainerState:
     epoch: float = 0.0
     total: Sums = field(default_factory=Sums)  # since step 0
     window: Sums = field(default_factory=Sums)  # since the last line in the log
-    best_metric: float | None = None  # the lowest eval_loss of those that have a checkpoint of the same step
+    best_metric: float | None = None  # the best metric of those that have a checkpoint of the same step
     best_step: int | None = None
+    best_evaluated: float | None = None  # of all evaluations, for early stopping
+    evaluations_since: int = 0  # the one with that metric
     skipped_steps: int = 0  # steps without a target, which update nothing
+    overflow_steps: int = 0  # steps whose gradient overflowed float16: they update nothing and do not count for lr_at
+    scaler: dict[str, Any] = field(default_factory=dict)  # of the loss, with fp16
 
 
 class TrainOutput(NamedTuple):
@@ -62,6 +68,7 @@ class StepResult(NamedTuple):
 
     step: int
     tokens: int
+    padding: int
     targets: int
     learning_rate: float
     loss: Tensor
@@ -73,10 +80,10 @@ class UnreadSteps:
 
     LIMIT = 100  # steps: the progress line shows numbers that are at most this old
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, each: bool = False) -> None:
         self.steps: list[StepResult] = []
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)  # 1 from the first bad step on
-        self.at_once = device.type == "cpu"  # where reading does not synchronise
+        self.at_once = each or device.type == "cpu"  # where reading does not synchronise
 
     def start(self) -> None:
         """Start the clock, unless it runs since an earlier step that is unread."""
@@ -103,6 +110,6 @@ class UnreadSteps:
         numbers = torch.stack([torch.stack([step.loss.double(), step.grad_norm.double()]) for step in steps]).tolist()
         seconds = (time.perf_counter() - self._started) / len(steps)
         return [
-            (step, Sums(step.tokens, step.targets, loss * step.targets, seconds), loss, grad_norm)
+            (step, Sums(step.tokens, step.targets, loss * step.targets, seconds, step.padding), loss, grad_norm)
             for step, (loss, grad_norm) in zip(steps, numbers, strict=True)
         ]

@@ -1,43 +1,56 @@
 """Training any model that returns its loss, in a loop that can be read on one screen (`Trainer._loop`).
 
 A run is a pure function of the model's initial weights, the arguments and the dataset: on a CPU, with the same number
-of threads and the same versions, it gives the same bits each time, interrupted and resumed or not, evaluated or not.
+of threads and the same versions, it gives the same bits each time, interrupted and resumed or not, evaluated or not,
+and with any number of processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptcore import precision
-from gptcore.config import IGNORED
 from gptcore.data.collator import DataCollatorForLanguageModeling
-from gptcore.data.datasets import epoch_order
 from gptcore.files import absolute
 from gptcore.modes import module_mode
-from gptcore.training import arguments, checkpoint, resume
+from gptcore.training import arguments, checkpoint, distributed, estimate, resume
 from gptcore.training.arguments import TrainingArguments, lr_at
+from gptcore.training.batches import (
+    Batch,
+    Batches,
+    MicroBatch,
+    count_padding,
+    count_targets,
+    count_tokens,
+    move,
+)
 from gptcore.training.callbacks import LogFile, ProgressLine, TrainerCallback
-from gptcore.training.optim import AdamW
-from gptcore.training.plan import plan
-from gptcore.training.random_state import own_randomness, seed_everything
+from gptcore.training.evaluation import evaluate
+from gptcore.training.gradients import GradientSum, check_shares
+from gptcore.training.mixed_precision import MixedPrecision
+from gptcore.training.nonfinite import count_overflow, stop_at_non_finite
+from gptcore.training.optim import clip_factor, make_optimizer
+from gptcore.training.plan import flops_of, plan
+from gptcore.training.random_state import keyed, random_state, seed_everything, set_random_state
+from gptcore.training.recompute import blocks_of, recomputed_blocks
+from gptcore.training.reports import make_reports
 from gptcore.training.signals import TrainingInterrupted, stop_signals
 from gptcore.training.state import NonFiniteError, StepResult, Sums, TrainerState, TrainOutput, UnreadSteps
+from gptcore.training.stopping import INTERRUPT, Stopping
 
 __all__ = ["NonFiniteError", "TrainOutput", "Trainer", "TrainerState", "TrainingArguments", "TrainingInterrupted"]
-
-Batch = dict[str, Any]
-_epoch_order = functools.lru_cache(maxsize=1)(epoch_order)  # asked for at each step, new with each epoch
 
 
 class Trainer:
@@ -59,6 +72,9 @@ class Trainer:
     Steps do not cross the end of an epoch: the last step of an epoch has what is left, be it a smaller batch or fewer
     of them, and an epoch is ceil(examples / (batch size x accumulation)) steps.
 
+    Under torchrun the micro-batches of a step are spread over the processes. All of them make the same calls; the one
+    of rank 0 alone writes files and prints. See gradient_reduction of TrainingArguments.
+
     Attributes: state; last_step (loss, learning_rate, grad_norm and tokens_per_second of the last step, on a GPU of the
     last one that was read: results are read where something is logged, evaluated or saved, and each 100 steps).
     """
@@ -78,19 +94,25 @@ class Trainer:
                 raise TypeError(f"{name} is a {type(dataset).__name__}, expected something with a length and indices")
             if dataset is not None and len(dataset) == 0:
                 raise ValueError(f"{name} holds 0 examples")
-        self.model, self.args, self.tokenizer = model, args, tokenizer
+        compiled: Any = torch.compile(model) if args.torch_compile else model
+        self.model, self.args, self.tokenizer = compiled, args, tokenizer
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.data_collator = data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        self.callbacks = [*([] if args.disable_tqdm else [ProgressLine()]), *callbacks]
         self.device = next(model.parameters()).device
+        self.processes = distributed.join(self.device)
+        shows = self.processes.rank == 0 and not args.disable_tqdm
+        reports = make_reports(args) if self.processes.rank == 0 else []
+        self.callbacks = [*([ProgressLine()] if shows else []), *reports, *callbacks]
         self.folder = absolute(args.output_dir)  # wherever a callback changes to
-        dtype = torch.bfloat16 if args.bf16 else next(model.parameters()).dtype
-        precision.warn_if_slow(dtype, self.device, "use float32: bf16=False (--no-bf16), or model.float()")
+        self.precision = MixedPrecision(args, self.device)
+        dtype = self.precision.dtype or next(model.parameters()).dtype
+        precision.warn_if_slow(dtype, self.device, "use float32: no bf16 and no fp16, or model.float()")
         self.state = TrainerState()
         self.last_step: dict[str, float] = {}
+        self._batches: Batches | None = None
         self._newest: Path | None = None  # the checkpoint of this step
-        self._fingerprint: str | None = None  # of train_dataset, from the first save on
         self._checked = False  # that batches are the same the second time
+        self.last_overflow = 0  # the last step whose gradient overflowed float16
 
     @property
     def own_model(self) -> nn.Module:
@@ -100,9 +122,15 @@ class Trainer:
         return inner
 
     @property
+    def batches(self) -> Batches:
+        made = self._batches
+        if made is None or made.dataset is not self.train_dataset or made.collator is not self.data_collator:
+            self._batches = made = Batches(self.train_dataset, self.data_collator, self.args)
+        return made
+
+    @property
     def steps_per_epoch(self) -> int:
-        per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return -(-len(self.train_dataset) // per_step)
+        return self.batches.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
@@ -121,52 +149,66 @@ class Trainer:
             NonFiniteError  before an update by a loss or gradient that is not finite
             FileExistsError  if output_dir holds another run or a model, and overwrite_output_dir is False
             CheckpointError  if a checkpoint is damaged, does not fit or cannot be written, as on a full disk
+            ProcessGroupError  if another process of the run fails, or differs from that of rank 0
+
+        A run that torchrun --max-restarts has started anew resumes by itself.
         """
         self._check()
-        with resume.claimed(self.folder), stop_signals() as signals, module_mode(self.model, training=True):
+        recomputed = recomputed_blocks(self.own_model) if self.args.gradient_checkpointing else contextlib.nullcontext()
+        with self._claimed(), stop_signals() as signals, module_mode(self.model, training=True), recomputed:
             self._start(resume_from_checkpoint)
-            log = LogFile(self.folder / "log.jsonl", last_step=self.state.global_step)
+            log = LogFile(self.folder / "log.jsonl", self.state.global_step) if self.processes.rank == 0 else None
             try:
                 self._call("on_train_begin")
                 self._loop(log, signals)
             finally:
-                log.close()
+                if log is not None:
+                    log.close()
                 self._call("on_train_end")
                 self.optimizer.zero_grad()
-            if signals:  # during the last save, say
-                raise TrainingInterrupted(self._newest or self._save_checkpoint(None))
+            if any(stop for (stop,) in self.processes.gather([bool(signals)])):  # during the last save, say
+                raise TrainingInterrupted(self._newest or self._save_checkpoint({}))
+            if self.args.load_best_model_at_end:
+                self._load_best()
         state, means = self.state, self.state.total.means()
         metrics = {"train_loss": means.pop("loss"), **means, "train_runtime": state.total.seconds, "epoch": state.epoch}
         return TrainOutput(state.global_step, metrics["train_loss"], metrics)
 
-    def _loop(self, log: LogFile, signals: list[int]) -> None:
-        args, state, optimizer, unread = self.args, self.state, self.optimizer, self.unread
+    def _loop(self, log: LogFile | None, signals: list[int]) -> None:
+        args, state, optimizer, unread, gradients = self.args, self.state, self.optimizer, self.unread, self.gradients
+        scaler, stopping = self.precision.scaler, self.stopping  # the former does nothing without fp16
+        block, following = self._block(), self._prepare(state.global_step)
         for step in range(state.global_step, self.total_steps):
             unread.start()
-            lr = lr_at(step, args, self.total_steps)
+            lr = lr_at(step - state.overflow_steps, args, self.total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
             # The gradient of the mean over all targets of the step, however they are spread over its micro-batches
-            micro_batches = self._micro_batches(step)
-            counts = [self.count_targets(batch) for batch in micro_batches]
-            targets, tokens = sum(counts), sum(map(count_tokens, micro_batches))
-            loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
-            optimizer.zero_grad()
-            for batch, count in zip(micro_batches, counts, strict=True):
-                if count > 0:
-                    loss = self._loss(batch) * (count / targets)
-                    torch.autograd.backward(loss)
-                    loss_sum += loss.detach()
+            micro_batches = following
+            targets, tokens, padding = self._add_up(micro_batches)
+            gradients.clear()
+            for index, batch in enumerate(micro_batches, start=block.start):
+                loss = None
+                if batch.targets > 0:
+                    seed_everything(keyed(args.seed, step, index, 1))  # dropout, with any number of processes
+                    loss = self.loss_of(batch.inputs) * (batch.targets / targets)
+                    torch.autograd.backward(scaler.scale(loss))
+                gradients.add(loss)
+            loss_sum, stop = gradients.finish(stopping.wish(signals), self.device)
 
             # An update with the gradients' norm clipped, which the device skips unless loss and norm are finite
-            grad_norm = optimizer.global_norm()
             if targets > 0:
+                scaler.unscale_(optimizer)
+                grad_norm = optimizer.global_norm()
                 clip = clip_factor(grad_norm, args.max_grad_norm)
                 optimizer.step(grad_scale=clip, found_inf=unread.check(loss_sum, grad_norm))
+                scaler.update()
             else:
+                grad_norm = optimizer.global_norm()
                 self._skip(step + 1, tokens)
-            unread.steps.append(StepResult(step + 1, tokens, targets, lr, loss_sum, grad_norm))
+            unread.steps.append(StepResult(step + 1, tokens, padding, targets, lr, loss_sum, grad_norm))
+            following = self._prepare(step + 1)  # while the device computes
 
             due = functools.partial(self._due, step + 1)
             log_due, eval_due, save_due = due(args.logging_steps), due(args.eval_steps), due(args.save_steps)
@@ -174,43 +216,41 @@ class Trainer:
                 self._read()  # waits for the device
             state.global_step, state.epoch = step + 1, (step + 1) / self.steps_per_epoch
             self._newest = None
-            if targets > 0:
+            seed_everything(keyed(args.seed, step + 1, 0, 2))  # the generators of a checkpoint, on any rank
+            if targets > 0 and self.last_overflow != step + 1:
                 self._call("on_step_end")
 
-            entry = self._log_entry() if log_due else {}
+            entry, patience = self._log_entry() if log_due else {}, 0
             if eval_due:
-                entry |= self.evaluate()
+                metrics = self.evaluate()
+                entry |= metrics
+                patience = stopping.judge(metrics)
             if entry:
                 entry = {"step": state.global_step, "epoch": state.epoch, **entry}
-                log.append(entry)
+                if log is not None:
+                    log.append(entry)
                 self._call("on_log", entry)
 
-            interrupted = bool(signals)
-            if interrupted or save_due:
+            if self.processes.count == 1:
+                stop = stopping.wish(signals)  # at once; processes agree on it during the step
+            stop = max(stop, patience)
+            if stop or save_due:
                 self._read()
-                log.sync()
-                path = self._save_checkpoint(entry.get("eval_loss"))
-            if interrupted:
+                if log is not None:
+                    log.sync()
+                path = self._save_checkpoint(entry)
+            if stop == INTERRUPT:
                 raise TrainingInterrupted(path)
+            if stop:
+                break
 
     def evaluate(self) -> dict[str, float]:
         """Return {"eval_loss": mean over all targets of eval_dataset, "perplexity": its exponential}.
 
-        Runs in eval mode without gradients; random generators and modes of modules are afterwards as before.
+        Runs in eval mode without gradients; random generators and modes of modules are afterwards as before. Processes
+        share the batches; their losses are added in the order of the batches, so the bits are those of one process.
         """
-        if self.eval_dataset is None:
-            raise ValueError("evaluate() needs an eval_dataset")
-        size, targets = self.args.per_device_eval_batch_size, 0
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with own_randomness(self.args.seed), module_mode(self.model, training=False), torch.no_grad():
-            for start in range(0, len(self.eval_dataset), size):
-                batch = self._collate(self.eval_dataset, range(start, min(start + size, len(self.eval_dataset))))
-                if count := self.count_targets(batch):
-                    total, targets = total + self._loss(batch).double() * count, targets + count
-        if targets == 0:
-            raise ValueError("eval_dataset has not one label that counts")
-        loss = total.item() / targets
-        metrics = {"eval_loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+        metrics = evaluate(self)
         self._call("on_evaluate", metrics)
         return metrics
 
@@ -219,7 +259,9 @@ class Trainer:
 
         A model without save_pretrained is written as model.safetensors, its state_dict by its own names.
         """
-        folder = absolute(output_dir) if output_dir else self.folder
+        self.processes.first(functools.partial(self._save_model, absolute(output_dir) if output_dir else self.folder))
+
+    def _save_model(self, folder: Path) -> None:
         with checkpoint.exclusive(folder, nested=True):  # another process may be training into it
             if hasattr(self.own_model, "save_pretrained"):
                 self.own_model.save_pretrained(folder)  # type: ignore[operator]
@@ -234,16 +276,7 @@ class Trainer:
 
     def count_targets(self, batch: Mapping[str, Any]) -> int:
         """Return the number of targets that the loss of a batch is a mean over, by the rule in the class docstring."""
-        if "num_targets" in batch:
-            return int(batch["num_targets"])
-        count = getattr(self.own_model, "count_targets", _count_shifted_labels)
-        try:
-            return int(count(batch))
-        except KeyError as error:
-            found = f"the data collator returned {sorted(batch)}"
-            raise ValueError(
-                f"{found}, but a loss needs {error.args[0]}, or num_targets to tell their number"
-            ) from None
+        return count_targets(self.own_model, batch)
 
     # ---- parts of the above, in the order of their use
 
@@ -254,94 +287,108 @@ class Trainer:
             raise ValueError("train() needs a train_dataset")
         if args.eval_steps is not None and self.eval_dataset is None:
             raise ValueError(f"eval_steps is {args.eval_steps}, but there is no eval_dataset")
-        wrong = {str(p.dtype) for p in model.parameters() if p.dtype != torch.float32}
-        if args.bf16 and wrong:
-            raise ValueError(
-                f"bf16=True computes in bfloat16 with float32 weights, but the model has {', '.join(wrong)}; "
-                "with bf16=False it is trained in its own dtype, and AdamW keeps the weights in float32 beside it"
-            )
+        self.precision.check(model)
+        if args.gradient_checkpointing:
+            blocks_of(self.own_model)
         if self.tokenizer is not None and not hasattr(self.tokenizer, "save_pretrained"):
             kind = type(self.tokenizer).__name__
             raise TypeError(f"tokenizer is a {kind} without save_pretrained, which each checkpoint needs; leave it out")
         resume.check_model(self.own_model)
-        if args.warmup_steps >= self.total_steps:
-            raise ValueError(f"warmup_steps is {args.warmup_steps}, but the run has only {self.total_steps} steps")
+        check_shares(self.processes, args, self.own_model)
+        if (warmup := arguments.warmup_steps(args, self.total_steps)) >= self.total_steps:
+            raise ValueError(f"warmup_steps is {warmup}, but the run has only {self.total_steps} steps")
+
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Lock the folder of the run for its process of rank 0."""
+        with contextlib.ExitStack() as stack:
+            self.processes.first(lambda: stack.enter_context(resume.claimed(self.folder)))
+            yield
 
     def _start(self, resume_from: bool | str | os.PathLike[str] | None) -> None:
         """Put state, optimizer and random generators at the first step to do, then delete a run to be overwritten."""
-        path = None
         self.state, self.optimizer = TrainerState(), make_optimizer(self.model, self.args)
-        self.unread, self.last_step = UnreadSteps(self.device), {}
-        self._newest, self._fingerprint, self._checked = None, None, False
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.gradients = GradientSum(trained, self.processes, exact=self.args.gradient_reduction == "tree")
+        self.precision = MixedPrecision(self.args, self.device)  # with the scale of a new run
+        self.unread, self.last_step = UnreadSteps(self.device, each=self.args.fp16), {}
+        self._newest, self._checked, self.last_overflow = None, False, 0
+        self._data, self.flops = self.batches.describe(), flops_of(self)
+        if self.processes.count > 1:
+            resume.compare_processes(self.processes.share(self._description(None)))
+        self.state = self.processes.first(functools.partial(self._open, resume_from))
+        if self.state.scaler:
+            self.precision.scaler.load_state_dict(self.state.scaler)
+        self._synchronise()
+        self.stopping, self.begun = Stopping(self.args, self.state), self.state.total
+
+    def _synchronise(self) -> None:
+        """Give all processes the weights, the optimizer's state and the random state of rank 0."""
+        if self.processes.count == 1:
+            return
+        self.processes.broadcast(list(checkpoint.named_tensors(self.own_model).values()))
+        held = self.processes.first(
+            lambda: [parameter in self.optimizer.state for parameter in self.gradients.parameters]
+        )
+        for parameter, there in zip(self.gradients.parameters, held, strict=True):
+            if there:
+                self.processes.broadcast([tensor for _, tensor in sorted(self.optimizer.init_state(parameter).items())])
+        set_random_state(self.processes.first(random_state))
+
+    def _open(self, resume_from: bool | str | os.PathLike[str] | None) -> TrainerState:
+        """Load the checkpoint to resume from, if any, and make the folder ready; in the process of rank 0."""
+        path, state, overwrite = None, TrainerState(), self.args.overwrite_output_dir
+        if resume.restarted(self.folder):
+            resume_from, overwrite = bool(checkpoint.list_checkpoints(self.folder)), True
         if resume_from:
             path = resume.choose_checkpoint(self.folder, resume_from)
             state, saved = resume.read_state(path)
             resume.compare(path, saved, self._description(state.global_step), self.args)
-        earlier = resume.earlier_run(self.folder, path, self.args.overwrite_output_dir)
+        earlier = resume.earlier_run(self.folder, path, overwrite)
         if path is not None:
             checkpoint.load_into(path, self.own_model, self.optimizer)
-            self.state = state
         else:
             seed_everything(self.args.seed)
         resume.check_room(self.folder, self.own_model, self.args.save_steps > 0)
         if self.tokenizer is not None:
             resume.check_tokenizer(self.folder, self.tokenizer)
         resume.delete_run(earlier)
-        self._rotate()  # which a kill may have prevented
+        resume.write_run(self.folder, self._description(None))
+        self._rotate(state)  # which a kill may have prevented
+        return state
 
-    def _description(self, step: int) -> resume.Description:
-        if self._fingerprint is None:
-            with own_randomness(self.args.seed):
-                collate = functools.partial(self._collate, self.train_dataset)
-                self._fingerprint = resume.fingerprint(self.train_dataset, collate)
-        data = {
-            "examples": len(self.train_dataset),
-            "fingerprint": self._fingerprint,
-            "sha256 of the last batches": self._digest(step - 1),
-        }
-        return resume.describe_run(self.args, self.own_model, data, self.total_steps, self.device)
+    def _description(self, step: int | None) -> resume.Description:
+        """Return all that determines the run beside its state; step: the one after the batches that it holds."""
+        if step is None:
+            data = {**self._data, "sha256 of the first example": resume.digest([self.batches.first()])}
+        else:
+            data = {**self._data, "sha256 of the last batches": self.batches.digest(step - 1)}
+        return resume.describe_run(self.args, self.own_model, data, self.total_steps, self.device, self.tokenizer)
 
-    def _digest(self, step: int) -> str:
-        """Return the SHA-256 of the batches of a step; random generators are afterwards as before."""
-        with own_randomness(self.args.seed):
-            return resume.digest(self._micro_batches(step))
+    def _block(self) -> slice:
+        """Return which micro-batches of a step are those of this process."""
+        size = -(-self.args.gradient_accumulation_steps // self.processes.count)
+        return slice(self.processes.rank * size, (self.processes.rank + 1) * size)
 
-    def _check_repeatable(self, step: int) -> None:
-        """Warn if collating the batches of a step twice gives different batches."""
-        if self._digest(step) != self._digest(step):
-            warnings.warn(
-                "train_dataset or data_collator returns different batches for the same indices, as with a random "
-                "generator of its own: this run's checkpoints cannot be resumed. Use the global generators of PyTorch, "
-                "NumPy or Python, whose state checkpoints hold",
-                stacklevel=4,
-            )
+    def _prepare(self, step: int) -> list[MicroBatch]:
+        """Return the micro-batches of this process in a step, on the device; none behind the last step."""
+        batches = self.batches.of(step, self._block()) if step < self.total_steps else []
+        return [
+            MicroBatch(move(batch, self.device), self.count_targets(batch), count_tokens(batch), count_padding(batch))
+            for batch in batches
+        ]
 
-    def _micro_batches(self, step: int) -> list[Batch]:
-        """Return the batches of one update, a pure function of the step, the seed and the dataset."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        size = self.args.per_device_train_batch_size
-        count = size * self.args.gradient_accumulation_steps
-        order = _epoch_order(len(self.train_dataset), self.args.seed, epoch)[step_in_epoch * count :][:count]
-        return [self._collate(self.train_dataset, order[i : i + size].tolist()) for i in range(0, len(order), size)]
+    def _add_up(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
+        """Return targets, tokens and padding of a step over all processes."""
+        mine = [sum(column) for column in zip((0, 0, 0), *(batch[1:] for batch in micro_batches), strict=True)]
+        return [sum(column) for column in zip(*self.processes.gather(mine), strict=True)]
 
-    def _collate(self, dataset: Any, indices: Sequence[int]) -> Batch:
-        return self.data_collator([dataset[index] for index in indices])
-
-    def first_batch(self) -> Batch:
-        """Return the first example as a batch; random generators are afterwards as before."""
-        with own_randomness(self.args.seed):
-            return self._collate(self.train_dataset, [0])
-
-    def _loss(self, batch: Batch) -> Tensor:
+    def loss_of(self, batch: Batch) -> Tensor:
         """Return the model's mean loss over the targets of a batch, a scalar in float32 or float64."""
-        inputs = {
-            name: value.to(self.device) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-            if name != "num_targets"
-        }
+        inputs = {name: value for name, value in move(batch, self.device).items() if name != "num_targets"}
         if _takes(type(self.own_model).forward, "return_logits"):
             inputs["return_logits"] = False
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+        with self.precision.autocast(), self.precision.matmuls():
             loss = getattr(output := self.model(**inputs), "loss", None)
         if not isinstance(loss, Tensor) or loss.dim() > 0:
             found = f"a loss of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"loss {loss!r}"
@@ -351,27 +398,13 @@ class Trainer:
     def _read(self) -> None:
         """Add up the results of the steps since the last call. Raises NonFiniteError for the first bad one."""
         for result, sums, loss, grad_norm in self.unread.read():
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                self._stop_at_non_finite(result.step, loss, grad_norm)
+            if self.args.fp16 and not math.isfinite(grad_norm):
+                count_overflow(self, result.step)
+                sums, grad_norm = Sums(tokens=sums.tokens, seconds=sums.seconds, padding=sums.padding), math.nan
+            elif not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                stop_at_non_finite(self, result.step, loss, grad_norm)
             self.state.total, self.state.window = self.state.total + sums, self.state.window + sums
             self.last_step = {**sums.means(), "learning_rate": result.learning_rate, "grad_norm": grad_norm}
-
-    def _stop_at_non_finite(self, step: int, loss: float, grad_norm: float) -> NoReturn:
-        self.state.global_step, self.state.epoch = step - 1, (step - 1) / self.steps_per_epoch
-        saved = [path for path in checkpoint.list_checkpoints(self.folder) if checkpoint.is_ours(path)]
-        advice = f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        named = list(self.own_model.named_parameters())
-        bad = [f"parameter {name}" for name, parameter in named if not parameter.isfinite().all()]
-        bad += [] if math.isfinite(loss) else ["loss"]
-        gradients = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
-        bad += [f"gradient of {name}" for name, gradient in gradients if not gradient.isfinite().all()]
-        tensor = [*bad, "gradient norm"][0]
-        raise NonFiniteError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; the first tensor that is not finite "
-            f"is the {tensor}. The weights are those of step {step - 1}; {advice}",
-            step,
-            tensor,
-        )
 
     def _skip(self, step: int, tokens: int) -> None:
         """Count a step without a target. Raises ValueError when an epoch, or all of a shorter run, had none."""
@@ -383,74 +416,59 @@ class Trainer:
         """Return the means since the last log entry, and learning rate and gradient norm of the last step."""
         numbers, self.state.window = self.last_step | self.state.window.means(), Sums()
         entry: dict[str, Any] = {name: value for name, value in numbers.items() if not math.isnan(value)}
+        if self.flops is not None and "tokens_per_second" in entry and (peak := self.peak_flops()) is not None:
+            entry["mfu"] = self.flops * entry["tokens_per_second"] / (peak * self.processes.count)
         if self.state.skipped_steps:
             entry["skipped_steps"] = self.state.skipped_steps
+        if self.args.fp16:
+            entry |= {"loss_scale": self.precision.scaler.get_scale(), "overflow_steps": self.state.overflow_steps}
         return entry
+
+    def peak_flops(self) -> float | None:
+        """Return the FLOP/s of the device: as given, of a table, or as measured on a CPU where progress is printed."""
+        if self.args.peak_flops is not None or (self.device.type == "cpu" and self.args.disable_tqdm):
+            return self.args.peak_flops
+        if self.device.type == "cpu":
+            return estimate.measured_flops(self.precision.dtype or next(self.model.parameters()).dtype)
+        return estimate.known_flops(self.device)
 
     def _due(self, step: int, every: int | None) -> bool:
         """Return whether `step` is the last or a multiple of `every`; False for None and 0."""
         return bool(every) and (step % every == 0 or step == self.total_steps)  # type: ignore[operator]
 
-    def _save_checkpoint(self, eval_loss: float | None) -> Path:
-        state = self.state
-        path = self.folder / f"checkpoint-{state.global_step}"
-        if (
-            eval_loss is not None
-            and math.isfinite(eval_loss)
-            and (state.best_metric is None or eval_loss < state.best_metric)
-        ):
-            state.best_metric, state.best_step = eval_loss, state.global_step
-        if not self._checked:
-            self._check_repeatable(state.global_step - 1)
-            self._checked = True
-        content = {"state": dataclasses.asdict(state), **self._description(state.global_step)}
-        checkpoint.save_checkpoint(path, self.own_model, self.optimizer, content, self.tokenizer)
-        self._rotate()
+    def _load_best(self) -> None:
+        """Load the weights and the optimizer of the best checkpoint; warn if no evaluation was finite."""
+        if (step := self.state.best_step) is None:
+            warnings.warn("no evaluation had a finite metric, so the weights are those of the last step", stacklevel=3)
+            return
+        path = self.folder / f"checkpoint-{step}"
+        self.processes.first(functools.partial(checkpoint.load_into, path, self.own_model, self.optimizer))
+        self._synchronise()
+
+    def _save_checkpoint(self, entry: Mapping[str, Any]) -> Path:
+        path = self.folder / f"checkpoint-{self.state.global_step}"
+        self.stopping.note_checkpoint(entry)
+        self.processes.first(functools.partial(self._write_checkpoint, path))
         self._newest = path
         self._call("on_save", path)
         return path
 
-    def _rotate(self) -> None:
+    def _write_checkpoint(self, path: Path) -> None:
+        if not self._checked:
+            self.batches.check_repeatable(self.state.global_step - 1)
+            self._checked = True
+        self.state.scaler = self.precision.scaler.state_dict()
+        content = {"state": dataclasses.asdict(self.state), **self._description(self.state.global_step)}
+        checkpoint.save_checkpoint(path, self.own_model, self.optimizer, content, self.tokenizer)
+        self._rotate(self.state)
+
+    def _rotate(self, state: TrainerState) -> None:
         if (limit := self.args.save_total_limit) is not None:
-            checkpoint.rotate_checkpoints(self.folder, limit, self.state.global_step, self.state.best_step)
+            checkpoint.rotate_checkpoints(self.folder, limit, state.global_step, state.best_step)
 
     def _call(self, event: str, *details: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *details)
-
-
-def make_optimizer(model: nn.Module, args: TrainingArguments) -> AdamW:
-    """Return AdamW (Loshchilov & Hutter 2019) over the parameters with requires_grad, a tied one once.
-
-    Matrices decay, embeddings included; biases and the weights of norms do not, as in nanoGPT.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.dim() >= 2]
-    vectors = [parameter for parameter in trained if parameter.dim() < 2]
-    assert len({id(parameter) for parameter in [*matrices, *vectors]}) == len(trained) == len(matrices) + len(vectors)
-    if not trained:
-        raise ValueError("the model has no parameter with requires_grad, so there is nothing to train")
-    return AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon,
-    )  # fmt: skip
-
-
-def clip_factor(grad_norm: Tensor, max_grad_norm: float) -> Tensor | float:
-    """Return the factor that limits gradients of this norm, as in torch.nn.utils.clip_grad_norm_; 0: no limit."""
-    return (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0) if max_grad_norm > 0 else 1.0
-
-
-def _count_shifted_labels(batch: Mapping[str, Any]) -> int:
-    labels = batch["labels"]
-    return int(((labels[:, 1:] if labels.dim() > 1 else labels) != IGNORED).sum())
-
-
-def count_tokens(batch: Mapping[str, Any]) -> int:
-    """Return the number of elements of input_ids, padding included, or else of the largest tensor of a batch."""
-    if "input_ids" in batch:
-        return int(batch["input_ids"].numel())
-    return max((value.numel() for value in batch.values() if isinstance(value, Tensor)), default=0)
 
 
 @functools.lru_cache(maxsize=8)

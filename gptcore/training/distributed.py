@@ -1,0 +1,211 @@
+"""The processes of a run, started by torchrun: what they exchange, and which of them ended when one fails.
+
+Tensors travel by gloo on CPUs and by NCCL on GPUs. Control data travels by gloo always: the host never waits for a GPU
+to exchange it, and gloo notices the end of a process by its closed connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Result = TypeVar("Result")
+BUCKET = 1 << 25  # bytes of a message, unless one tensor is larger
+GRACE = 3.0  # seconds in which a process that closed its connections ends
+
+
+class ProcessGroupError(RuntimeError):
+    """Another process of the run failed or ended; the message names its rank."""
+
+
+class Processes:
+    """The processes of a run. `rank` is the number of this one, from 0; `count` is 1 without torchrun."""
+
+    def __init__(self, rank: int, count: int, control: Any) -> None:
+        self.rank, self.count, self._control = rank, count, control
+        here = (socket.gethostname(), os.getpid())
+        self._places: list[tuple[str, int]] = self.share(here)
+
+    def share(self, value: Result) -> list[Result]:
+        """Return the values that the processes pass, by rank; they are pickled."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        with self._naming_failures():
+            dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def gather(self, row: Sequence[int]) -> list[list[int]]:
+        """Return the whole numbers that the processes pass, equally many each, by rank."""
+        if self.count == 1:
+            return [list(row)]
+        mine = torch.tensor(row, dtype=torch.int64, device="cpu")
+        rows = [torch.empty_like(mine) for _ in range(self.count)]
+        with self._naming_failures():
+            dist.all_gather(rows, mine, group=self._control)
+        return [row.tolist() for row in rows]
+
+    def first(self, function: Callable[[], Result]) -> Result:
+        """Call function in the process of rank 0; return its result, which is pickled, or raise its error, in all.
+
+        In the other processes the error is a ProcessGroupError.
+        """
+        if self.count == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        raised: BaseException | None = None
+        if self.rank == 0:
+            try:
+                outcome[0] = function()
+            except BaseException as error:
+                raised, outcome[1] = error, f"rank 0 failed: {type(error).__name__}: {error}"
+        with self._naming_failures() if raised is None else contextlib.suppress(RuntimeError):
+            dist.broadcast_object_list(outcome, src=0, group=self._control)
+        if raised is not None:
+            raise raised
+        if outcome[1] is not None:
+            raise ProcessGroupError(outcome[1])
+        result: Result = outcome[0]
+        return result
+
+    def after_first(self, function: Callable[[], Result]) -> Result:
+        """Return function() of each process, called in rank 0 before the others, which find what it has cached."""
+        made: list[Result] = []
+        self.first(lambda: made.append(function()))
+        return made[0] if made else function()
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the tensors with those of rank 0."""
+        for tensor in tensors if self.count > 1 else ():
+            dense = tensor.detach().contiguous()
+            with self._naming_failures():
+                dist.broadcast(dense, src=0)
+            if dense.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(dense)
+
+    def add(self, flat: Tensor) -> None:
+        """Replace a tensor by the sum of those of all processes, in the order that the backend chooses."""
+        with self._naming_failures():
+            dist.all_reduce(flat)
+
+    def add_in_tree(self, flat: Tensor, ranks: Sequence[int]) -> Tensor:
+        """Return the sum of the flat tensors of `ranks`, added as leaves of `tree_sum`, in all processes.
+
+        Each process adds up one part of the tensor, as in a ring all-reduce, so as many bytes are sent.
+        """
+        size = -(-flat.numel() // self.count)
+        sent = flat.new_zeros(size * self.count)
+        sent[: flat.numel()] = flat
+        received = torch.empty_like(sent)
+        with self._naming_failures():
+            dist.all_to_all_single(received, sent)
+        parts = [row if rank in ranks else None for rank, row in enumerate(received.view(self.count, size))]
+        total = tree_sum(parts, lambda a, b: a.add_(b))
+        assert total is not None
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.13
+        with self._naming_failures():
+            gather(sent, total.contiguous())
+        return sent[: flat.numel()]
+
+    @contextlib.contextmanager
+    def _naming_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise ProcessGroupError(self._describe_failure()) from error
+
+    def _describe_failure(self) -> str:
+        host, deadline = socket.gethostname(), time.monotonic() + GRACE
+        while True:
+            ended = [r for r, (where, pid) in enumerate(self._places) if where == host and not _is_alive(pid)]
+            if ended or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        if ended:
+            names = ", ".join(f"rank {rank} (process {self._places[rank][1]} on {host})" for rank in ended)
+            return (
+                f"{names} has ended, so rank {self.rank} stops as well; an error of that rank is above, if it had one"
+            )
+        far = sorted({where for where, _ in self._places} - {host})
+        where = f"a process on {', '.join(far)} has ended" if far else "a process does not answer"
+        return f"rank {self.rank} cannot reach the other {self.count - 1} ranks: {where}"
+
+
+def tree_sum(parts: Sequence[Result | None], add: Callable[[Result, Result], Result]) -> Result | None:
+    """Return the sum of the parts that are not None, in a binary tree cut at the largest power of two.
+
+    A tree over n leaves is part of the tree over more; None adds nothing, not even a zero.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    cut = 1 << ((len(parts) - 1).bit_length() - 1)
+    left, right = tree_sum(parts[:cut], add), tree_sum(parts[cut:], add)
+    if left is None or right is None:
+        return right if left is None else left
+    return add(left, right)
+
+
+def join(device: torch.device) -> Processes:
+    """Return the processes that torchrun started together with this one; only this one without torchrun.
+
+    A script that has called init_process_group itself is taken as it is.
+    """
+    if not dist.is_available() or (int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized()):
+        return Processes(0, 1, None)
+    if not dist.is_initialized():
+        store, rank, count = next(dist.rendezvous("env://"))
+        # torchrun keeps the store across restarts: under the old names are the addresses of processes that have ended
+        store = dist.PrefixStore(f"attempt {restarts()}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=count)
+    return _joined(dist.group.WORLD)
+
+
+def leave() -> None:
+    """Close the connections to the other processes, at the end of a program."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        _joined.cache_clear()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """Return the GPU of this process, one for each that torchrun started on this machine; another device as it is."""
+    if str(device) != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= there:
+        raise ValueError(f"process {number} of this machine has no GPU: it has {there}; start fewer processes")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+@functools.lru_cache(maxsize=1)
+def _joined(group: Any) -> Processes:
+    control = group if dist.get_backend(group) == "gloo" else dist.new_group(backend="gloo")
+    return Processes(dist.get_rank(), dist.get_world_size(), control)
+
+
+def restarts() -> int:
+    """Return how often torchrun --max-restarts has started this run anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launch() -> str:
+    """Return torchrun's name of this launch, the same after each restart; "" without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

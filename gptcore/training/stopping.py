@@ -1,0 +1,49 @@
+"""When a run ends before its last step, and which of its checkpoints is the best."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from gptcore.training.arguments import TrainingArguments
+from gptcore.training.state import TrainerState
+
+STOP, INTERRUPT = 1, 2  # why a run ends: by its arguments, or by a signal; processes agree on the highest
+
+
+class Stopping:
+    """The rules of max_time, early_stopping_patience and metric_for_best_model; time begins now."""
+
+    def __init__(self, args: TrainingArguments, state: TrainerState) -> None:
+        self.args, self.state, self._begun = args, state, time.monotonic()
+
+    def wish(self, signals: list[int]) -> int:
+        """Return INTERRUPT after a signal, STOP after max_time, else 0."""
+        limit = self.args.max_time
+        return INTERRUPT if signals else STOP if limit is not None and time.monotonic() - self._begun >= limit else 0
+
+    def judge(self, metrics: Mapping[str, Any]) -> int:
+        """Count evaluations since the best; return STOP out of patience, else 0.
+
+        Raises ValueError if there is no metric_for_best_model.
+        """
+        name, state, patience = self.args.metric_for_best_model, self.state, self.args.early_stopping_patience
+        if name not in metrics:
+            raise ValueError(f"metric_for_best_model is {name!r}, but an evaluation has {', '.join(metrics)}")
+        if self._is_better(metrics[name], state.best_evaluated):
+            state.best_evaluated, state.evaluations_since = metrics[name], 0
+        else:
+            state.evaluations_since += 1
+        return STOP if patience is not None and state.evaluations_since >= patience else 0
+
+    def note_checkpoint(self, metrics: Mapping[str, Any]) -> None:
+        """Note that the checkpoint of this step is the best so far, if its metrics say so."""
+        metric = metrics.get(self.args.metric_for_best_model, math.nan)
+        if self._is_better(metric, self.state.best_metric):
+            self.state.best_metric, self.state.best_step = metric, self.state.global_step
+
+    def _is_better(self, metric: float, best: float | None) -> bool:
+        greater = self.args.greater_is_better
+        return math.isfinite(metric) and (best is None or (metric > best if greater else metric < best))

@@ -1,0 +1,249 @@
+"""Several processes: the bits of one, faults that name the rank, and what torchrun starts anew. All over gloo."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_run import exact, losses, tiny_trainer
+
+from gptcore.cli import main
+from gptcore.training import checkpoint
+from gptcore.training.callbacks import TrainerCallback
+from gptcore.training.checkpoint import list_checkpoints
+from gptcore.training.distributed import tree_sum
+from gptcore.training.signals import TrainingInterrupted
+from gptcore.training.trainer import Trainer
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["gptcore.training.trainer", "torch._dynamo", "pytest", "hypothesis.strategies"])
+STEPS = 20
+# 44 examples: the last step of an epoch has 6 of 8 micro-batches, so of four processes one has none
+SETTINGS = {
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "max_steps": STEPS, "eval_steps": 5,
+    "save_steps": 5, "per_device_eval_batch_size": 2,
+}  # fmt: skip
+
+
+def work(rank: int, count: int, folder: Path, name: str, prepare: Any, resume: bool, changes: dict[str, Any]) -> None:
+    """Train as one of `count` processes; the traceback of an error goes into a file."""
+    torch.set_num_threads(1)
+    try:
+        if count > 1:
+            dist.init_process_group("gloo", init_method=f"file://{folder}.{name}", rank=rank, world_size=count)
+        trainer = tiny_trainer(folder, **{**SETTINGS, **changes})
+        if prepare is not None:
+            prepare(rank, trainer)
+        trainer.train(resume_from_checkpoint=resume)
+    except TrainingInterrupted:
+        os._exit(77)
+    except BaseException:
+        Path(f"{folder}.{name}.{rank}").write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)
+
+
+def run(
+    folder: Path,
+    count: int,
+    prepare: Callable[[int, Trainer], None] | None = None,
+    resume: bool = False,
+    **changes: Any,
+) -> tuple[list[int | None], list[str]]:
+    """Train in `count` processes; return their exit codes and errors by rank."""
+    name = f"group{len(list(folder.parent.iterdir()))}"
+    members = [
+        processes.Process(target=work, args=(rank, count, folder, name, prepare, resume, changes))
+        for rank in range(count)
+    ]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join(60)
+        if member.is_alive():
+            member.kill()
+    reports = [Path(f"{folder}.{name}.{rank}") for rank in range(count)]
+    return [member.exitcode for member in members], [path.read_text() if path.exists() else "" for path in reports]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert run(folder, 1)[0] == [0]
+    return folder
+
+
+def check_same(folder: Path, other: Path) -> None:
+    assert exact(folder / f"checkpoint-{STEPS}") == exact(other / f"checkpoint-{STEPS}")
+    assert losses(folder) == losses(other)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_bits_are_those_of_one_process(tmp_path: Path, alone: Path, count: int) -> None:
+    assert run(tmp_path / "run", count) == ([0] * count, [""] * count)
+    check_same(tmp_path / "run", alone)
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step: int, number: int = signal.SIGKILL) -> None:
+        self.step, self.number = step, number
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def kill(rank: int, trainer: Trainer, victim: int, step: int, number: int = signal.SIGKILL) -> None:
+    if rank == victim:
+        trainer.callbacks.append(Kill(step, number))
+
+
+def test_killed_and_resumed_by_fewer_processes(tmp_path: Path, alone: Path) -> None:
+    folder = tmp_path / "run"
+    for count, victim, step in ((4, 2, 7), (2, 0, 13)):
+        codes, errors = run(folder, count, functools.partial(kill, victim=victim, step=step), resume=count < 4)
+        assert codes[victim] == -signal.SIGKILL
+        assert [code for rank, code in enumerate(codes) if rank != victim] == [1] * (count - 1)
+        named = [
+            re.search(rf"ProcessGroupError: .*rank {victim} \(process \d+ on .* has ended", text) for text in errors
+        ]
+        assert sum(match is not None for match in named) == count - 1, errors
+    assert run(folder, 1, resume=True)[0] == [0]
+    check_same(folder, alone)
+
+
+def test_a_signal_to_one_process_leaves_one_checkpoint(tmp_path: Path, alone: Path) -> None:
+    folder = tmp_path / "run"
+    interrupt = functools.partial(kill, victim=1, step=7, number=signal.SIGINT)
+    assert run(folder, 2, interrupt, save_steps=0)[0] == [77, 77]
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-8"]
+    assert run(folder, 2, resume=True)[0] == [0, 0]
+    check_same(folder, alone)
+
+
+def fill_disk(rank: int, trainer: Trainer) -> None:
+    if rank == 0:
+
+        def save(*args: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        checkpoint.save_tensors = save
+
+
+def differ(rank: int, trainer: Trainer, what: str) -> None:
+    if rank == 1 and what == "data":
+        trainer.train_dataset = trainer.train_dataset.flip(0)
+    elif rank == 1:
+        setattr(trainer.args, what, 0.5)
+
+
+def fail(rank: int, trainer: Trainer) -> None:
+    if rank == 1:
+        trainer.model.register_forward_hook(lambda *_: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "messages"),
+    [
+        (fill_disk, ["CheckpointError: .*No space left", "rank 0 failed: CheckpointError: .*No space left"]),
+        (functools.partial(differ, what="data"), ["fingerprint is .* on rank 1, but .* on rank 0"] * 2),
+        (functools.partial(differ, what="adam_beta1"), ["adam_beta1 is 0.5 on rank 1, but 0.9 on rank 0"] * 2),
+        (fail, ["rank 1 .* has ended", "ZeroDivisionError"]),
+    ],
+    ids=["full disk", "data", "arguments", "exception"],
+)
+def test_faults_of_one_process_end_all(tmp_path: Path, prepare: Any, messages: list[str]) -> None:
+    codes, errors = run(tmp_path / "run", 2, prepare)
+    assert codes == [1, 1]
+    for message, error in zip(messages, errors, strict=True):
+        assert re.search(message, error), error
+    assert not list_checkpoints(tmp_path / "run")
+
+
+def test_all_reduce_gives_about_the_same(tmp_path: Path, alone: Path) -> None:
+    assert run(tmp_path / "run", 2, gradient_reduction="all_reduce")[0] == [0, 0]
+    pairs = list(zip(losses(tmp_path / "run"), losses(alone), strict=True))
+    assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-4) for a, b in pairs if "loss" in a)
+
+
+@pytest.mark.parametrize(("micro_batches", "expected"), [(12, "2 times a power of two, or"), (3, "a multiple of 2")])
+def test_micro_batches_that_cannot_be_shared_are_refused(tmp_path: Path, micro_batches: int, expected: str) -> None:
+    codes, errors = run(tmp_path / "run", 2, gradient_accumulation_steps=micro_batches)
+    assert codes == [1, 1]
+    assert f"but 2 processes share them; expected {expected}" in errors[1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_block_of_the_tree_is_a_subtree() -> None:
+    def nested(parts: Sequence[str | None]) -> str | None:
+        return tree_sum(parts, lambda a, b: f"({a}{b})")
+
+    assert nested(list("abcdefg")) == "(((ab)(cd))((ef)g))"
+    for count in range(1, 18):
+        leaves = [chr(97 + i) for i in range(count)]
+        for block in (1, 2, 4, 8):
+            blocks = [nested(leaves[i : i + block]) if i < count else None for i in range(0, 32, block)]
+            assert nested(blocks) == nested(leaves)
+
+
+SCRIPT = """
+import os, signal, sys, torch
+from tiny_run import tiny_trainer
+from test_distributed import SETTINGS
+from gptcore.training.callbacks import TrainerCallback
+
+class Kill(TrainerCallback):
+    def on_step_end(self, trainer):
+        restarts, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), trainer.processes.rank
+        if restarts < 2 and rank == 1 - restarts and trainer.state.global_step == (3, 12)[restarts]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(1)
+tiny_trainer(sys.argv[1], (Kill(),), **SETTINGS).train()
+"""
+
+
+def test_torchrun_starts_a_killed_run_anew(tmp_path: Path, alone: Path) -> None:
+    """Killed before its first checkpoint, and after it, a run ends with the weights of an undisturbed one."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 2 --monitor-interval 0.1"
+    done = subprocess.run(
+        [sys.executable, *torchrun.split(), str(script), str(tmp_path / "run")],
+        env=environment, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("exitcode: -9") == 2
+    check_same(tmp_path / "run", alone)
+
+
+def test_the_command_line_resumes_only_its_own_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} times {i} is {i * i}. " for i in range(300)))
+    options = "--n-embd 16 --n-layer 1 --n-head 2 --n-positions 16 --tokenizer-kind char --max-steps 2 --samples 0"
+    options += " --warmup-steps 0 --eval-steps none --threads 1 --disable-tqdm"
+    command = ["train", str(text), *options.split(), "--output-dir", str(tmp_path / "out")]
+    monkeypatch.setenv("GPTCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
+    assert main(command) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(command) == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another launch")
+    assert main(command) == 1
+    assert "holds an earlier run (checkpoint-2)" in capsys.readouterr().err
