@@ -73,10 +73,10 @@ def test_a_report_names_kernel_line_block_thread_element_and_rule() -> None:
 
 def test_a_race_names_both_places() -> None:
     with pytest.raises(_simt.SimtError) as report:
-        run("blocks_write_one_place", broken=True)
+        run("blocks_write_one_address", broken=True)
     assert re.search(
         r", block \(\d, 0, 0\), thread 0: writes 4 bytes at out\[0, 0\], which thread 0 of block \(\d, 0, 0\) wrote at "
-        r"csrc/simt/examples\.cu:\d+, and nothing orders blocks",
+        r"csrc/simt/examples\.cu:\d+, and blocks are not ordered",
         str(report.value),
     )
 

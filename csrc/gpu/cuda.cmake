@@ -1,7 +1,7 @@
 # The CUDA kernels of gptcore._C, if nvcc is found. GPTCORE_CUDA_PROBLEM is the reason if they are not built, else "".
 #
-# nvcc is called directly: all that a GPU needs comes of one compute_80 PTX per file, and CMake's own CUDA support would
-# compile once for each architecture. It also takes an nvcc from PyPI, which that support does not find.
+# nvcc is called directly: the code of all architectures is assembled from one compute_80 PTX per file, while CMake's
+# CUDA support would compile a file once for each architecture. Nor does CMake find an nvcc from PyPI.
 
 function(gptcore_setting name default help)
   if(NOT DEFINED ${name} AND NOT "$ENV{${name}}" STREQUAL "")
@@ -26,7 +26,7 @@ endif()
 # ---- nvcc: from PATH, from a toolkit, or from PyPI -------------------------------------------------------------------
 
 if(NOT GPTCORE_CUDA_PROBLEM)
-  # The second is where packages are outside of a build environment that pip isolates.
+  # purelib: the packages outside of pip's isolated build environment
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -c
       "import sys, sysconfig; print(';'.join(p for p in [*sys.path, sysconfig.get_path('purelib')] if 'packages' in p))"
@@ -43,13 +43,13 @@ if(NOT GPTCORE_CUDA_PROBLEM)
   endif()
 endif()
 
-# Where nvcc is, and whether it, the C++ compiler and the headers fit together.
+# Check that nvcc works with the C++ compiler and the headers, and find the CUDA runtime.
 if(NOT GPTCORE_CUDA_PROBLEM)
   set(probe "${CMAKE_CURRENT_BINARY_DIR}/probe.cu")
   file(WRITE "${probe}" "#include <cuda_runtime.h>\n__global__ void probe() {}\n")
   set(GPTCORE_NVCC_FLAGS -std=c++17 -O3 -ccbin "${CMAKE_CXX_COMPILER}" -cudart static)
   execute_process(COMMAND "${GPTCORE_NVCC}" ${GPTCORE_NVCC_FLAGS} -arch=compute_80 -c "${probe}" -o "${probe}.o"
-    RESULT_VARIABLE failed OUTPUT_VARIABLE words ERROR_VARIABLE words)
+    RESULT_VARIABLE failed OUTPUT_VARIABLE errors ERROR_VARIABLE errors)
   execute_process(COMMAND "${GPTCORE_NVCC}" --list-gpu-code OUTPUT_VARIABLE codes ERROR_QUIET)
   execute_process(COMMAND "${GPTCORE_NVCC}" --version OUTPUT_VARIABLE version ERROR_QUIET)
   execute_process(COMMAND "${GPTCORE_NVCC}" -dryrun "${probe}" ERROR_VARIABLE dryrun OUTPUT_VARIABLE dryrun)
@@ -61,8 +61,8 @@ if(NOT GPTCORE_CUDA_PROBLEM)
   find_library(GPTCORE_CUDART libcudart_static.a PATH_SUFFIXES x86_64-linux-gnu)
   string(REGEX MATCH "V[0-9.]+" version "${version}")
   if(failed)
-    string(STRIP "${words}" words)
-    set(GPTCORE_CUDA_PROBLEM "${GPTCORE_NVCC} could not compile: ${words}")
+    string(STRIP "${errors}" errors)
+    set(GPTCORE_CUDA_PROBLEM "${GPTCORE_NVCC} could not compile: ${errors}")
   elseif(NOT GPTCORE_CUDART)
     set(GPTCORE_CUDA_PROBLEM "${GPTCORE_NVCC} has no libcudart_static.a")
   endif()
@@ -72,17 +72,17 @@ endif()
 
 if(NOT GPTCORE_CUDA_PROBLEM)
   string(REGEX MATCHALL "[0-9]+" codes "${codes}")
-  string(REPLACE "." "" archs "${GPTCORE_CUDA_ARCHS}")  # 8.0 is as good as 80
+  string(REPLACE "." "" archs "${GPTCORE_CUDA_ARCHS}")  # 8.0 means 80
   string(REGEX REPLACE "[^0-9]+" ";" archs "${archs}")
   list(REMOVE_ITEM archs "")
   if(GPTCORE_CUDA_ARCHS)
     foreach(arch IN LISTS archs)
       if(NOT arch IN_LIST codes OR arch LESS 80)
-        message(FATAL_ERROR "GPTCORE_CUDA_ARCHS names ${arch}; expected 80 or more, of those that ${GPTCORE_NVCC} "
-          "compiles for: ${codes}")
+        message(FATAL_ERROR "GPTCORE_CUDA_ARCHS contains ${arch}, expected 80 or more, and supported by "
+          "${GPTCORE_NVCC}: ${codes}")
       endif()
     endforeach()
-    set(chosen "as asked")
+    set(chosen "GPTCORE_CUDA_ARCHS")
   else()
     execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
       OUTPUT_VARIABLE present ERROR_QUIET RESULT_VARIABLE failed)
@@ -91,24 +91,24 @@ if(NOT GPTCORE_CUDA_PROBLEM)
       string(REPLACE "." "" present "${present}")
       string(REGEX MATCHALL "[0-9]+" archs "${present}")
       list(REMOVE_DUPLICATES archs)
-      set(chosen "the GPUs present")
+      set(chosen "of the GPUs present")
     endif()
     set(wanted ${archs})
     if(NOT wanted)
       set(wanted ${GPTCORE_CUDA_SUPPORTED})
-      set(chosen "all, as there is no GPU here")
+      set(chosen "all supported: no GPU found")
     endif()
     set(archs)
     foreach(arch IN LISTS wanted)
       if(arch IN_LIST codes AND NOT arch LESS 80)
         list(APPEND archs ${arch})
       else()
-        message(STATUS "CUDA: ${GPTCORE_NVCC} compiles no code for sm_${arch}")
+        message(STATUS "CUDA: ${GPTCORE_NVCC} does not support sm_${arch}")
       endif()
     endforeach()
   endif()
   list(TRANSFORM archs PREPEND "sm_")
-  list(APPEND archs compute_80)  # the PTX: for GPUs to come
+  list(APPEND archs compute_80)  # PTX for newer GPUs
   list(JOIN archs "," codes)
 endif()
 
@@ -116,21 +116,21 @@ endif()
 
 if(GPTCORE_CUDA_PROBLEM)
   if(GPTCORE_CUDA_WANTED STREQUAL "ON")
-    message(FATAL_ERROR "GPTCORE_CUDA=ON, but there is ${GPTCORE_CUDA_PROBLEM}\n"
-      "Install a CUDA toolkit, or get the compiler from PyPI:\n  ${GPTCORE_CUDA_HINT}")
+    message(FATAL_ERROR "GPTCORE_CUDA=ON, but the CUDA kernels cannot be built: ${GPTCORE_CUDA_PROBLEM}\n"
+      "Install a CUDA toolkit, or the compiler from PyPI:\n  ${GPTCORE_CUDA_HINT}")
   endif()
   message(STATUS "CUDA: no kernels: ${GPTCORE_CUDA_PROBLEM}")
   if(NOT GPTCORE_CUDA_WANTED STREQUAL "OFF")
-    string(APPEND GPTCORE_CUDA_PROBLEM ": install a CUDA toolkit, or ${GPTCORE_CUDA_HINT}, and gptcore once more")
+    string(APPEND GPTCORE_CUDA_PROBLEM ": install a CUDA toolkit, or ${GPTCORE_CUDA_HINT}, then reinstall gptcore")
   endif()
-  # Without what a CMake list, a C++ string or a generator expression would take for its own
-  string(REGEX REPLACE "[\r\n\"\\;$]+" " " words "${GPTCORE_CUDA_PROBLEM}")
-  target_compile_definitions(_C PRIVATE "GPTCORE_CUDA_PROBLEM=\"${words}\"")
+  # Remove characters that are special in a CMake list, a C++ string or a generator expression
+  string(REGEX REPLACE "[\r\n\"\\;$]+" " " problem "${GPTCORE_CUDA_PROBLEM}")
+  target_compile_definitions(_C PRIVATE "GPTCORE_CUDA_PROBLEM=\"${problem}\"")
   return()
 endif()
 message(STATUS "CUDA: ${GPTCORE_NVCC} ${version}, for ${codes} (${chosen})")
 
-# One nvcc takes up to 1 GB; as many at a time as there are cores, in half of the memory.
+# One nvcc needs up to 1 GB. Run one per core, within half of the memory.
 cmake_host_system_information(RESULT cores QUERY NUMBER_OF_LOGICAL_CORES)
 cmake_host_system_information(RESULT memory QUERY TOTAL_PHYSICAL_MEMORY)  # in MiB
 math(EXPR jobs "${memory} / 2048")
@@ -155,6 +155,6 @@ foreach(source IN LISTS sources)
   set_source_files_properties("${object}" PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
 endforeach()
 target_link_libraries(_C PRIVATE "${GPTCORE_CUDART}" ${CMAKE_DL_LIBS} rt pthread)
-target_link_options(_C PRIVATE -Wl,--exclude-libs,ALL)  # or calls would find the CUDA runtime that PyTorch has loaded
+target_link_options(_C PRIVATE -Wl,--exclude-libs,ALL)  # do not call the CUDA runtime of PyTorch
 target_compile_definitions(_C PRIVATE GPTCORE_GPU=cuda "GPTCORE_CUDA_ARCHS=\"${codes}\""
   "GPTCORE_NVCC_VERSION=\"${version}\"")

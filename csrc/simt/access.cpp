@@ -8,7 +8,7 @@
 namespace gptcore::simt {
 namespace {
 
-constexpr uint32_t kEver = UINT32_MAX;  // the stamp of reads of several blocks: no barrier orders them
+constexpr uint32_t kForever = UINT32_MAX;  // the stamp of reads of several blocks: no barrier orders them
 
 std::atomic_flag locks[1024];  // for the cells of global memory, by address
 
@@ -16,7 +16,7 @@ std::string bytes_text(unsigned width) { return std::to_string(width) + (width =
 
 }  // namespace
 
-std::string Block::place(uintptr_t address) const {
+std::string Block::describe_address(uintptr_t address) const {
   const uintptr_t offset = address - reinterpret_cast<uintptr_t>(shared_);
   if (offset < kMaxSharedBytes) return "byte " + std::to_string(offset) + " of shared memory";
   if (const Region* region = state_->tensors->find(address))
@@ -25,7 +25,7 @@ std::string Block::place(uintptr_t address) const {
   return "an address that is " + state_->tensors->describe_outside(address);
 }
 
-std::string Block::who(uint16_t code, uint32_t run) const {
+std::string Block::describe_accessor(uint16_t code, uint32_t run) const {
   std::string text;
   if (code == kSeveral) text = "several threads";
   else if (code & kWholeWarp) text = "warp " + std::to_string(code & ~kWholeWarp);
@@ -36,9 +36,9 @@ std::string Block::who(uint16_t code, uint32_t run) const {
          std::to_string(block / x / y) + ")";
 }
 
-// Happens-before with two kinds of barrier, one inside the other: an access of this run is ordered before the present
-// one if it is the same thread's, or older than the last barrier of the block, or, of the same warp, of the warp.
-void Block::judge(Cell& cell, Kind kind, bool shared, uintptr_t address, unsigned width, uint32_t pc) {
+// An access of this run happens before the present one if it is of the same thread, is older than the last barrier of
+// the block, or is of the same warp and older than the last barrier of the warp.
+void Block::check_cell(Cell& cell, Kind kind, bool shared, uintptr_t address, unsigned width, uint32_t pc) {
   const int w = thread_ / kLanes;
   const uint32_t warp_stamp = warp_[w].stamp;
   const uint16_t me = static_cast<uint16_t>(kind == Kind::warp_read ? kWholeWarp + w : thread_ + 1);
@@ -56,15 +56,17 @@ void Block::judge(Cell& cell, Kind kind, bool shared, uintptr_t address, unsigne
     return other != w || stamp >= warp_stamp;
   };
   auto race = [&](const char* did, uint16_t code, uint32_t run, uint32_t other_pc) {
-    fail("data race", pc, [=, name = place(address), other = who(code, run), same_run = run == run_] {
+    fail("data race", pc, [=, name = describe_address(address), other = describe_accessor(code, run),
+                           same_run = run == run_] {
       return std::string(writes ? "writes " : "reads ") + bytes_text(width) + " at " + name + ", which " + other + " " +
              did + " at " + source_line(other_pc) +
-             (same_run ? ", with no barrier between" : ", and nothing orders blocks");
+             (same_run ? ", with no barrier between" : ", and blocks are not ordered");
     });
   };
 
   if (written_here && (cell.writer & kPendingCopy))
-    fail("unfinished copy", pc, [=, name = place(address), other = who(cell.writer, run_), copy_pc = cell.write_pc] {
+    fail("unfinished copy", pc, [=, name = describe_address(address), other = describe_accessor(cell.writer, run_),
+                                 copy_pc = cell.write_pc] {
       return std::string(writes ? "writes " : "reads ") + bytes_text(width) + " at " + name +
              ", the destination of an asynchronous copy of " + other + " at " + source_line(copy_pc) +
              " that has not been waited for";
@@ -82,14 +84,14 @@ void Block::judge(Cell& cell, Kind kind, bool shared, uintptr_t address, unsigne
   }
 
   if (shared ? !written_here : cell.write_run == 0)
-    fail("uninitialised read", pc, [=, name = place(address)] {
-      return "reads " + bytes_text(width) + " at " + name + ", which nothing has written";
+    fail("uninitialised read", pc, [=, name = describe_address(address)] {
+      return "reads " + bytes_text(width) + " at " + name + ", which was never written";
     });
   auto set_reader = [&](uint16_t code, uint32_t stamp) {
     cell.read_run = run_, cell.reader = code, cell.read_stamp = stamp, cell.read_pc = pc;
   };
   if (cell.read_run != run_) {
-    if (!shared && cell.read_run >= state_->first_run) set_reader(kSeveral, kEver);
+    if (!shared && cell.read_run >= state_->first_run) set_reader(kSeveral, kForever);
     else set_reader(me, warp_stamp);
   } else if (cell.read_stamp < block_stamp_ || cell.reader == me) {
     set_reader(me, warp_stamp);
@@ -100,7 +102,7 @@ void Block::judge(Cell& cell, Kind kind, bool shared, uintptr_t address, unsigne
   }
 }
 
-// From here on, smaller pieces of shared memory are told apart.
+// Reduces the granule of shared memory.
 void Block::refine_shared(int granule) {
   const int parts = granule_ / granule;
   for (int64_t i = static_cast<int64_t>(state_->at.shared_bytes) / granule_; i >= 0; --i)
@@ -114,13 +116,13 @@ void Block::shared_access(uintptr_t address, unsigned width, Kind kind, uint32_t
   if (offset + width > state_->at.shared_bytes)
     fail("out of bounds", pc, [=, bytes = state_->at.shared_bytes] {
       return std::string(kind == Kind::write || kind == Kind::start_copy ? "writes " : "reads ") + bytes_text(width) +
-             " at byte " + std::to_string(offset) + " of shared memory, of which the launch asked for " +
-             std::to_string(bytes);
+             " at byte " + std::to_string(offset) + " of shared memory, but the launch has " + std::to_string(bytes) +
+             " bytes";
     });
   const int alignment = static_cast<int>((offset | width) & -(offset | width));
   if (alignment < granule_) refine_shared(alignment);
   for (size_t i = offset / granule_, end = (offset + width) / granule_; i < end; ++i)
-    judge(shared_cells_[i], kind, true, address, width, pc);
+    check_cell(shared_cells_[i], kind, true, address, width, pc);
 }
 
 void Block::global_access(uintptr_t address, unsigned width, bool write, uint32_t pc) {
@@ -146,7 +148,7 @@ void Block::global_access(uintptr_t address, unsigned width, bool write, uint32_
   for (int64_t i = first; i <= last; ++i) {
     lock_ = &locks[(reinterpret_cast<uintptr_t>(&region->cells[i]) >> 6) % 1024];
     while (lock_->test_and_set(std::memory_order_acquire)) {}
-    judge(region->cells[i], write ? Kind::write : Kind::read, false, address, width, pc);
+    check_cell(region->cells[i], write ? Kind::write : Kind::read, false, address, width, pc);
     lock_->clear(std::memory_order_release);
     lock_ = nullptr;
   }
@@ -157,7 +159,7 @@ void Block::access(uintptr_t address, unsigned width, bool write, uint32_t pc, b
   const bool shared = address - reinterpret_cast<uintptr_t>(shared_) < kMaxSharedBytes;
   if (!shared && !write && in_module(address)) return;  // a constant table
   if (check_alignment && address % width)
-    fail("misaligned", pc, [=, name = place(address)] {
+    fail("misaligned", pc, [=, name = describe_address(address)] {
       return std::string(write ? "writes " : "reads ") + bytes_text(width) + " at " + name +
              ", whose address is not a multiple of " + std::to_string(width);
     });
@@ -169,9 +171,9 @@ void Block::access(uintptr_t address, unsigned width, bool write, uint32_t pc, b
 void Block::matrix_row_access(uintptr_t address, uint32_t pc) {
   if (address - reinterpret_cast<uintptr_t>(shared_) >= kMaxSharedBytes)
     fail("out of bounds", pc,
-         [=, name = place(address)] { return "load_matrix reads " + name + ", not shared memory"; });
+         [=, name = describe_address(address)] { return "load_matrix reads " + name + ", not shared memory"; });
   if (address % 16)
-    fail("misaligned", pc, [=, name = place(address)] {
+    fail("misaligned", pc, [=, name = describe_address(address)] {
       return "load_matrix reads 16 bytes at " + name + ", which is not a multiple of 16";
     });
   shared_access(address, 16, Kind::warp_read, pc);
@@ -183,9 +185,9 @@ void Block::copy_async(void* to, const void* from, int bytes, bool valid, uint32
   const uintptr_t target = reinterpret_cast<uintptr_t>(to), source = reinterpret_cast<uintptr_t>(from);
   if (target - reinterpret_cast<uintptr_t>(shared_) >= kMaxSharedBytes)
     fail("out of bounds", pc,
-         [=, name = place(target)] { return "copy_async writes " + name + ", not shared memory"; });
+         [=, name = describe_address(target)] { return "copy_async writes " + name + ", not shared memory"; });
   if (target % bytes || (valid && source % bytes))
-    fail("misaligned", pc, [=, name = place(target % bytes ? target : source)] {
+    fail("misaligned", pc, [=, name = describe_address(target % bytes ? target : source)] {
       return "copy_async of " + bytes_text(bytes) + (target % bytes ? " to " : " from ") + name +
              ", whose address is not a multiple of " + std::to_string(bytes);
     });

@@ -38,7 +38,7 @@ bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || !std
 }  // namespace
 
 Block& Block::of_this_thread() {
-  // By a pointer: the module's own thread-local memory must be small to be had after the start of the program.
+  // A pointer, since a module that is loaded at run time has little thread-local memory.
   thread_local std::unique_ptr<Block> block(new Block);
   return *block;
 }
@@ -109,12 +109,12 @@ void Block::fiber_main() {
              " of its warp has returned";
     }, waiter);
   }
-  block.go_on();
+  block.resume_next();
   __builtin_unreachable();
 }
 
-// Gives the processor to the next thread that can run. The caller has noted what it waits for itself.
-void Block::go_on() {
+// Switches to the next thread that can run. The caller has recorded what this thread waits for.
+void Block::resume_next() {
   int w = thread_ / kLanes;
   if (!warp_[w].ready) {
     int next = -1;
@@ -155,7 +155,7 @@ void Block::release_barrier() {
     const Warp first = *reference;
     if (warp.done)
       fail("divergent barrier", first.pc, [=] {
-        return "it waits at barrier, but thread " + std::to_string(w * kLanes) + " has returned and will never come";
+        return "it waits at barrier, but thread " + std::to_string(w * kLanes) + " has returned";
       }, first.first);
     if (!same(warp.site, first.site))
       fail("divergent barrier", first.pc, [=, other = warp.first, pc = warp.pc] {
@@ -171,7 +171,7 @@ void Block::release_barrier() {
   }
 }
 
-void Block::meet(Op op, int argument, Site site, uint32_t pc) {
+void Block::synchronise(Op op, int argument, Site site, uint32_t pc) {
   const int w = thread_ / kLanes;
   Warp& warp = warp_[w];
   const uint32_t bit = 1u << position_of_[thread_ % kLanes];
@@ -190,12 +190,12 @@ void Block::meet(Op op, int argument, Site site, uint32_t pc) {
          });
   }
   warp.waiting |= bit;
-  if (warp.waiting != kAllLanes || op == Op::barrier) return go_on();
+  if (warp.waiting != kAllLanes || op == Op::barrier) return resume_next();
   do_op(warp, w);
   flush_log(w);
   warp.waiting = 0;
   warp.ready = kAllLanes & ~bit;
-  if (state_->options.order == Order::random && warps_ > 1 && random(4) == 0) {  // let another warp go first
+  if (state_->options.order == Order::random && warps_ > 1 && random(4) == 0) {  // switch to another warp
     warp.ready |= bit;
     const int start = random(warps_);
     for (int i = 0; i < warps_; ++i)
@@ -239,7 +239,7 @@ void merge(KernelCounters& into, const KernelCounters& from) {
 }  // namespace
 
 void Counters::add(const Counters& other) {
-  // All members are of one type, in one row.
+  // All members are int64_t.
   static_assert(sizeof(Counters) % sizeof(int64_t) == 0);
   auto* to = reinterpret_cast<int64_t*>(this);
   const auto* from = reinterpret_cast<const int64_t*>(&other);

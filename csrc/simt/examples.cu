@@ -1,7 +1,7 @@
-// Small kernels that each violate one rule, which the simulator must report, with correct twins, which it must not.
-// And kernels of a single warp-wide instruction, to look at the layouts of its operands.
+// Small kernels that each violate one rule, which the simulator must report, and correct twins, which it must accept.
+// Also a kernel of a single warp-wide instruction, which shows the layouts of its operands.
 //
-// All run as two blocks of 64 threads on x, 64 rows of 4 floats that lie 8 apart, and out, 128 rows of 4 floats.
+// Two blocks of 64 threads run on x, 64 rows of 4 floats with a stride of 8, and out, 128 rows of 4 floats.
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -85,11 +85,11 @@ EXAMPLE(overwrite_within_warp) {
   if (!Broken) warp_barrier();
   t.shared[t.id] = 1;
 }
-EXAMPLE(two_threads_write_one_place) {
+EXAMPLE(two_threads_write_one_address) {
   Thread t(p);
   if (t.lane == 0 || (Broken && t.lane == 7)) t.shared[t.id / 32] = 1;
 }
-EXAMPLE(two_halves_of_a_word) {  // each its own half: no race, unless both write the lower
+EXAMPLE(two_halves_of_a_word) {  // no race if each thread writes its half
   Thread t(p);
   reinterpret_cast<uint16_t*>(t.shared)[Broken ? t.id & ~1 : t.id] = 1;
 }
@@ -101,11 +101,11 @@ EXAMPLE(load_matrix_without_barrier) {
   load_matrix(r, t.shared + t.id * 4);
   t.out[0] = float_of(r[0]);
 }
-EXAMPLE(blocks_write_one_place) {
+EXAMPLE(blocks_write_one_address) {
   Thread t(p);
   if (t.id == 0) *(Broken ? p.out : t.out) = 1;
 }
-EXAMPLE(block_reads_anothers_output) {
+EXAMPLE(block_reads_output_of_another) {
   Thread t(p);
   t.out[0] = 1;
   t.out[1] = p.out[((Broken ? 0 : blockIdx.x) * kThreads + t.id) * 4];
@@ -290,7 +290,7 @@ EXAMPLE(stage_overwritten_in_use) {
 struct Example {
   const char *name, *rule;
   void (*broken)(Params);
-  void (*kept)(Params);
+  void (*correct)(Params);
 };
 #define ROW(rule, name) {#name, rule, name<true>, name<false>}
 const Example kExamples[] = {
@@ -300,11 +300,11 @@ const Example kExamples[] = {
     ROW("data race", no_warp_barrier),
     ROW("data race", shuffle_as_barrier),
     ROW("data race", overwrite_within_warp),
-    ROW("data race", two_threads_write_one_place),
+    ROW("data race", two_threads_write_one_address),
     ROW("data race", two_halves_of_a_word),
     ROW("data race", load_matrix_without_barrier),
-    ROW("data race", blocks_write_one_place),
-    ROW("data race", block_reads_anothers_output),
+    ROW("data race", blocks_write_one_address),
+    ROW("data race", block_reads_output_of_another),
     ROW("data race", threads_exchange_through_global_memory),
     ROW("uninitialised read", shared_never_written),
     ROW("uninitialised read", output_never_written),
@@ -372,7 +372,7 @@ std::string rule_of(const std::string& example) { return find(example).rule; }
 
 void run_example(const std::string& name, bool broken, const float* x, float* out) {
   const Example& example = find(name);
-  launch({example.name, kBlocks, 1, 1, kThreads, kSharedBytes, nullptr}, broken ? example.broken : example.kept,
+  launch({example.name, kBlocks, 1, 1, kThreads, kSharedBytes, nullptr}, broken ? example.broken : example.correct,
          Params{x, out});
 }
 

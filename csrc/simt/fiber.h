@@ -18,7 +18,7 @@ extern "C" __attribute__((visibility("hidden"))) void gptcore_simt_switch(void**
 inline void switch_fiber(Fiber& from, Fiber& to) { gptcore_simt_switch(&from.stack_pointer, to.stack_pointer); }
 
 inline void start_fiber(Fiber& fiber, char* stack_end, void (*entry)()) {
-  void** top = reinterpret_cast<void**>(stack_end) - 2;  // 16-byte aligned, as the ABI wants it at the call of `entry`
+  void** top = reinterpret_cast<void**>(stack_end) - 2;  // 16-byte aligned, as the ABI requires at the call of `entry`
   top[1] = nullptr;                                      // the address to which `entry` never returns
   top[0] = reinterpret_cast<void*>(entry);
   for (int i = 1; i <= 6; ++i) top[-i] = nullptr;

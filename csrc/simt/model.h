@@ -30,20 +30,20 @@ struct SimtError : std::runtime_error {
 // Counters of one kernel, summed over the threads of its launches. Traffic is counted only if Options::count.
 struct Counters {
   int64_t launches, blocks, barriers, warp_barriers, shuffles, mma, load_matrix, copies, special;
-  int64_t global_read_bytes, global_write_bytes;        // asked for by threads
+  int64_t global_read_bytes, global_write_bytes;        // requested by threads
   int64_t global_read_sectors, global_write_sectors;    // of 32 bytes, different ones in each warp's request
   int64_t global_distinct_read_bytes, global_distinct_write_bytes;  // each once a launch: what DRAM must move
-  int64_t shared_requests, shared_passes, bank_conflicts;  // passes of 32 banks; conflicts: passes beyond the least
+  int64_t shared_requests, shared_passes, bank_conflicts;  // passes of 32 banks; conflicts: passes beyond the minimum
   void add(const Counters& other);
 };
-// Bank conflicts and sectors beyond the least of one instruction of a kernel.
+// Bank conflicts and sectors beyond the minimum of one instruction of a kernel.
 struct Waste { int64_t bank_conflicts, sectors; };
 
 enum class Order { forward, reverse, random };
 struct Options {
   Order order = Order::forward;
   uint64_t seed = 0;
-  int threads = 0;  // 0: as many as OpenMP would take
+  int threads = 0;  // 0: OpenMP's default
   bool count = false;
 };
 extern Options options;
@@ -98,7 +98,7 @@ struct Warp {
   uint32_t stamp;                 // of its last barrier
 };
 
-// The accesses of a warp since its last meeting, by instruction: what a GPU would do as one request.
+// The accesses of a warp since it last synchronised, by instruction: what a GPU would do as one request.
 struct Request { uint32_t lanes; std::array<uintptr_t, kLanes> address; };
 struct Instruction {
   bool shared, write;
@@ -113,7 +113,7 @@ class Block {
   void run(LaunchState& state, int64_t index, KernelCounters& counters);
 
   // Called by its threads.
-  void meet(Op op, int argument, Site site, uint32_t pc);  // returns when all lanes of the warp, or block, have arrived
+  void synchronise(Op op, int argument, Site site, uint32_t pc);  // waits for all lanes of the warp, or of the block
   void access(uintptr_t address, unsigned width, bool write, uint32_t pc, bool check_alignment);
   void copy_async(void* to, const void* from, int bytes, bool valid, uint32_t pc);
   void copy_wait(int groups);
@@ -128,7 +128,7 @@ class Block {
 
  private:
   static void fiber_main();
-  void go_on();                  // to the next thread that can run, or back to run()
+  void resume_next();            // to the next thread that can run, or back to run()
   void switch_to(int warp);
   void release_barrier();
   void do_op(Warp& warp, int w);
@@ -140,7 +140,7 @@ class Block {
   enum class Kind { read, write, warp_read, start_copy, finish_copy };
   void shared_access(uintptr_t address, unsigned width, Kind kind, uint32_t pc);
   void global_access(uintptr_t address, unsigned width, bool write, uint32_t pc);
-  void judge(Cell& cell, Kind kind, bool shared, uintptr_t address, unsigned width, uint32_t pc);
+  void check_cell(Cell& cell, Kind kind, bool shared, uintptr_t address, unsigned width, uint32_t pc);
   void matrix_row_access(uintptr_t address, uint32_t pc);
   void refine_shared(int granule);
   void log(uintptr_t address, unsigned width, bool write, bool shared, uint32_t pc);
@@ -148,8 +148,8 @@ class Block {
   int64_t shared_passes(const Request& request, int width, int64_t* least) const;
 
   [[noreturn]] void fail(const char* rule, uint32_t pc, std::function<std::string()> detail, int thread = -1);
-  std::string place(uintptr_t address) const;  // the name of a piece of memory
-  std::string who(uint16_t code, uint32_t run) const;
+  std::string describe_address(uintptr_t address) const;  // the name of a piece of memory
+  std::string describe_accessor(uint16_t code, uint32_t run) const;
   int random(int below);
 
   LaunchState* state_ = nullptr;
@@ -172,7 +172,7 @@ class Block {
   int granule_ = 4;
   std::unique_ptr<Cell[], decltype(&std::free)> shared_cells_{nullptr, &std::free};
   Region* last_region_ = nullptr;
-  std::atomic_flag* lock_ = nullptr;  // held while a cell of global memory is judged
+  std::atomic_flag* lock_ = nullptr;  // held while a cell of global memory is checked
   std::unordered_map<uint32_t, Instruction> log_[kMaxThreads / kLanes];
   KernelCounters* counters_ = nullptr;
 };

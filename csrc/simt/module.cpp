@@ -39,7 +39,7 @@ py::dict as_dict(const simt::KernelCounters& kernel) {
 }
 
 void configure(const std::string& order, uint64_t seed, int threads, bool count) {
-  if (threads < 0 || threads > 4096) refuse("threads is ", threads, ", expected 0 (as many as OpenMP takes) to 4096");
+  if (threads < 0 || threads > 4096) refuse("threads is ", threads, ", expected 0 (OpenMP's default) to 4096");
   simt::Options next;
   if (order == "forward") next.order = simt::Order::forward;
   else if (order == "reverse") next.order = simt::Order::reverse;

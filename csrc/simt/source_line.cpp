@@ -1,4 +1,4 @@
-// From an instruction to the lines of source it was made from, by addr2line, which belongs to g++'s binutils.
+// Finds the source lines of an instruction, by addr2line of binutils.
 #include <dlfcn.h>
 #include <link.h>
 
@@ -20,12 +20,12 @@ struct Module {
   uintptr_t base = 0, begin = UINTPTR_MAX, end = 0;
 
   Module() {
-    dl_iterate_phdr([](dl_phdr_info* info, size_t, void* self) { return static_cast<Module*>(self)->take(*info); },
+    dl_iterate_phdr([](dl_phdr_info* info, size_t, void* self) { return static_cast<Module*>(self)->find_in(*info); },
                     this);
     Dl_info info;
     if (dladdr(reinterpret_cast<void*>(&source_line), &info)) path = info.dli_fname;
   }
-  int take(const dl_phdr_info& info) {
+  int find_in(const dl_phdr_info& info) {
     const uintptr_t here = reinterpret_cast<uintptr_t>(&source_line);
     uintptr_t first = UINTPTR_MAX, last = 0;
     for (int i = 0; i < info.dlpi_phnum; ++i) {

@@ -41,7 +41,7 @@ std::string Tensor::element(uintptr_t address) const {
   std::vector<int64_t> index(shape.size(), 0);
   int64_t rest = static_cast<int64_t>(address - begin) / item;
   for (size_t axis : axes) {
-    index[axis] = std::min(rest / strides[axis], shape[axis] - 1);  // of an address between elements: the last before
+    index[axis] = std::min(rest / strides[axis], shape[axis] - 1);  // between two elements: the former
     rest -= index[axis] * strides[axis];
   }
   std::string text = name + "[";

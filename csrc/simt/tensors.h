@@ -31,7 +31,7 @@ struct Tensor {
 
   Tensor(std::string name, const void* data, int item, std::vector<int64_t> shape, std::vector<int64_t> strides,
          bool written);
-  bool contains(uintptr_t address, int64_t bytes) const;  // all of them are of elements
+  bool contains(uintptr_t address, int64_t bytes) const;  // all bytes are of elements
   std::string element(uintptr_t address) const;           // "out[0, 3, 1]"
 
  private:
@@ -40,12 +40,12 @@ struct Tensor {
   int64_t run_;            // bytes that lie together in the last dimensions
 };
 
-// Tensors that overlap, as the slices of one buffer do, share the memory of what happened.
+// Overlapping tensors, such as slices of one buffer, share shadow state.
 struct Region {
   uintptr_t begin, end;
   std::vector<const Tensor*> tensors;
   int granule;  // bytes of a cell
-  std::unique_ptr<Cell[], decltype(&std::free)> cells{nullptr, &std::free};  // none if nothing in it is written
+  std::unique_ptr<Cell[], decltype(&std::free)> cells{nullptr, &std::free};  // null if it is read only
   std::vector<std::atomic<uint8_t>> touched;  // by the launch, where it is counted: kRead | kWritten for each 4 bytes
 };
 constexpr uint8_t kRead = 1, kWritten = 2;
@@ -62,7 +62,7 @@ class Tensors {
   Region* find(uintptr_t address) const;
   void forget_touched() const;
   int64_t touched_bytes(uint8_t how) const;
-  std::string describe_outside(uintptr_t address) const;  // where an address that is in no tensor lies
+  std::string describe_outside(uintptr_t address) const;  // of an address outside of all tensors
 
  private:
   std::vector<Tensor> tensors_;

@@ -91,14 +91,14 @@ void Block::do_mma(Warp& warp, int w) {
 
 #define GPTCORE_PC module_offset(__builtin_return_address(0))
 
-void barrier(Site site) { running->meet(Op::barrier, 0, site, GPTCORE_PC); }
-void warp_barrier(Site site) { running->meet(Op::warp_barrier, 0, site, GPTCORE_PC); }
+void barrier(Site site) { running->synchronise(Op::barrier, 0, site, GPTCORE_PC); }
+void warp_barrier(Site site) { running->synchronise(Op::warp_barrier, 0, site, GPTCORE_PC); }
 
 static uint32_t exchange(uint32_t value, int from, Site site, uint32_t pc) {
   Block& block = *running;
   Lane& lane = block.lane();
   lane.in[0] = value, lane.in[1] = static_cast<uint32_t>(from);
-  block.meet(Op::shuffle, 0, site, pc);
+  block.synchronise(Op::shuffle, 0, site, pc);
   return lane.out[0];
 }
 uint32_t shuffle(uint32_t value, int lane, Site site) { return exchange(value, lane, site, GPTCORE_PC); }
@@ -111,7 +111,7 @@ Words4 load_matrix(const void* row, bool transposed, Site site) {
   Block& block = *running;
   Lane& lane = block.lane();
   lane.row = static_cast<const char*>(row);
-  block.meet(Op::load_matrix, transposed, site, GPTCORE_PC);
+  block.synchronise(Op::load_matrix, transposed, site, GPTCORE_PC);
   return {{lane.out[0], lane.out[1], lane.out[2], lane.out[3]}};
 }
 
@@ -121,7 +121,7 @@ Float4 mma(Mma kind, Float4 d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
   Lane& lane = block.lane();
   const uint32_t in[10] = {a0, a1, a2, a3, b0, b1, as_bits(d.x[0]), as_bits(d.x[1]), as_bits(d.x[2]), as_bits(d.x[3])};
   std::memcpy(lane.in, in, sizeof in);
-  block.meet(Op::mma, static_cast<int>(kind), site, GPTCORE_PC);
+  block.synchronise(Op::mma, static_cast<int>(kind), site, GPTCORE_PC);
   return {{as_float(lane.out[0]), as_float(lane.out[1]), as_float(lane.out[2]), as_float(lane.out[3])}};
 }
 

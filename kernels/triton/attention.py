@@ -30,7 +30,7 @@ from gptcore.kernels.numerics import dot, narrow
 from gptcore.kernels.tiles import tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Arguments that vary between calls: a kernel is not specialised for their values.
+# Arguments that vary between calls: a kernel is not specialised for their values, as it would be for those of a tuple.
 CALL = [
     "query_len", "kv_len", "window_left", "window_right", "seed", "dropout_threshold", "dropout_scale", "batch_heads",
     "query_heads", "group", "heads_per_wave", "scale",
@@ -315,9 +315,20 @@ def _dkdv_kernel(
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def _dropout(seed: Tensor | None, dropout_p: float) -> tuple[int | None, int, float]:
-    """Return seed, dropout_threshold and dropout_scale."""
-    return None if seed is None else int(seed), int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p)
+# The fields of gptcore.ops.attention.Settings, which has checked them.
+Settings = tuple[Tensor | None, Tensor | None, Tensor | None, float, bool, int, int, float]
+
+
+def _call(q: Tensor, k: Tensor, settings: Settings, keys: bool = False) -> tuple[Any, ...]:
+    """Return the arguments from `spans` to `scale` of a kernel whose tiles are of queries or, with `keys`, of keys."""
+    cu_seqlens_q, cu_seqlens_k, seed, scale, causal, window_left, window_right, dropout_p = settings
+    lengths, window = (q.shape[2], k.shape[2]), limits(causal, window_left, window_right)
+    if keys:
+        spans = spans_of(cu_seqlens_k, cu_seqlens_q, q.shape[0], lengths[::-1], window[::-1])
+    else:
+        spans = spans_of(cu_seqlens_q, cu_seqlens_k, q.shape[0], lengths, window)
+    dropout = None if seed is None else int(seed), int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p)
+    return spans, *lengths, *window, *dropout, *head_counts(q, k, keys), scale
 
 
 def _constants(q: Tensor) -> dict[str, Any]:
@@ -333,20 +344,13 @@ def _constants(q: Tensor) -> dict[str, Any]:
     }
 
 
-# The fields of gptcore.ops.attention.Settings, which has checked them.
-Settings = tuple[Tensor | None, Tensor | None, Tensor | None, float, bool, int, int, float]
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, settings: Settings) -> None:
     """Write out and lse."""
-    cu_seqlens_q, cu_seqlens_k, seed, scale, causal, window_left, window_right, dropout_p = settings
     batch, heads, query_len, _ = q.shape
-    lengths, window = (query_len, k.shape[2]), limits(causal, window_left, window_right)
     launch(
         _forward_kernel, tiles("forward", q), ("QUERIES", "KEYS"),
         lambda tile: batch * heads * triton.cdiv(query_len, tile.rows),
-        view(q), view(k), view(v), view(out), lse, spans_of(cu_seqlens_q, cu_seqlens_k, batch, lengths, window),
-        *lengths, *window, *_dropout(seed, dropout_p), *head_counts(q, k), scale, like=q, **_constants(q),
+        view(q), view(k), view(v), view(out), lse, *_call(q, k, settings), like=q, **_constants(q),
     )  # fmt: skip
 
 
@@ -368,22 +372,17 @@ def backward(
         dk.zero_()
         dv.zero_()
         return
-    cu_seqlens_q, cu_seqlens_k, seed, scale, causal, window_left, window_right, dropout_p = settings
     batch, heads, query_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
     delta = torch.empty_like(lse)
-    lengths, window = (query_len, kv_len), limits(causal, window_left, window_right)
-    bounds = (*lengths, *window, *_dropout(seed, dropout_p))
     launch(
         _dq_kernel, tiles("dq", q), ("QUERIES", "KEYS"), lambda tile: batch * heads * triton.cdiv(query_len, tile.rows),
-        view(grad_out), grad_lse, view(q), view(k), view(v), view(out), lse, view(dq), delta,
-        spans_of(cu_seqlens_q, cu_seqlens_k, batch, lengths, window), *bounds, *head_counts(q, k), scale,
+        view(grad_out), grad_lse, view(q), view(k), view(v), view(out), lse, view(dq), delta, *_call(q, k, settings),
         like=q, **_constants(q),
     )  # fmt: skip
     launch(
         _dkdv_kernel, tiles("dkdv", q), ("QUERIES", "KEYS"),
         lambda tile: batch * kv_heads * triton.cdiv(kv_len, tile.columns),
-        view(grad_out), view(q), view(k), view(v), lse, delta, view(dk), view(dv),
-        spans_of(cu_seqlens_k, cu_seqlens_q, batch, lengths[::-1], window[::-1]), *bounds,
-        *head_counts(q, k, keys=True), scale, like=q, **_constants(q),
+        view(grad_out), view(q), view(k), view(v), lse, delta, view(dk), view(dv), *_call(q, k, settings, keys=True),
+        like=q, **_constants(q),
     )  # fmt: skip
