@@ -28,7 +28,8 @@ def fused_pytorch() -> str:
 
     def attention(qkv: Tensor, _k: None, _v: None, settings: Settings) -> tuple[Tensor, None]:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=settings.causal, scale=settings.scale), None
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=settings.causal, scale=settings.scale)
+        return out.transpose(1, 2), None  # (B, T, H, D)
 
     def layer_norm(
         x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float

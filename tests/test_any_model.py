@@ -347,11 +347,11 @@ def test_found_inf_skips_an_update_on_the_device(dtype: torch.dtype) -> None:
     masters = [values["master"]] if "master" in values else []
     for found_inf in (1.0, 0.0):  # as step would on a GPU; on the CPU it reads the flag itself
         with torch.no_grad():
-            optim._adamw_torch(
+            optim._adamw_torch(optim.Update(
                 [parameter], masters, [parameter.grad * (math.nan if found_inf else 1)], [values["exp_avg"]],
                 [values["exp_avg_sq"]], [values["step"]], optimizer.param_groups[0], torch.tensor(0.5),
                 torch.tensor(found_inf),
-            )  # fmt: skip
+            ))  # fmt: skip
         after = [parameter.detach(), *optimizer.state[parameter].values()]
         assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [bool(found_inf)] * len(after)
     optimizer.step(found_inf=torch.tensor(1.0))
