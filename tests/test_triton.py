@@ -317,11 +317,11 @@ def test_a_forward_by_one_backend_and_a_backward_by_another(one: str, other: str
     native = torch.ops.gptcore
     q, k, v, grad = (randn(2, heads, 70, 24, seed=s) for s, heads in enumerate((4, 2, 2, 4)))
     cu, seed = torch.tensor([0, 30, 70]), torch.tensor([2**40 + 3])
-    for settings in ((None, None, None, 0.3, True, -1, -1, 0.0), (cu, cu, seed, 0.3, False, 20, 3, 0.2)):
+    for settings in ((None, None, None, 0.3, True, -1, -1, 0.0, False), (cu, cu, seed, 0.3, False, 20, 3, 0.2, False)):
         gradients = []
         for backend in (one, other):
             out, lse = native.attention_forward(q, k, v, *settings, backend)
-            gradients.append(native.attention_backward(grad, lse, q, k, v, out, lse, *settings, False, other))
+            gradients.append(native.attention_backward(grad, lse, q, k, v, out, lse, *settings, other))
         for mixed, pure in zip(*gradients, strict=True):
             torch.testing.assert_close(mixed, pure, rtol=1e-5, atol=1e-5)
     x, weight = randn(65, 300), randn(300, seed=1)
