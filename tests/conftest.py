@@ -37,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --quick keep the first, the last and evenly spread cases of each test, in the file that defines it."""
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)  # else a worker begins it when others end
     if not config.getoption("quick"):
         return
     functions: dict[str, list[pytest.Item]] = {}

@@ -421,6 +421,7 @@ def test_few_lanes_idle() -> None:
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.longest
 @pytest.mark.slow
 def test_the_table_of_compiled_kernels_holds() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
