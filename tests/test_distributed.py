@@ -216,6 +216,7 @@ tiny_trainer(sys.argv[1], (Kill(),), **SETTINGS).train()
 """
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_run_anew(tmp_path: Path, alone: Path) -> None:
     """Killed before its first checkpoint, and after it, a run ends with the weights of an undisturbed one."""
     script = tmp_path / "train.py"

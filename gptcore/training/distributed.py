@@ -6,10 +6,12 @@ to exchange it, and gloo notices the end of a process by its closed connection.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -167,14 +169,21 @@ def join(device: torch.device) -> Processes:
         # torchrun keeps the store across restarts: under the old names are the addresses of processes that have ended
         store = dist.PrefixStore(f"attempt {restarts()}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=count)
+        atexit.register(_leave_at_exit)
     return _joined(dist.group.WORLD)
 
 
 def leave() -> None:
-    """Close the connections to the other processes, at the end of a program."""
+    """Close the connections to the other processes; the end of the program does it otherwise."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
         _joined.cache_clear()
+
+
+def _leave_at_exit() -> None:
+    # gloo's threads abort a process that ends while they run; after an error, leaving may wait for ranks that ended
+    if not hasattr(sys, "last_value"):
+        leave()
 
 
 def local_device(device: torch.device) -> torch.device:
