@@ -206,7 +206,7 @@ def table(counts: list[Count]) -> str:
         f"{GELU_ROWS} x {WIDTH}. *Global bytes* are all that threads load and store, *schedule* is what the tiles load",
         "and store by design. *Distinct bytes* count each address once per kernel launch, *tensors* per operation:",
         "the three launches of the attention backward read the same inputs. The mma are also divided by those of all",
-        "tiles that a block visits, of which warps skip those that none of their rows attends to.",
+        "tiles that a block visits, and warps skip the tiles that no row of theirs attends to.",
         "",
         "| operation | global bytes | schedule | ratio | distinct bytes | tensors | ratio | mma | mma / visited "
         "tiles | bank conflicts | special functions |",

@@ -13,6 +13,7 @@ number, so neither the order in which processes finish nor their number can show
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -54,6 +55,17 @@ class Rejected:
         return json.dumps(record, ensure_ascii=False, sort_keys=True)
 
 
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Name the folder in an OSError without a file name; those of NumPy have no number either."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename:
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(folder)) from error
+
+
 class Chunks:
     """The chunks of one pass, in a folder, numbered from 0."""
 
@@ -77,26 +89,8 @@ class Chunks:
         shingles: Sequence[int] = (),
     ) -> None:
         """Write a chunk, which appears at once and complete. `shingles`: how many each document has in that array."""
-        try:
-            self._write(number, documents, rejected, summary, sources, arrays, shingles)
-        except OSError as error:  # writes name no file, and those of NumPy have no number
-            if error.filename:
-                raise
-            reason = error.strerror or str(error)
-            raise OSError(error.errno or errno.EIO, reason, str(self.path(number))) from error
-
-    def _write(
-        self,
-        number: int,
-        documents: Sequence[Document],
-        rejected: Iterable[Rejected],
-        summary: dict[str, Any],
-        sources: Sequence[str],
-        arrays: Mapping[str, np.ndarray[Any, Any]],
-        shingles: Sequence[int],
-    ) -> None:
         rows = np.zeros(len(documents), ROW)
-        with atomic_directory(self.path(number)) as folder:
+        with _naming(self.path(number)), atomic_directory(self.path(number)) as folder:
             offset = first = 0
             with open(folder / "documents.jsonl", "wb") as out:
                 for i, document in enumerate(documents):
