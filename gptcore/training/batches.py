@@ -67,12 +67,13 @@ class Batches:
         shuffled = order[: full * size].reshape(full, size)[epoch_order(full, self.args.seed + 1, epoch)]
         return np.concatenate([shuffled.flatten(), order[full * size :]])
 
-    def of(self, step: int, block: slice = slice(None)) -> list[Batch]:
+    def of(self, step: int, block: range | None = None) -> list[Batch]:
         """Return the micro-batches of a step, or a block of them."""
         made = []
-        for index, examples in list(enumerate(self.indices(step)))[block]:
-            seed_everything(keyed(self.args.seed, step, index, 0))
-            made.append(self.collate(examples))
+        for index, examples in enumerate(self.indices(step)):
+            if block is None or index in block:
+                seed_everything(keyed(self.args.seed, step, index, 0))
+                made.append(self.collate(examples))
         return made
 
     def collate(self, examples: Sequence[int]) -> Batch:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,11 @@ class Processes:
         with self._naming_failures():
             dist.all_gather(rows, mine, group=self._control)
         return [row.tolist() for row in rows]
+
+    def block(self, count: int, rank: int | None = None) -> range:
+        """Return which of `count` micro-batches a process takes, by default this one."""
+        rank = self.rank if rank is None else rank
+        return range(rank * count // self.count, (rank + 1) * count // self.count)
 
     def first(self, function: Callable[[], Result]) -> Result:
         """Call function in the process of rank 0; return its result, which is pickled, or raise its error, in all.
@@ -100,24 +105,31 @@ class Processes:
         with self._naming_failures():
             dist.all_reduce(flat)
 
-    def add_in_tree(self, flat: Tensor, ranks: Sequence[int]) -> Tensor:
-        """Return the sum of the flat tensors of `ranks`, added as leaves of `tree_sum`, in all processes.
+    def add_in_tree(self, rows: Tensor, nodes: Sequence[tuple[int, bool]]) -> Tensor:
+        """Return the sum of the rows of all processes, in all of them, added as nodes of a `Tree`.
 
-        Each process adds up one part of the tensor, as in a ring all-reduce, so as many bytes are sent.
+        nodes: of each row of each process its leaves, and whether it counts; a process has equally many rows.
+        Each process adds up one part of the columns, as in a ring all-reduce, so as many bytes are sent with one row.
         """
-        size = -(-flat.numel() // self.count)
-        sent = flat.new_zeros(size * self.count)
-        sent[: flat.numel()] = flat
+        height, width = rows.shape
+        size = -(-width // self.count)
+        padded = rows.new_zeros(height, size * self.count)
+        padded[:, :width] = rows
+        sent = padded.view(height, self.count, size).transpose(0, 1).contiguous()  # [to which process, row]
         received = torch.empty_like(sent)
         with self._naming_failures():
             dist.all_to_all_single(received, sent)
-        parts = [row if rank in ranks else None for rank, row in enumerate(received.view(self.count, size))]
-        total = tree_sum(parts, lambda a, b: a.add_(b))
+        tree: Tree[Tensor] = Tree(Tensor.add_)
+        for (leaves, counts), row in zip(nodes, received.view(-1, size), strict=True):
+            if leaves:
+                tree.push(row if counts else None, leaves)
+        total = tree.total()
         assert total is not None
+        summed = rows.new_empty(size * self.count)
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.13
         with self._naming_failures():
-            gather(sent, total.contiguous())
-        return sent[: flat.numel()]
+            gather(summed, total.contiguous())
+        return summed[:width]
 
     @contextlib.contextmanager
     def _naming_failures(self) -> Iterator[None]:
@@ -143,18 +155,34 @@ class Processes:
         return f"rank {self.rank} cannot reach the other {self.count - 1} ranks: {where}"
 
 
-def tree_sum(parts: Sequence[Result | None], add: Callable[[Result, Result], Result]) -> Result | None:
-    """Return the sum of the parts that are not None, in a binary tree cut at the largest power of two.
+class Tree(Generic[Result]):
+    """A sum in the binary tree over leaves 0, 1, ...: node (start, size) covers `size` leaves, a power of two.
 
-    A tree over n leaves is part of the tree over more; None adds nothing, not even a zero.
+    The tree is the same whatever block of leaves it begins with: a node is joined with its sibling only, and what has
+    no sibling yet stays a node of its own. None adds nothing, not even a zero. in_order: no tree but one node, to which
+    each leaf is added.
     """
-    if len(parts) == 1:
-        return parts[0]
-    cut = 1 << ((len(parts) - 1).bit_length() - 1)
-    left, right = tree_sum(parts[:cut], add), tree_sum(parts[cut:], add)
-    if left is None or right is None:
-        return right if left is None else left
-    return add(left, right)
+
+    def __init__(self, add: Callable[[Result, Result], Result], start: int = 0, in_order: bool = False) -> None:
+        self.nodes: list[tuple[int, int, Result | None]] = []
+        self._add, self.end, self._in_order = add, start, in_order
+
+    def push(self, value: Result | None, size: int = 1) -> None:
+        """Add the next leaf, or the next node of `size` leaves."""
+        start, self.end = self.end, self.end + size
+        while self.nodes and (self._in_order or (self.nodes[-1][1] == size and self.nodes[-1][0] % (2 * size) == 0)):
+            start, before, left = self.nodes.pop()
+            size, value = before + size, self._sum(left, value)
+        self.nodes.append((start, size, value))
+
+    def total(self) -> Result | None:
+        """Return the sum, as if None were pushed until one node is left."""
+        return functools.reduce(lambda right, left: self._sum(left[2], right), reversed(self.nodes), None)
+
+    def _sum(self, left: Result | None, right: Result | None) -> Result | None:
+        if left is None or right is None:
+            return right if left is None else left
+        return self._add(left, right)
 
 
 def join(device: torch.device) -> Processes:

@@ -1,7 +1,8 @@
 """The gradient of a step: a sum over its micro-batches that has the same bits with any number of processes.
 
-Micro-batch i of n is leaf i of a binary tree, cut at the largest power of two below n (`distributed.tree_sum`). A
-process has a block of leaves that is a subtree, adds it up alone, and communicates once a step.
+Micro-batch i is leaf i of a binary tree (`distributed.Tree`). A process has a block of leaves, adds up the subtrees in
+it alone, and communicates once a step. A block of a power of two of leaves is one subtree. Another one is several, and
+as many gradients are sent.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gptcore.training.arguments import TrainingArguments
-from gptcore.training.distributed import BUCKET, Processes
+from gptcore.training.distributed import BUCKET, Processes, Tree
 
 Leaf = list[Tensor | None]
 
@@ -20,35 +21,45 @@ Leaf = list[Tensor | None]
 class GradientSum:
     """Adds up gradients of `parameters` and the loss; `exact=False` in the order of time, then by an all-reduce."""
 
-    def __init__(self, parameters: Sequence[Tensor], processes: Processes, exact: bool) -> None:
+    def __init__(self, parameters: Sequence[Tensor], processes: Processes, micro_batches: int, exact: bool) -> None:
         self.parameters, self.processes, self.exact = parameters, processes, exact
-        self._nodes: list[tuple[int, Leaf]] = []  # (leaves, sum) of the subtrees that are not yet joined
+        blocks = [processes.block(micro_batches, rank) for rank in range(processes.count)]
+        self.block = blocks[processes.rank]
+        nodes = [self._filled(self._tree(block), block).nodes for block in blocks]
+        self._most = max(map(len, nodes))  # subtrees that a process has
+        self._leaves = [row[i][1] if i < len(row) else 0 for row in nodes for i in range(self._most)]
 
     def clear(self) -> None:
         """Forget all gradients, before a step."""
-        self._nodes = []
+        self._sum = self._tree(self.block)
         self._take()
 
     def add(self, loss: Tensor | None) -> None:
         """Add a micro-batch: its part of the loss, and what backward left in .grad. None: it has no target."""
-        size, leaf = 1, [None if loss is None else loss.detach().float(), *self._take()]
-        while self._nodes and (not self.exact or self._nodes[-1][0] == size):
-            before, left = self._nodes.pop()
-            size, leaf = size + before, _add(left, leaf)
-        self._nodes.append((size, leaf))
+        self._sum.push([None if loss is None else loss.detach().float(), *self._take()])
 
     def finish(self, stop: int, device: torch.device) -> tuple[Tensor, int]:
         """Put the sums over all processes into .grad; return the loss, and the highest `stop` that a process passes."""
         leaf: Leaf = [None] * (1 + len(self.parameters))
-        for _, node in reversed(self._nodes):
-            leaf = _add(node, leaf)
-        self._nodes = []
         if self.processes.count > 1:
-            leaf, stop = self._exchange(leaf, stop, device)
+            nodes = [value for _, _, value in self._filled(self._sum, self.block).nodes]
+            leaves = [leaf.copy() if value is None else value for value in nodes]
+            leaf, stop = self._exchange([*leaves, *(leaf.copy() for _ in range(self._most - len(nodes)))], stop, device)
+        else:
+            leaf = self._sum.total() or leaf
         loss, *gradients = leaf
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         return torch.zeros((), device=device) if loss is None else loss, stop
+
+    def _tree(self, block: range) -> Tree[Leaf]:
+        return Tree(_add, block.start, in_order=not self.exact)
+
+    def _filled(self, tree: Tree[Leaf], block: range) -> Tree[Leaf]:
+        """Push None for the micro-batches of a block that are not there, as at the end of an epoch."""
+        while tree.end < block.stop:
+            tree.push(None)
+        return tree
 
     def _take(self) -> Leaf:
         gradients = [parameter.grad for parameter in self.parameters]
@@ -56,43 +67,42 @@ class GradientSum:
             parameter.grad = None
         return gradients
 
-    def _exchange(self, leaf: Leaf, stop: int, device: torch.device) -> tuple[Leaf, int]:
-        flags = self.processes.gather([*(tensor is not None for tensor in leaf), stop])
+    def _exchange(self, leaves: list[Leaf], stop: int, device: torch.device) -> tuple[Leaf, int]:
+        flags = self.processes.gather([*(tensor is not None for leaf in leaves for tensor in leaf), stop])
         shapes: list[Tensor] = [torch.zeros((), device=device), *self.parameters]
         alike: dict[tuple[tuple[int, ...], torch.dtype, torch.device], list[int]] = {}
         for i, like in enumerate(shapes):
-            if ranks := tuple(rank for rank, flag in enumerate(flags) if flag[i]):  # that have this gradient
-                alike.setdefault((ranks, like.dtype, like.device), []).append(i)
-        summed: Leaf = [None] * len(leaf)
-        for (ranks, _, _), indices in alike.items():
+            there = tuple(found for flag in flags for found in flag[i : -1 : len(shapes)])  # by process and subtree
+            if any(there):
+                alike.setdefault((there, like.dtype, like.device), []).append(i)
+        summed: Leaf = [None] * len(shapes)
+        for (there, _, _), indices in alike.items():
             for bucket in _buckets(indices, shapes):
-                tensors = [leaf[i] for i in bucket]
                 likes = [shapes[i] for i in bucket]
-                flat = torch.cat([
+                rows = torch.cat([
                     torch.zeros_like(like).flatten() if tensor is None else tensor.flatten()
-                    for tensor, like in zip(tensors, likes, strict=True)
-                ])  # fmt: skip
+                    for leaf in leaves
+                    for tensor, like in zip((leaf[i] for i in bucket), likes, strict=True)
+                ]).view(len(leaves), -1)  # fmt: skip
                 if self.exact:
-                    flat = self.processes.add_in_tree(flat, ranks)
+                    flat = self.processes.add_in_tree(rows, list(zip(self._leaves, there, strict=True)))
                 else:
-                    self.processes.add(flat)
+                    self.processes.add(flat := rows[0])
                 parts = flat.split([like.numel() for like in likes])
                 for i, like, part in zip(bucket, likes, parts, strict=True):
                     summed[i] = torch.empty_like(like).copy_(part.view(like.shape))
-                    leaf[i] = None
+                    for leaf in leaves:
+                        leaf[i] = None
         return summed, max(flag[-1] for flag in flags)
 
 
 def check_shares(processes: Processes, args: TrainingArguments, model: nn.Module) -> None:
-    """Raise ValueError if the bits of the run would depend on the number of processes."""
+    """Raise ValueError if processes would have nothing to do, or the bits of the run would depend on their number."""
     count, micro_batches = processes.count, args.gradient_accumulation_steps
-    each, rest = divmod(micro_batches, count)
-    powers = args.gradient_reduction == "all_reduce" or each & (each - 1) == 0
-    if count > 1 and (rest or not powers):
-        wanted = f"{count} times a power of two" if not powers else f"a multiple of {count}"
+    if micro_batches < count:
         raise ValueError(
-            f"gradient_accumulation_steps is {micro_batches} micro-batches a step, but {count} processes share "
-            f"them; expected {wanted}" + ("" if rest else ', or gradient_reduction="all_reduce"')
+            f"gradient_accumulation_steps is {micro_batches} micro-batches a step, but {count} processes share them; "
+            f"expected at least {count}"
         )
     norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     if count > 1 and norms:

@@ -177,7 +177,7 @@ class Trainer:
     def _loop(self, log: LogFile | None, signals: list[int]) -> None:
         args, state, optimizer, unread, gradients = self.args, self.state, self.optimizer, self.unread, self.gradients
         scaler, stopping = self.precision.scaler, self.stopping  # the former does nothing without fp16
-        block, following = self._block(), self._prepare(state.global_step)
+        first, following = self.gradients.block.start, self._prepare(state.global_step)
         for step in range(state.global_step, self.total_steps):
             unread.start()
             lr = lr_at(step - state.overflow_steps, args, self.total_steps)
@@ -188,7 +188,7 @@ class Trainer:
             micro_batches = following
             targets, tokens, padding = self._add_up(micro_batches)
             gradients.clear()
-            for index, batch in enumerate(micro_batches, start=block.start):
+            for index, batch in enumerate(micro_batches, start=first):
                 loss = None
                 if batch.targets > 0:
                     seed_everything(keyed(args.seed, step, index, 1))  # dropout, with any number of processes
@@ -309,7 +309,8 @@ class Trainer:
         """Put state, optimizer and random generators at the first step to do, then delete a run to be overwritten."""
         self.state, self.optimizer = TrainerState(), make_optimizer(self.model, self.args)
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.gradients = GradientSum(trained, self.processes, exact=self.args.gradient_reduction == "tree")
+        exact, count = self.args.gradient_reduction == "tree", self.args.gradient_accumulation_steps
+        self.gradients = GradientSum(trained, self.processes, count, exact)
         self.precision = MixedPrecision(self.args, self.device)  # with the scale of a new run
         self.unread, self.last_step = UnreadSteps(self.device, each=self.args.fp16), {}
         self._newest, self._checked, self.last_overflow = None, False, 0
@@ -365,14 +366,9 @@ class Trainer:
             data = {**self._data, "sha256 of the last batches": self.batches.digest(step - 1)}
         return resume.describe_run(self.args, self.own_model, data, self.total_steps, self.device, self.tokenizer)
 
-    def _block(self) -> slice:
-        """Return which micro-batches of a step are those of this process."""
-        size = -(-self.args.gradient_accumulation_steps // self.processes.count)
-        return slice(self.processes.rank * size, (self.processes.rank + 1) * size)
-
     def _prepare(self, step: int) -> list[MicroBatch]:
         """Return the micro-batches of this process in a step, on the device; none behind the last step."""
-        batches = self.batches.of(step, self._block()) if step < self.total_steps else []
+        batches = self.batches.of(step, self.gradients.block) if step < self.total_steps else []
         return [
             MicroBatch(move(batch, self.device), self.count_targets(batch), count_tokens(batch), count_padding(batch))
             for batch in batches
