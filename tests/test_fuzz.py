@@ -241,8 +241,8 @@ def change(draw: Any, name: str, content: bytes) -> bytes:
         header = json.dumps(change_json(draw, json.loads(content[8 : 8 + length]))).encode()
         return struct.pack("<Q", len(header)) + header + content[8 + length :]
     if name == "ours":
-        content = change_bytes(draw, content[:72] + content[104:])
-        return content[:72] + hashlib.sha256(content).digest() + content[72:]
+        content = change_bytes(draw, content[:104] + content[136:])
+        return content[:104] + hashlib.sha256(content).digest() + content[104:]
     if content[:4] == b"PK\3\4":
         packed = io.BytesIO()
         with zipfile.ZipFile(io.BytesIO(content)) as whole, zipfile.ZipFile(packed, "w") as made:

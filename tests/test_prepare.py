@@ -1,6 +1,7 @@
 """gptcore prepare: the whole way from files to shards, resumed, on several processes, and into training."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -96,11 +97,14 @@ def test_tokens_are_those_of_the_kept_texts(prepared):
     out, report = prepared
     tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
     for name, split in report["splits"].items():
-        ids = []
+        ids, lines = [], iter(documents(out, name))
         for shard in split["shards"]:
             found = read_shard(out / shard["file"], vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
             assert (found.sha256, len(found)) == (shard["sha256"], shard["tokens"])
             ids += found.tokens.tolist()
+            texts = [next(lines)["text"].encode() for _ in range(found.documents)]
+            digests = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
+            assert found.source == hashlib.sha256(digests).hexdigest()
         texts = [document["text"] for document in documents(out, name)]
         assert len(texts) == split["documents"] > 0
         assert tokenizer.decode(ids) == "".join(text + "<|endoftext|>" for text in texts)

@@ -103,15 +103,18 @@ def test_an_id_outside_the_vocabulary_is_an_error_when_read_and_when_written(tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda b: b[:60], "60 bytes, but a header has 104"),
+        (lambda b: b[:60], "60 bytes, but a header has 72"),
+        (lambda b: b[:100], "100 bytes, but a header has 136"),
         (lambda b: b[:-1], r"\d+ bytes instead of \d+, as its header says 7 tokens"),
         (lambda b: b + b"\0", "bytes instead of"),
-        (lambda b: b[:8] + b"\3" + b[9:], "version 3, expected b'GPTCTOK.*version 2"),
+        (lambda b: b[:8] + b"\4" + b[9:], "version 4, expected b'GPTCTOK.*version 2 or 3"),
+        (lambda b: b[:8] + b"\2" + b[9:], "bytes instead of"),
         (lambda b: b[:12] + b"\4" + b[13:], "4 bytes a token for a vocabulary of 10"),
         (lambda b: b[:24] + b"\6" + b[25:], "says 6 tokens|SHA-256"),
         (lambda b: b[:50] + b"\0" + b[51:], "SHA-256"),
         (lambda b: b[:80] + bytes([b[80] ^ 1]) + b[81:], "SHA-256"),
-        (lambda b: b[:104] + b"\5" + b[105:], "SHA-256"),
+        (lambda b: b[:110] + bytes([b[110] ^ 1]) + b[111:], "SHA-256"),
+        (lambda b: b[:136] + b"\5" + b[137:], "SHA-256"),
         (lambda b: b"X" + b[1:], "begins with 58 50 54 .* not a header .* format='nanogpt'"),
         (lambda b: b"", "begins with nothing"),
     ],
@@ -125,7 +128,7 @@ def test_damage_to_our_files_is_found(tmp_path: Path, change: Callable[[bytes], 
     assert str(path) in str(caught.value)
 
 
-@given(at=st.integers(0, 143), bit=st.integers(0, 7))
+@given(at=st.integers(0, 175), bit=st.integers(0, 7))
 @settings(max_examples=80, deadline=None)
 def test_every_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, at: int, bit: int) -> None:
     path = tmp_path_factory.mktemp("shard") / "shard"
@@ -198,12 +201,21 @@ def test_a_dataset_over_several_files_trains(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_header_is_what_the_documentation_says(tmp_path: Path) -> None:
-    write_shard(tmp_path / "shard", [[1, 2, 3], None, [4]], vocab_size=10, fingerprint=PRINT)
-    data = (tmp_path / "shard").read_bytes()
-    fields = b"GPTCTOK\0" + b"".join(n.to_bytes(4, "little") for n in (2, 2))
-    fields += b"".join(n.to_bytes(8, "little") for n in (10, 4, 2)) + bytes.fromhex(PRINT)
+    """That of version 2, which had no source, is read as well."""
+    path, source = tmp_path / "shard", "cd" * 32
+    write_shard(path, [[1, 2, 3], None, [4]], vocab_size=10, fingerprint=PRINT, source=source)
     body = b"\1\0\2\0\3\0\4\0" + b"".join(n.to_bytes(8, "little") for n in (0, 3))
-    assert data == fields + hashlib.sha256(fields + body).digest() + body
+    for version, of_source in ((3, bytes.fromhex(source)), (2, b"")):
+        fields = b"GPTCTOK\0" + b"".join(n.to_bytes(4, "little") for n in (version, 2))
+        fields += b"".join(n.to_bytes(8, "little") for n in (10, 4, 2)) + bytes.fromhex(PRINT) + of_source
+        data = fields + hashlib.sha256(fields + body).digest() + body
+        if version == 3:
+            assert path.read_bytes() == data
+        path.write_bytes(data)
+        shard = read_shard(path, vocab_size=10, fingerprint=PRINT)
+        assert (shard.tokens.tolist(), shard.source) == ([1, 2, 3, 4], of_source.hex() or None)
+        assert shard.document_starts is not None
+        assert shard.document_starts.tolist() == [0, 3]
 
 
 def test_more_shards_than_descriptors(tmp_path: Path) -> None:
@@ -297,7 +309,7 @@ def test_documents_that_start_outside_are_an_error(tmp_path: Path, starts: list[
     path = tmp_path / "shard"
     write_shard(path, [[1] * 7] if len(starts) == 1 else [[1] * 3, None, [2] * 4], vocab_size=10, fingerprint=PRINT)
     data = path.read_bytes()[: -8 * len(starts)] + b"".join((start % 2**64).to_bytes(8, "little") for start in starts)
-    path.write_bytes(data[:72] + hashlib.sha256(data[:72] + data[104:]).digest() + data[104:])
+    path.write_bytes(data[:104] + hashlib.sha256(data[:104] + data[136:]).digest() + data[136:])
     with pytest.raises(ValueError, match=r"shard is damaged: its documents do not start in order among its 7 tokens"):
         read_shard(path, vocab_size=10)
 

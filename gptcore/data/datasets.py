@@ -154,6 +154,7 @@ class TextDataset(TokenDataset):
             raise TypeError(f"tokenizer is a {type(tokenizer).__name__}, expected a gptcore.Tokenizer")
         paths = [check_text_file(path) for path in _paths(file_path)]
         digests = [_digest(read_blocks(path)) for path in paths]
+        source = hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
         parts = f"{_FORMAT} {tokenizer.fingerprint} {tokenizer.eos_token_id} {' '.join(digests)}"
         key = hashlib.sha256(parts.encode()).hexdigest()
         self.cache_file = cache_folder(cache_dir) / "tokens" / f"{key}.tokens"
@@ -168,7 +169,7 @@ class TextDataset(TokenDataset):
         if shard is None:
             try:
                 ids = _encode(tokenizer, paths, digests)
-                write_shard(self.cache_file, ids, vocab_size=vocab_size, fingerprint=fingerprint)
+                write_shard(self.cache_file, ids, vocab_size=vocab_size, fingerprint=fingerprint, source=source)
             except OSError as error:
                 help = "give cache_dir, or set GPTCORE_CACHE, to a folder with room that you may write to"
                 raise OSError(f"cannot write the token cache {self.cache_file}: {error}; {help}") from error

@@ -8,7 +8,8 @@
 Our own, in little endian:
 
     magic "GPTCTOK\\0", u32 version, u32 bytes a token, u64 vocab_size, u64 tokens, u64 documents,
-        32 bytes the tokenizer's fingerprint, 32 bytes SHA-256 of all that is before and after it
+        32 bytes the tokenizer's fingerprint, 32 bytes the SHA-256 of the source, or zeros (not in version 2),
+        32 bytes SHA-256 of all that is before and after it
     tokens: u16 or u32 each, zeros up to a multiple of 8 bytes
     document starts: u64 each, as positions among the tokens
 
@@ -36,9 +37,10 @@ import numpy as np
 
 from gptcore.files import PathLike, atomic_file, open_file
 
-_MAGIC, _VERSION = b"GPTCTOK\0", 2
+_MAGIC, _VERSION = b"GPTCTOK\0", 3
 _FIELDS = struct.Struct("<8sIIQQQ32s")  # magic, version, bytes a token, vocab_size, tokens, documents, fingerprint
-_HEADER = _FIELDS.size + 32
+_HEADERS = {2: _FIELDS.size + 32, 3: _FIELDS.size + 64}  # bytes, by version
+_HEADER = _HEADERS[_VERSION]
 _LLMC: dict[int, tuple[int, np.dtype[Any]]] = {
     20240520: (1, np.dtype("<u2")),
     20240801: (7, np.dtype("<u4")),
@@ -63,6 +65,7 @@ class Shard:
     fingerprint: str | None  # of the tokenizer; None if the file has none
     size: int  # of the file, in bytes
     sha256: str = ""  # of the file; for our own format the one in its header
+    source: str | None = None  # SHA-256 of what the tokens were made of; None if the file has none
     checksums: np.ndarray[Any, np.dtype[np.uint32]] | None = None  # CRC-32 of each 4 KiB behind the header
 
     def __len__(self) -> int:
@@ -115,13 +118,19 @@ class Shard:
 
 
 def write_shard(
-    path: PathLike, chunks: Iterable[Sequence[int] | np.ndarray[Any, Any] | None], *, vocab_size: int, fingerprint: str
+    path: PathLike,
+    chunks: Iterable[Sequence[int] | np.ndarray[Any, Any] | None],
+    *,
+    vocab_size: int,
+    fingerprint: str,
+    source: str | None = None,
 ) -> None:
     """Write the ids of documents, in a file that is whole or absent.
 
     chunks: ids, as many at a time as you like, and None at the end of each document, as Tokenizer.encode_stream gives
         them; what ends a text for the model, such as an end-of-text id, is the caller's to add.
     vocab_size, fingerprint: the tokenizer's.
+    source: a SHA-256 of the texts, for whoever wants to know later what the tokens were made of.
 
     Raises ValueError, leaving what was at `path`, for an id outside the vocabulary.
     """
@@ -146,7 +155,7 @@ def write_shard(
         out.write(np.asarray(starts, "<u8").tobytes())
         fields = _FIELDS.pack(
             _MAGIC, _VERSION, dtype.itemsize, vocab_size, count, len(starts), bytes.fromhex(fingerprint)
-        )
+        ) + bytes.fromhex(source or "00" * 32)
         out.flush()
         digest = hashlib.sha256(fields)
         for block in _chunks(out, _HEADER):
@@ -211,17 +220,21 @@ _Read = tuple[Shard, bytes, bytes | None]
 
 
 def _read_gptcore(path: Path, file: BinaryIO, size: int) -> _Read:
-    header = _header(path, file, _HEADER)
-    fields, expected = header[: _FIELDS.size], header[_FIELDS.size :]
-    magic, version, itemsize, vocab_size, count, documents, fingerprint = _FIELDS.unpack(fields)
-    if (magic, version) != (_MAGIC, _VERSION):
-        raise ValueError(f"{path} is of format {magic!r} version {version}, expected {_MAGIC!r} version {_VERSION}")
+    magic, version, itemsize, vocab_size, count, documents, fingerprint = _FIELDS.unpack(
+        _header(path, file, _FIELDS.size)
+    )
+    if magic != _MAGIC or version not in _HEADERS:
+        raise ValueError(f"{path} is of format {magic!r} version {version}, expected {_MAGIC!r} version 2 or 3")
+    file.seek(0)
+    header = _header(path, file, length := _HEADERS[version])
+    source = header[_FIELDS.size : -32]
     if itemsize not in (2, 4) or itemsize != _token_type(vocab_size).itemsize:
         raise ValueError(f"{path} is damaged: {itemsize} bytes a token for a vocabulary of {vocab_size}")
     padded = -(-count * itemsize // 8) * 8
-    _check_size(path, size, _HEADER + padded + 8 * documents, count)
-    dtype = np.dtype(f"<u{itemsize}")
-    return Shard(path.absolute(), _HEADER, dtype, count, documents, fingerprint.hex(), size), fields, expected
+    _check_size(path, size, length + padded + 8 * documents, count)
+    dtype, found = np.dtype(f"<u{itemsize}"), source.hex() if any(source) else None
+    shard = Shard(path.absolute(), length, dtype, count, documents, fingerprint.hex(), size, source=found)
+    return shard, header[:-32], header[-32:]
 
 
 def _read_llmc(path: Path, file: BinaryIO, size: int) -> _Read:

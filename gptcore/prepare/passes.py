@@ -161,6 +161,7 @@ class ShardTask:
     chunks: np.ndarray[Any, Any]
     offsets: np.ndarray[Any, Any]
     sizes: np.ndarray[Any, Any]
+    source: str  # source_hash of the documents
 
 
 def read_lines(chunks: Chunks, task: ShardTask) -> Iterator[bytes]:
@@ -199,4 +200,5 @@ def make_shard(context: Context, task: ShardTask) -> None:
                 yield eos
             yield part
 
-    write_shard(tokens, ids(), vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+    vocab_size, fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
+    write_shard(tokens, ids(), vocab_size=vocab_size, fingerprint=fingerprint, source=task.source)

@@ -48,7 +48,7 @@ from gptcore.prepare.passes import Context, ShardTask, first_pass, make_shard, s
 from gptcore.prepare.readers import Input, Raw, find_inputs, read_raw
 from gptcore.prepare.recipe import Recipe
 from gptcore.prepare.report import Result
-from gptcore.prepare.store import Corpus
+from gptcore.prepare.store import Corpus, source_hash
 from gptcore.text.pretokenize import END_OF_TEXT
 from gptcore.text.tokenizer import Tokenizer
 
@@ -399,7 +399,9 @@ def _shards(
     for number, part in enumerate(np.split(np.arange(len(documents)), bounds)):
         rows = second.rows[documents[part]]
         name = f"{split}-{number:05d}"
-        tasks.append(ShardTask(name, tokenizer, result, chunk_of[part], rows["offset"], rows["size"]))
+        tasks.append(
+            ShardTask(name, tokenizer, result, chunk_of[part], rows["offset"], rows["size"], source_hash(rows))
+        )
     return [task for task in tasks if len(task.sizes)]
 
 

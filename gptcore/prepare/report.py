@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from gptcore.prepare.duplicates import Clusters
 from gptcore.prepare.mixing import SPLITS
 from gptcore.prepare.passes import Context, ShardTask
 from gptcore.prepare.recipe import FIRST, SECOND
-from gptcore.prepare.store import Chunks, Corpus, Rejected, write_zst
+from gptcore.prepare.store import Chunks, Corpus, Rejected, source_hash, write_zst
 from gptcore.prepare.summary import BINS, EXAMPLES, MEASURES, Summary, histogram
 from gptcore.text.tokenizer import Tokenizer
 
@@ -135,7 +134,6 @@ class Result:
         for name in SPLITS:
             documents = self.order[name]
             rows = self.second.rows[documents]
-            digests = hashlib.sha256(np.stack([rows["high"], rows["low"]], axis=1).tobytes())
             shards = []
             for task in self.shards:
                 if task.name.rpartition("-")[0] == name:
@@ -149,7 +147,7 @@ class Result:
                 "different_documents": len(np.unique(documents)),
                 "bytes": int(self.second.rows["bytes"][documents].astype(np.int64).sum()),
                 "tokens": sum(shard["tokens"] for shard in shards),
-                "documents_sha256": digests.hexdigest(),
+                "documents_sha256": source_hash(rows),
                 "shards": shards,
             }
         return found

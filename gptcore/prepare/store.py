@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -129,6 +130,11 @@ class Chunks:
         """Return an array of a chunk as a memory map."""
         found: np.ndarray[Any, Any] = np.load(self.path(number) / f"{name}.npy", mmap_mode="r")
         return found
+
+
+def source_hash(rows: Rows) -> str:
+    """Return the SHA-256 of the digests of documents (Document.digest), in their order."""
+    return hashlib.sha256(np.stack([rows["high"], rows["low"]], axis=1).astype(">u8").tobytes()).hexdigest()
 
 
 class Corpus:

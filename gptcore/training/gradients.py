@@ -70,9 +70,9 @@ class GradientSum:
     def _exchange(self, leaves: list[Leaf], stop: int, device: torch.device) -> tuple[Leaf, int]:
         flags = self.processes.gather([*(tensor is not None for leaf in leaves for tensor in leaf), stop])
         shapes: list[Tensor] = [torch.zeros((), device=device), *self.parameters]
-        alike: dict[tuple[tuple[int, ...], torch.dtype, torch.device], list[int]] = {}
+        alike: dict[tuple[tuple[bool, ...], torch.dtype, torch.device], list[int]] = {}
         for i, like in enumerate(shapes):
-            there = tuple(found for flag in flags for found in flag[i : -1 : len(shapes)])  # by process and subtree
+            there = tuple(bool(found) for flag in flags for found in flag[i : -1 : len(shapes)])  # by process and subtree
             if any(there):
                 alike.setdefault((there, like.dtype, like.device), []).append(i)
         summed: Leaf = [None] * len(shapes)
