@@ -6,6 +6,8 @@
 # make fuzz    damaged and hostile files against every reader, for GPTCORE_FUZZ_SECONDS (60)
 # make asan    the native tests under AddressSanitizer and UBSan
 # make sweep   tests that need large packages (TensorFlow, llama.cpp), and every mutant of the CUDA kernels
+# Programs keep their compiled modules: the tests start many processes, and each would compile PyTorch's for seconds.
+export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/*.* kernels/*/*.*) CMakeLists.txt setup.py pyproject.toml constraints.txt

@@ -397,6 +397,7 @@ def dropped(backend: str, p: float, seed: int, dtype: torch.dtype = F32) -> Tens
     return ops.attention(q, k, v, causal=False, dropout_p=p, backend=backend)
 
 
+@pytest.mark.slow
 def test_dropout_drops_the_same_everywhere_at_the_rate_asked_for(backend: str) -> None:
     for p in (0.1, 0.75):
         weights = dropped(backend, p, seed=7)

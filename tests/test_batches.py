@@ -74,6 +74,7 @@ def test_recomputing_needs_blocks(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_compiled_runs_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     settings: Any = {"torch_compile": True, "data": [torch.arange(i, i + 8) for i in range(20)]}

@@ -153,6 +153,7 @@ def test_bf16_keeps_float32_weights(tmp_path: Path) -> None:
         tiny_trainer(tmp_path / "other", model=tiny_model().bfloat16(), bf16=True).train()
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_learn_as_float32_does_and_resume_bit_for_bit(tmp_path: Path) -> None:
     data = [torch.arange(i, i + 8) % 32 for i in range(32)]
 

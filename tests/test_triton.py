@@ -197,7 +197,11 @@ def test_layer_norm(case: LayerNorm) -> None:
     layer_norm_grid.test_layer_norm("triton", case)
 
 
-@pytest.mark.parametrize("case", gelu_grid.GELUS, ids=grid.name_of)
+@pytest.mark.parametrize(
+    "case",
+    [case if case in gelu_grid.FEW else pytest.param(case, marks=pytest.mark.slow) for case in gelu_grid.GELUS],
+    ids=grid.name_of,
+)
 def test_gelu(case: Gelu) -> None:
     gelu_grid.test_gelu("triton", case)
 
@@ -356,6 +360,7 @@ def test_a_tiny_gpt_trains_ten_steps_like_the_reference() -> None:
     assert ours == pytest.approx(reference, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_torch_compile_finds_one_graph() -> None:
     def block(q: Tensor, k: Tensor, v: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         out = ops.attention(q, k, v, dropout_p=0.5, backend="triton").transpose(1, 2).flatten(2)

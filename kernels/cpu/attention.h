@@ -128,6 +128,20 @@ void add_nonfinite(float* acc, int64_t rows, const S* source, int64_t columns) {
   }
 }
 
+template <class S, class T>
+struct Types {  // of the elements of a dtype, and of the operands of a product that they become
+  using Operand = T;
+};
+
+template <class F>
+auto with_types(DType dtype, F f) {  // calls f with the Types of dtype
+  switch (dtype) {
+    case DType::bfloat16: return f(Types<bfloat16, Bfloat16Operand>());
+    case DType::float16: return f(Types<float16, float>());
+    default: return f(Types<float, float>());
+  }
+}
+
 }  // namespace
 
 // ---- decoding: attention_decode.cpp ---------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ void backward_block(const AttentionArgs& args, const BackwardScratch<T>& scratch
 // A task is one key-value head of a segment with all of its query heads. So the gradients are deterministic, and those
 // of a group of query heads are accumulated in float32.
 template <class S, class T>
-void backward(const AttentionArgs& args) {
+void backward(Types<S, T>, const AttentionArgs& args) {
   const Sizes<T> size(args);
   const bool decoded = is_decode(args), masked = is_masked(args);
   const size_t bytes = BackwardScratch<T>(args, nullptr).bytes;
@@ -245,16 +245,13 @@ void backward(const AttentionArgs& args) {
 }  // namespace
 
 size_t attention_backward_workspace(const AttentionArgs& args) {
-  if (args.dtype == DType::bfloat16) return args.num_threads * BackwardScratch<Bfloat16Operand>(args, nullptr).bytes;
-  return args.num_threads * BackwardScratch<float>(args, nullptr).bytes;
+  return with_types(args.dtype, [&](auto types) {
+    return args.num_threads * BackwardScratch<typename decltype(types)::Operand>(args, nullptr).bytes;
+  });
 }
 
 void attention_backward(const AttentionArgs& args) {
-  switch (args.dtype) {
-    case DType::bfloat16: return backward<bfloat16, Bfloat16Operand>(args);
-    case DType::float16: return backward<float16, float>(args);
-    default: return backward<float, float>(args);
-  }
+  with_types(args.dtype, [&](auto types) { backward(types, args); });
 }
 
 }  // namespace GPTCORE_ISA

@@ -128,7 +128,7 @@ void forward_panel(const AttentionArgs& args, const ForwardScratch<T>& scratch, 
 
 // A task processes a range of query panels of one segment and KV head, and packs the K and V that they attend to.
 template <class S, class T>
-void forward(const AttentionArgs& args) {
+void forward(Types<S, T>, const AttentionArgs& args) {
   const Sizes<T> size(args);
   const size_t bytes = ForwardScratch<T>(args, nullptr).bytes;
   const int64_t pairs = args.num_segments * args.kv_heads, group = args.query_heads / args.kv_heads;
@@ -168,17 +168,14 @@ void forward(const AttentionArgs& args) {
 
 size_t attention_forward_workspace(const AttentionArgs& args) {
   if (is_decode(args)) return attention_decode_workspace(args);
-  if (args.dtype == DType::bfloat16) return args.num_threads * ForwardScratch<Bfloat16Operand>(args, nullptr).bytes;
-  return args.num_threads * ForwardScratch<float>(args, nullptr).bytes;
+  return with_types(args.dtype, [&](auto types) {
+    return args.num_threads * ForwardScratch<typename decltype(types)::Operand>(args, nullptr).bytes;
+  });
 }
 
 void attention_forward(const AttentionArgs& args) {
   if (is_decode(args)) return attention_decode(args);
-  switch (args.dtype) {
-    case DType::bfloat16: return forward<bfloat16, Bfloat16Operand>(args);
-    case DType::float16: return forward<float16, float>(args);
-    default: return forward<float, float>(args);
-  }
+  with_types(args.dtype, [&](auto types) { forward(types, args); });
 }
 
 }  // namespace GPTCORE_ISA
