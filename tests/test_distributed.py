@@ -220,36 +220,44 @@ def test_blocks_of_any_size_are_joined_as_one_tree() -> None:
 
 
 SCRIPT = """
-import os, signal, sys, torch
+import os, random, signal, sys, threading, time, torch
 from tiny_run import tiny_trainer
-from test_distributed import SETTINGS
+from test_distributed import SETTINGS, STEPS
 from gptcore.training.callbacks import TrainerCallback
 
-class Kill(TrainerCallback):
+class Wait(TrainerCallback):
     def on_step_end(self, trainer):
-        restarts, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), trainer.processes.rank
-        if restarts < 2 and rank == 1 - restarts and trainer.state.global_step == (3, 12)[restarts]:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if attempt < kills and trainer.state.global_step == STEPS - 1:
+            time.sleep(max(0.0, moment - time.monotonic()) + 0.5)
 
+kills, attempt = int(sys.argv[2]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+random.seed(attempt)
+victim, moment = random.randrange(2), time.monotonic() + random.uniform(0, 1.5)
+if attempt < kills and int(os.environ["RANK"]) == victim:
+    threading.Timer(moment - time.monotonic(), os.kill, (os.getpid(), signal.SIGKILL)).start()
 torch.set_num_threads(1)
-tiny_trainer(sys.argv[1], (Kill(),), **SETTINGS).train()
+tiny_trainer(sys.argv[1], (Wait(),), **SETTINGS).train()
 """
+
+
+def check_kills(folder: Path, alone: Path, kills: int) -> None:
+    """Kill one of two processes at a random moment, so many times; torchrun starts them anew each time."""
+    folder.with_suffix(".py").write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts {kills} --monitor-interval 0.1"
+    done = subprocess.run(
+        [sys.executable, *torchrun.split(), str(folder.with_suffix(".py")), str(folder), str(kills)],
+        env=environment, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("exitcode: -9") == kills
+    check_same(folder, alone)
 
 
 @pytest.mark.slow
 def test_torchrun_starts_a_killed_run_anew(tmp_path: Path, alone: Path) -> None:
-    """Killed before its first checkpoint, and after it, a run ends with the weights of an undisturbed one."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 2 --monitor-interval 0.1"
-    done = subprocess.run(
-        [sys.executable, *torchrun.split(), str(script), str(tmp_path / "run")],
-        env=environment, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("exitcode: -9") == 2
-    check_same(tmp_path / "run", alone)
+    """It ends with the weights of an undisturbed run; tests/sweep/kills.py is the same with ten kills."""
+    check_kills(tmp_path / "run", alone, kills=2)
 
 
 def test_the_command_line_resumes_only_its_own_launch(

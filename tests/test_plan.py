@@ -1,8 +1,13 @@
-"""The plan of a run: published runs within 10 %, sizes to the byte, and what the command line answers."""
+"""The plan of a run: published runs within 10 %, sizes to the byte, the memory of real steps, and the command line."""
 
 from __future__ import annotations
 
+import gc
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +16,11 @@ from tiny import tiny_trainer
 
 from gptcore.cli import main
 from gptcore.config import GPTConfig
+from gptcore.model import GPT
 from gptcore.training import estimate
+from gptcore.training.arguments import TrainingArguments
 from gptcore.training.estimate import DEVICES, memory
+from gptcore.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -115,3 +123,58 @@ def test_gptcore_train_prints_the_plan_and_its_correction(tmp_path: Path, capsys
     assert re.search(r"(?m)^time +[0-9.]+ s \(assumed: MFU 0.5 of 1 x", printed)
     assert re.search(r"(?m)^memory +0.00 GB at the peak \(weights", printed)
     assert re.search(r"(?m)^after 10 steps: [0-9,]+ tokens/s, so [0-9.]+ s left, MFU 0\.", printed)
+
+
+SHAPES = [
+    ({"vocab_size": 2048, "n_positions": 256, "n_embd": 256, "n_layer": 4, "n_head": 4}, 4),
+    ({"vocab_size": 4096, "n_positions": 128, "n_embd": 384, "n_layer": 4, "n_head": 6}, 4),
+    ({"vocab_size": 8192, "n_positions": 256, "n_embd": 512, "n_layer": 3, "n_head": 8}, 2),
+]
+
+
+def resident(key: str) -> int:
+    """Return VmRSS or VmHWM of this process, in bytes."""
+    match = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
+
+
+def measure(folder: Path, shape: dict[str, int], batch: int, recompute: bool) -> int:
+    """Train two steps; return by how many bytes the peak of resident memory rose over that before the model."""
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    args = TrainingArguments(
+        str(folder), per_device_train_batch_size=batch, max_steps=2, save_steps=0, logging_steps=0,
+        gradient_checkpointing=recompute, disable_tqdm=True,
+    )  # fmt: skip
+    data = [torch.arange(shape["n_positions"]) % shape["vocab_size"]] * (2 * batch)
+    Trainer(GPT(no_dropout(shape)), args, data).train()
+    return resident("VmHWM") - before
+
+
+def no_dropout(shape: dict[str, int]) -> GPTConfig:
+    return GPTConfig(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_memory_of_real_steps_is_that_of_the_plan(tmp_path: Path) -> None:
+    """Measure in another process, whose malloc returns freed tensors to the system, all sizes one after another."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, __file__, str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])
+    planned = [
+        memory(no_dropout(shape), batch, shape["n_positions"], recompute=recompute).total
+        for shape, batch in SHAPES
+        for recompute in (False, True)
+    ]
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    tiny_trainer(out / "first", max_steps=1, gradient_checkpointing=True).train()  # what libraries allocate once
+    runs = [(shape, batch, recompute) for shape, batch in SHAPES for recompute in (False, True)]
+    print(json.dumps([measure(out / str(number), *run) for number, run in enumerate(runs)]))

@@ -72,7 +72,9 @@ class GradientSum:
         shapes: list[Tensor] = [torch.zeros((), device=device), *self.parameters]
         alike: dict[tuple[tuple[bool, ...], torch.dtype, torch.device], list[int]] = {}
         for i, like in enumerate(shapes):
-            there = tuple(bool(found) for flag in flags for found in flag[i : -1 : len(shapes)])  # by process and subtree
+            there = tuple(
+                bool(found) for flag in flags for found in flag[i : -1 : len(shapes)]
+            )  # by process and subtree
             if any(there):
                 alike.setdefault((there, like.dtype, like.device), []).append(i)
         summed: Leaf = [None] * len(shapes)
