@@ -11,9 +11,9 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,16 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
-def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, complete or not at all (OSError). Shared storage is written once for each name."""
+def save_tensors(
+    path: PathLike,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    fetch: Callable[[str], Tensor] | None = None,
+) -> None:
+    """Write tensors as safetensors, complete or not at all (OSError). Shared storage is written once for each name.
+
+    fetch: returns the values of a tensor when they are written; those in `tensors` tell dtype and shape.
+    """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so all are aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
@@ -45,10 +53,14 @@ def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: dict[s
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as aside, open(aside, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for _, tensor in ordered:
-            for start, stop in parts(tensor.shape, tensor.element_size()):
-                part = tensor.detach() if tensor.dim() == 0 else tensor.detach()[start:stop]
-                file.write(_bytes_of(part.to("cpu").resolve_conj().resolve_neg().contiguous()))
+        for name, tensor in ordered:
+            _write(file, tensor.detach() if fetch is None else fetch(name))
+
+
+def _write(file: BinaryIO, tensor: Tensor) -> None:
+    for start, stop in parts(tensor.shape, tensor.element_size()):
+        part = tensor if tensor.dim() == 0 else tensor[start:stop]
+        file.write(_bytes_of(part.to("cpu").resolve_conj().resolve_neg().contiguous()))
 
 
 def load_tensors(path: PathLike) -> dict[str, Tensor]:

@@ -7,10 +7,12 @@ import functools
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from tiny_run import exact, losses, tiny_trainer
 
 from gptcore.cli import main
+from gptcore.tensor_file import load_tensors
 from gptcore.training import checkpoint, resume
 from gptcore.training.callbacks import TrainerCallback
 from gptcore.training.checkpoint import list_checkpoints
@@ -30,7 +33,9 @@ from gptcore.training.signals import TrainingInterrupted
 from gptcore.training.trainer import Trainer
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["gptcore.training.trainer", "torch._dynamo", "pytest", "hypothesis.strategies"])
+processes.set_forkserver_preload(
+    ["gptcore.training.trainer", "torch._dynamo", "torch.distributed.fsdp", "pytest", "hypothesis.strategies"]
+)
 STEPS = 20
 # 44 examples: the last step of an epoch has 6 of 8 micro-batches, so of four processes one has none
 SETTINGS = {
@@ -187,6 +192,68 @@ def test_all_reduce_gives_about_the_same(tmp_path: Path, alone: Path) -> None:
     assert run(tmp_path / "run", 2, gradient_reduction="all_reduce")[0] == [0, 0]
     pairs = list(zip(losses(tmp_path / "run"), losses(alone), strict=True))
     assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-4) for a, b in pairs if "loss" in a)
+
+
+def whole_tensors_one_by_one(rank: int, trainer: Trainer) -> None:
+    """Fail if a process holds two whole tensors at a time, as it would to hold the whole model; kill rank 1 later."""
+    from torch.distributed.tensor import DTensor
+
+    gather, held = DTensor.full_tensor, []
+
+    def full_tensor(self: DTensor) -> torch.Tensor:
+        assert not any(reference() is not None for reference in held)
+        found = gather(self)
+        held.append(weakref.ref(found))
+        return found
+
+    DTensor.full_tensor = full_tensor
+    assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    kill(rank, trainer, victim=1, step=7)
+
+
+def tensors(folder: Path) -> dict[str, Any]:
+    """Return dtype, shape and values of all tensors of a checkpoint."""
+    names = ("model.safetensors", "optimizer.safetensors")
+    return {f"{name} {key}": value for name in names for key, value in load_tensors(folder / name).items()}
+
+
+def check_close(folder: Path, other: Path, rel: float) -> None:
+    """Compare two runs: the same files, tensors of the same names, shapes and dtypes, and losses about the same."""
+    mine, theirs = folder / f"checkpoint-{STEPS}", other / f"checkpoint-{STEPS}"
+    assert sorted(path.name for path in mine.iterdir()) == sorted(path.name for path in theirs.iterdir())
+    found, expected = tensors(mine), tensors(theirs)
+    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
+        name: (t.dtype, t.shape) for name, t in expected.items()
+    }
+    pairs = list(zip(losses(folder), losses(other), strict=True))
+    for key in ("loss", "eval_loss", "grad_norm"):
+        assert all(a[key] == pytest.approx(b[key], rel=rel) for a, b in pairs if key in b)
+
+
+def test_fsdp_is_killed_and_one_process_resumes(tmp_path: Path, alone: Path) -> None:
+    folder = tmp_path / "run"
+    codes, errors = run(folder, 2, whole_tensors_one_by_one, parallel="fsdp")
+    assert codes == [1, -signal.SIGKILL]
+    assert re.search(r"ProcessGroupError: .*rank 1 \(process \d+ on .* has ended", errors[0]), errors[0]
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-5"]
+    assert run(folder, 1, resume=True) == ([0], [""])
+    check_close(folder, alone, rel=1e-4)
+
+
+@pytest.mark.parametrize(("bf16", "rel"), [(False, 1e-4), (True, 0.05)])
+def test_fsdp_resumes_what_one_process_began(tmp_path: Path, alone: Path, bf16: bool, rel: float) -> None:
+    """Mixed precision by FSDP's policy is bfloat16 for weights and activations, and float32 for sums of gradients."""
+    folder = tmp_path / "run"
+    shutil.copytree(alone, folder)
+    for path in list_checkpoints(folder)[2:]:
+        shutil.rmtree(path)
+    assert run(folder, 2, resume=True, parallel="fsdp", bf16=bf16) == ([0, 0], ["", ""])
+    check_close(folder, alone, rel)
+
+
+def test_fsdp_needs_several_processes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="parallel is 'fsdp', but there is 1 process; start several with torchrun"):
+        tiny_trainer(tmp_path / "run", parallel="fsdp")
 
 
 def test_more_processes_than_micro_batches_are_refused(tmp_path: Path) -> None:

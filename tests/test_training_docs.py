@@ -28,7 +28,7 @@ def options_of(command: list[str]) -> list[str]:
 
 def test_the_page_has_each_kind_of_run() -> None:
     assert len([command for command in COMMANDS if options_of(command)[0] == "plan"]) == 4
-    assert len([command for command in COMMANDS if command[0] == "torchrun"]) == 3
+    assert len([command for command in COMMANDS if command[0] == "torchrun"]) == 4
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

@@ -91,7 +91,7 @@ def plan(args: argparse.Namespace) -> list[tuple[str, str]]:
     options |= {"FSDP": {"fsdp": True}} if args.count > 1 else {}
     for name, option in options.items():
         found = estimate.memory(config, shown, length, **settings, **option)
-        note = ", to compare: gptcore train does not shard" if name == "FSDP" else ""
+        note = ", with --parallel fsdp" if name == "FSDP" else ""
         lines += [(name, f"{sizes(found)} with {shown} x {length} tokens in a pass{note}")]
     fits = f"{batches[False]} examples of {length} tokens in a pass, {batches[True]} when recomputing"
     lines += [("fits", f"{fits}, into {estimate.USABLE:.0%} of {device.memory / 1e9:,.0f} GB")]

@@ -161,6 +161,8 @@ def _run(args: argparse.Namespace, arguments: TrainingArguments, processes: dist
     print(f"\nvalidation loss   {before:.4f} -> {after:.4f}, perplexity {math.exp(after):.1f}")
     print(f"training loss     {losses[-1] if losses else result.training_loss:.4f}")
     print(f"speed             {result.metrics['tokens_per_second']:,.0f} tokens/s")
+    if arguments.parallel == "fsdp" and args.samples:
+        model = GPT.from_pretrained(out)  # the others have ended
     for number, text in enumerate(_samples(model, tokenizer, args.samples, args.sample_tokens, args.seed), start=1):
         print(f"\n---- sample {number} " + "-" * 60 + f"\n{text}")
     print()

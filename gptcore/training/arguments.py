@@ -38,6 +38,9 @@ class TrainingArguments:
     gradient_reduction: Literal["tree", "all_reduce"] = _arg(
         "tree", "tree: the bits of a run do not depend on the number of processes; all_reduce: in the backend's order"
     )
+    parallel: Literal["data", "fsdp"] = _arg(
+        "data", "of several processes each has the whole model (data), or a part of weights, gradients and moments"
+    )
     learning_rate: float = _arg(5e-5, "the highest learning rate of the schedule")
     lr_scheduler_type: Literal["linear", "cosine", "polynomial", "warmup_stable_decay", "constant"] = _arg(
         "linear", "decay after warmup; warmup_stable_decay: linearly, in the last lr_decay_ratio of the run"
@@ -107,6 +110,9 @@ class TrainingArguments:
             ("bf16", "fp16", self.bf16 and self.fp16),
             ("tf32", "matmul_precision", self.tf32 and self.matmul_precision != "default"),
             ("warmup_steps", "warmup_ratio", self.warmup_steps > 0 and self.warmup_ratio > 0),
+            ("parallel 'fsdp'", "fp16", self.parallel == "fsdp" and self.fp16),
+            ("parallel 'fsdp'", "torch_compile", self.parallel == "fsdp" and self.torch_compile),
+            ("parallel 'fsdp'", "gradient_reduction", self.parallel == "fsdp" and self.gradient_reduction != "tree"),
         ):
             if both:
                 raise ValueError(f"{first} and {second} are both given, but one excludes the other; leave one out")

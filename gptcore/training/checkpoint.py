@@ -24,7 +24,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -49,6 +49,9 @@ from gptcore.files import (
 from gptcore.tensor_file import TensorFile, save_tensors
 from gptcore.training.optim import AdamW
 from gptcore.training.random_state import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from gptcore.training.sharding import Shards
 
 FORMAT = 1  # of the folder as a whole; one that this code does not know is refused
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
@@ -191,12 +194,18 @@ def rotate_checkpoints(output_dir: PathLike, limit: int, newest: int, best: int 
 
 
 def save_checkpoint(
-    path: PathLike, model: nn.Module, optimizer: AdamW, state: dict[str, Any], tokenizer: Any = None
+    path: PathLike,
+    model: nn.Module,
+    optimizer: AdamW,
+    state: dict[str, Any],
+    tokenizer: Any = None,
+    shards: Shards | None = None,
 ) -> None:
     """Write a checkpoint folder, complete or not at all; a checkpoint of gptcore that has the name is replaced.
 
-    Tensors have the model's own names, or those that its `stored_as` states; `state` is JSON. Raises CheckpointError if
-    it cannot be written, as on a full disk; every other checkpoint is then as it was.
+    Tensors have the model's own names, or those that its `stored_as` states; `state` is JSON. Those of a sharded model
+    are gathered one by one, by `shards`. Raises CheckpointError if it cannot be written, as on a full disk; every other
+    checkpoint is then as it was.
     """
     path = Path(path)
     moments = {
@@ -208,10 +217,11 @@ def save_checkpoint(
         if os.path.lexists(path):
             remove_checkpoint(path)
         with atomic_directory(path) as aside:
-            save_weights(model, aside)
+            save_weights(model, aside, shards)
             if tokenizer is not None:
                 tokenizer.save_pretrained(aside)
-            save_tensors(aside / "optimizer.safetensors", moments)
+            fetch = None if shards is None else lambda name: shards.whole(*reversed(name.split(".", 1)))
+            save_tensors(aside / "optimizer.safetensors", moments, fetch=fetch)
             write_json(aside / "random_state.json", random_state())
             write_json(aside / "trainer_state.json", {"format": FORMAT, **state})
             files = sorted(file for file in aside.rglob("*") if file.is_file())
@@ -236,12 +246,21 @@ def _advice(error: Exception, folder: Path) -> str:
     return "The checkpoints before it are untouched"
 
 
-def save_weights(model: nn.Module, folder: Path) -> None:
+def save_weights(model: nn.Module, folder: Path, shards: Shards | None = None) -> None:
     """Write model.safetensors and, where the model has a config, config.json."""
-    if hasattr(model, "stored_as"):
+    if hasattr(model, "stored_as") and shards is None:
         model.save_pretrained(folder)  # type: ignore[operator]
         return
-    save_tensors(folder / "model.safetensors", named_tensors(model))
+    layout, tensors = layout_of(model), named_tensors(model)
+    own = {stored: name for name, (stored, _) in layout.items()}
+
+    def turned(name: str, tensor: Tensor) -> Tensor:
+        return tensor.t() if layout[name][1] else tensor
+
+    fetch = None if shards is None else lambda stored: turned(own[stored], shards.whole(own[stored]))
+    save_tensors(
+        folder / "model.safetensors", {stored: turned(name, tensors[name]) for stored, name in own.items()}, fetch=fetch
+    )
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         write_json(folder / "config.json", config.to_dict())
@@ -284,7 +303,7 @@ def read_state(path: PathLike) -> dict[str, Any]:
     return state
 
 
-def load_into(path: PathLike, model: nn.Module, optimizer: AdamW) -> None:
+def load_into(path: PathLike, model: nn.Module, optimizer: AdamW, shards: Shards | None = None) -> None:
     """Restore the weights, the optimizer's state and the random state of a verified checkpoint into these objects.
 
     Tensors are read one by one into the memory that the model and the optimizer have. Raises CheckpointError if names,
@@ -308,6 +327,14 @@ def load_into(path: PathLike, model: nn.Module, optimizer: AdamW) -> None:
             _check_fit(f"{path} holds optimizer state for another model than the one to train", moments, states)
             with naming(path / "random_state.json"):
                 set_random_state(generators)
+            if shards is not None:
+                for own, (stored, transposed) in layout.items():
+                    value = weights.read(stored)
+                    shards.fill(own, None, value.t().contiguous() if transposed else value)
+                for name in states:
+                    key, own = name.split(".", 1)
+                    shards.fill(own, key, moments.read(name))
+                return
             for file, tensors in ((weights, targets), (moments, states)):
                 for name, tensor in tensors.items():
                     file.copy_to(name, tensor)

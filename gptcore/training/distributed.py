@@ -62,14 +62,14 @@ class Processes:
         rank = self.rank if rank is None else rank
         return range(rank * count // self.count, (rank + 1) * count // self.count)
 
-    def first(self, function: Callable[[], Result]) -> Result:
+    def first(self, function: Callable[[], Result], serve: Callable[[Any], None] | None = None) -> Result:
         """Call function in the process of rank 0; return its result, which is pickled, or raise its error, in all.
 
-        In the other processes the error is a ProcessGroupError.
+        In the other processes the error is a ProcessGroupError. serve: is called there with what function asks for.
         """
         if self.count == 1:
             return function()
-        outcome: list[Any] = [None, None]
+        outcome: list[Any] = [None, None, None]
         raised: BaseException | None = None
         if self.rank == 0:
             try:
@@ -78,12 +78,21 @@ class Processes:
                 raised, outcome[1] = error, f"rank 0 failed: {type(error).__name__}: {error}"
         with self._naming_failures() if raised is None else contextlib.suppress(RuntimeError):
             dist.broadcast_object_list(outcome, src=0, group=self._control)
+            while self.rank > 0 and outcome[2] is not None:
+                assert serve is not None
+                serve(outcome[2])
+                dist.broadcast_object_list(outcome, src=0, group=self._control)
         if raised is not None:
             raise raised
         if outcome[1] is not None:
             raise ProcessGroupError(outcome[1])
         result: Result = outcome[0]
         return result
+
+    def ask(self, request: Any) -> None:
+        """Have the other processes serve a request, which is pickled; in a function that `first` calls."""
+        with self._naming_failures():
+            dist.broadcast_object_list([None, None, request], src=0, group=self._control)
 
     def after_first(self, function: Callable[[], Result]) -> Result:
         """Return function() of each process, called in rank 0 before the others, which find what it has cached."""
@@ -92,8 +101,10 @@ class Processes:
         return made[0] if made else function()
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the tensors with those of rank 0."""
+        """Overwrite the tensors with those of rank 0; not those of which each process has a part."""
         for tensor in tensors if self.count > 1 else ():
+            if hasattr(tensor, "to_local"):
+                continue
             dense = tensor.detach().contiguous()
             with self._naming_failures():
                 dist.broadcast(dense, src=0)
@@ -132,20 +143,36 @@ class Processes:
         return summed[:width]
 
     @contextlib.contextmanager
+    def naming_ended(self) -> Iterator[None]:
+        """Name the process that has ended, if one has, in an error of communication that a library does itself."""
+        try:
+            yield
+        except RuntimeError as error:
+            if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
+                raise
+            if not self._ended():
+                raise
+            raise ProcessGroupError(self._describe_failure()) from error
+
+    @contextlib.contextmanager
     def _naming_failures(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
             raise ProcessGroupError(self._describe_failure()) from error
 
-    def _describe_failure(self) -> str:
+    def _ended(self) -> list[int]:
+        """Return the ranks on this machine that have ended; wait a moment for the first."""
         host, deadline = socket.gethostname(), time.monotonic() + GRACE
         while True:
             ended = [r for r, (where, pid) in enumerate(self._places) if where == host and not _is_alive(pid)]
             if ended or time.monotonic() > deadline:
-                break
+                return ended
             time.sleep(0.05)
-        if ended:
+
+    def _describe_failure(self) -> str:
+        host = socket.gethostname()
+        if ended := self._ended():
             names = ", ".join(f"rank {rank} (process {self._places[rank][1]} on {host})" for rank in ended)
             return (
                 f"{names} has ended, so rank {self.rank} stops as well; an error of that rank is above, if it had one"

@@ -96,10 +96,10 @@ def memory(
     rows = min(LOSS_ROWS, tokens)
     logits = rows * config.vocab_size * (4 + (2 if narrow else 0)) + stream
     working = 2 * (N - head // 4) // max(1, config.n_layer) * size if fsdp else 0  # two blocks, gathered
-    open_nodes = (micro_batches - 1).bit_length()
+    open_nodes = 0 if fsdp else (micro_batches - 1).bit_length()
     return Memory(
         weights=4 * N // shards + working,
-        gradients=4 * N // shards,
+        gradients=4 * N // (1 if micro_batches > 1 else shards),  # FSDP shards them in the last pass
         moments=8 * N // shards,
         activations=layers + ends + cast,
         logits=logits,

@@ -25,14 +25,20 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
         raise ProcessGroupError(f"processes of one run must not differ, but eval_dataset has {found}")
     size = trainer.args.per_device_eval_batch_size
     starts = range(0, len(trainer.eval_dataset), size)
+    sharded = trainer.args.parallel == "fsdp"
     sums = torch.zeros(2, len(starts), dtype=torch.float64, device=trainer.device)  # losses and targets of the batches
     with own_randomness(trainer.args.seed), module_mode(trainer.model, training=False), torch.no_grad():
-        for number in range(trainer.processes.rank, len(starts), trainer.processes.count):
+        for first in range(0, len(starts), trainer.processes.count):
+            number = min(first + trainer.processes.rank, len(starts) - 1)
             seed_everything(keyed(trainer.args.seed, number, 0, 3))
             indices = range(starts[number], min(starts[number] + size, len(trainer.eval_dataset)))
             batch = trainer.data_collator([trainer.eval_dataset[index] for index in indices])
-            if count := trainer.count_targets(batch):
-                sums[0, number], sums[1, number] = trainer.loss_of(batch).double() * count, count
+            count = trainer.count_targets(batch) if number == first + trainer.processes.rank else 0
+            loss = trainer.loss_of(batch) if count or sharded else None  # FSDP communicates in each pass
+            if loss is not None and count:
+                sums[0, number], sums[1, number] = loss.double() * count, count
+    if sharded:
+        trainer.own_model.reshard()  # type: ignore[operator]  # a backward pass does it otherwise
     if trainer.processes.count > 1:
         trainer.processes.add(sums)  # each number comes from one process, the others add zeros
     losses, counts = sums.tolist()

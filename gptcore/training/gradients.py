@@ -21,6 +21,9 @@ Leaf = list[Tensor | None]
 class GradientSum:
     """Adds up gradients of `parameters` and the loss; `exact=False` in the order of time, then by an all-reduce."""
 
+    in_step = False  # whether processes communicate in each pass
+    passes = 0  # that each process makes at least
+
     def __init__(self, parameters: Sequence[Tensor], processes: Processes, micro_batches: int, exact: bool) -> None:
         self.parameters, self.processes, self.exact = parameters, processes, exact
         blocks = [processes.block(micro_batches, rank) for rank in range(processes.count)]

@@ -43,7 +43,8 @@ class MixedPrecision:
             )
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+        enabled = self.dtype is not None and self.args.parallel != "fsdp"  # FSDP casts by its own policy
+        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=enabled)
 
     @contextlib.contextmanager
     def matmuls(self) -> Iterator[None]:

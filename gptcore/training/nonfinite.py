@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gptcore.training import checkpoint
 from gptcore.training.mixed_precision import MIN_SCALE
@@ -11,6 +11,11 @@ from gptcore.training.state import NonFiniteError
 
 if TYPE_CHECKING:
     from gptcore.training.trainer import Trainer
+
+
+def _is_finite(tensor: Any) -> bool:
+    finite = tensor.isfinite().all()
+    return bool(finite.full_tensor() if hasattr(finite, "full_tensor") else finite)
 
 
 def count_overflow(trainer: Trainer, step: int) -> None:
@@ -32,10 +37,10 @@ def stop_at_non_finite(trainer: Trainer, step: int, loss: float, grad_norm: floa
     saved = [path for path in checkpoint.list_checkpoints(trainer.folder) if checkpoint.is_ours(path)]
     advice = f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
     named = list(trainer.own_model.named_parameters())
-    bad = [f"parameter {name}" for name, parameter in named if not parameter.isfinite().all()]
+    bad = [f"parameter {name}" for name, parameter in named if not _is_finite(parameter)]
     bad += [] if math.isfinite(loss) else ["loss"]
     gradients = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
-    bad += [f"gradient of {name}" for name, gradient in gradients if not gradient.isfinite().all()]
+    bad += [f"gradient of {name}" for name, gradient in gradients if not _is_finite(gradient)]
     tensor = [*bad, "gradient norm"][0]
     raise NonFiniteError(
         f"step {step}: loss {loss}, gradient norm {grad_norm}; the first tensor that is not finite "

@@ -122,7 +122,9 @@ class AdamW(torch.optim.Optimizer):
         norms: list[Tensor] = [run(gradients) for run, _, gradients in self._alike("grad_norm", parameters)]
         if not norms:
             return torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-        return norms[0] if len(norms) == 1 else torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+        norm = norms[0] if len(norms) == 1 else torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+        sharded = next((p.grad for p in parameters if hasattr(p.grad, "device_mesh")), None)
+        return norm if sharded is None else _norm_of_shards(norm, sharded)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -162,6 +164,9 @@ class AdamW(torch.optim.Optimizer):
                 [state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")
             )
             masters = [state["master"] for state in states] if _has_master(parameters[0]) else []
+            parameters, masters, exp_avgs, exp_avg_sqs = (
+                [_local(tensor) for tensor in tensors] for tensors in (parameters, masters, exp_avgs, exp_avg_sqs)
+            )
             tensors = parameters, masters, gradients, exp_avgs, exp_avg_sqs, steps
             updates.append((run, Update(*tensors, group, grad_scale, found_inf)))
         if len(updates) > 1:  # one checks all before it writes
@@ -183,12 +188,12 @@ class AdamW(torch.optim.Optimizer):
                     raise RuntimeError(f"AdamW takes no sparse gradients, but that of a parameter {shape} is one")
                 parameters, gradients = alike.setdefault((gradient.device, gradient.dtype), ([], []))
                 parameters.append(parameter)
-                gradients.append(gradient)
+                gradients.append(_local(gradient))
         return [(self._select(op, *some), *some) for some in alike.values()]
 
     def _select(self, op: str, parameters: list[Tensor], gradients: list[Tensor]) -> Implementation:
         run = registry.select(op, self.backend, gradients[0])
-        if run is not _adamw_cpu or all(parameter.is_contiguous() for parameter in parameters):
+        if run is not _adamw_cpu or all(_local(parameter).is_contiguous() for parameter in parameters):
             return run
         if (backend := self.backend or registry.in_use()) is None:
             return _adamw_torch
@@ -212,6 +217,19 @@ class AdamW(torch.optim.Optimizer):
             state |= {key: state[key].float() for key in ("exp_avg", "exp_avg_sq")}
             state["master"] = parameter.float()
         return state
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that is sharded over processes (DTensor), or else the tensor."""
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def _norm_of_shards(norm: Tensor, like: Any) -> Tensor:
+    """Return the norm over all processes, each of which has that of its part."""
+    squares = norm.square()
+    torch.distributed.all_reduce(squares, group=like.device_mesh.get_group())
+    return squares.sqrt()
 
 
 def _plain(method: str) -> Callable[..., Any]:

@@ -51,7 +51,7 @@ def plan(trainer: Trainer) -> str:
             dtype = trainer.precision.dtype or next(model.parameters()).dtype
             found = estimate.memory(
                 config, args.per_device_train_batch_size, length, dtype=dtype, recompute=args.gradient_checkpointing,
-                processes=trainer.processes.count, micro_batches=max(1, each),
+                processes=trainer.processes.count, micro_batches=max(1, each), fsdp=args.parallel == "fsdp",
             )  # fmt: skip
             lines += [("memory", estimate.sizes(found))]
     clipped = f"gradient norm clipped to {args.max_grad_norm:g}" if args.max_grad_norm > 0 else "no clipping"
@@ -103,6 +103,8 @@ def _describe_model(model: nn.Module) -> str:
 def _describe_processes(trainer: Trainer) -> str:
     if (count := trainer.processes.count) == 1:
         return ""
+    if trainer.args.parallel == "fsdp":
+        return f"; {count} processes, each with a part of the model (fsdp): bits depend on their number"
     exact = "the bits of one process" if trainer.args.gradient_reduction == "tree" else "bits depend on their number"
     return f"; {count} processes, gradients added by {trainer.args.gradient_reduction}: {exact}"
 

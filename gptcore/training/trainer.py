@@ -46,6 +46,7 @@ from gptcore.training.plan import flops_of, plan
 from gptcore.training.random_state import keyed, random_state, seed_everything, set_random_state
 from gptcore.training.recompute import blocks_of, recomputed_blocks
 from gptcore.training.reports import make_reports
+from gptcore.training.sharding import ShardedGradient, Shards, shard
 from gptcore.training.signals import TrainingInterrupted, stop_signals
 from gptcore.training.state import NonFiniteError, StepResult, Sums, TrainerState, TrainOutput, UnreadSteps
 from gptcore.training.stopping import INTERRUPT, Stopping
@@ -73,7 +74,8 @@ class Trainer:
     of them, and an epoch is ceil(examples / (batch size x accumulation)) steps.
 
     Under torchrun the micro-batches of a step are spread over the processes. All of them make the same calls; the one
-    of rank 0 alone writes files and prints. See gradient_reduction of TrainingArguments.
+    of rank 0 alone writes files and prints. See gradient_reduction and parallel of TrainingArguments; with parallel
+    "fsdp" the trainer shards the model, whose weights are those of rank 0.
 
     Attributes: state; last_step (loss, learning_rate, grad_norm and tokens_per_second of the last step, on a GPU of the
     last one that was read: results are read where something is logged, evaluated or saved, and each 100 steps).
@@ -100,6 +102,9 @@ class Trainer:
         self.data_collator = data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
         self.device = next(model.parameters()).device
         self.processes = distributed.join(self.device)
+        self.shards: Shards | None = None
+        if args.parallel == "fsdp":
+            shard(self.own_model, args, self.processes)
         shows = self.processes.rank == 0 and not args.disable_tqdm
         reports = make_reports(args) if self.processes.rank == 0 else []
         self.callbacks = [*([ProgressLine()] if shows else []), *reports, *callbacks]
@@ -155,7 +160,8 @@ class Trainer:
         """
         self._check()
         recomputed = recomputed_blocks(self.own_model) if self.args.gradient_checkpointing else contextlib.nullcontext()
-        with self._claimed(), stop_signals() as signals, module_mode(self.model, training=True), recomputed:
+        ended = self.processes.naming_ended() if self.args.parallel == "fsdp" else contextlib.nullcontext()
+        with ended, self._claimed(), stop_signals() as signals, module_mode(self.model, training=True), recomputed:
             self._start(resume_from_checkpoint)
             log = LogFile(self.folder / "log.jsonl", self.state.global_step) if self.processes.rank == 0 else None
             try:
@@ -190,9 +196,9 @@ class Trainer:
             gradients.clear()
             for index, batch in enumerate(micro_batches, start=first):
                 loss = None
-                if batch.targets > 0:
+                if batch.targets > 0 or gradients.in_step:
                     seed_everything(keyed(args.seed, step, index, 1))  # dropout, with any number of processes
-                    loss = self.loss_of(batch.inputs) * (batch.targets / targets)
+                    loss = self.loss_of(batch.inputs) * (batch.targets / max(1, targets))
                     torch.autograd.backward(scaler.scale(loss))
                 gradients.add(loss)
             loss_sum, stop = gradients.finish(stopping.wish(signals), self.device)
@@ -259,14 +265,14 @@ class Trainer:
 
         A model without save_pretrained is written as model.safetensors, its state_dict by its own names.
         """
-        self.processes.first(functools.partial(self._save_model, absolute(output_dir) if output_dir else self.folder))
+        self._first(functools.partial(self._save_model, absolute(output_dir) if output_dir else self.folder))
 
     def _save_model(self, folder: Path) -> None:
         with checkpoint.exclusive(folder, nested=True):  # another process may be training into it
-            if hasattr(self.own_model, "save_pretrained"):
+            if hasattr(self.own_model, "save_pretrained") and self.shards is None:
                 self.own_model.save_pretrained(folder)  # type: ignore[operator]
             else:
-                checkpoint.save_weights(self.own_model, folder)
+                checkpoint.save_weights(self.own_model, folder, self.shards)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
 
@@ -308,20 +314,30 @@ class Trainer:
     def _start(self, resume_from: bool | str | os.PathLike[str] | None) -> None:
         """Put state, optimizer and random generators at the first step to do, then delete a run to be overwritten."""
         self.state, self.optimizer = TrainerState(), make_optimizer(self.model, self.args)
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        exact, count = self.args.gradient_reduction == "tree", self.args.gradient_accumulation_steps
-        self.gradients = GradientSum(trained, self.processes, count, exact)
+        self.gradients = self._make_gradients()
         self.precision = MixedPrecision(self.args, self.device)  # with the scale of a new run
         self.unread, self.last_step = UnreadSteps(self.device, each=self.args.fp16), {}
         self._newest, self._checked, self.last_overflow = None, False, 0
         self._data, self.flops = self.batches.describe(), flops_of(self)
         if self.processes.count > 1:
             resume.compare_processes(self.processes.share(self._description(None)))
-        self.state = self.processes.first(functools.partial(self._open, resume_from))
+        self.state = self._first(functools.partial(self._open, resume_from))
         if self.state.scaler:
             self.precision.scaler.load_state_dict(self.state.scaler)
         self._synchronise()
         self.stopping, self.begun = Stopping(self.args, self.state), self.state.total
+
+    def _make_gradients(self) -> GradientSum | ShardedGradient:
+        count = self.args.gradient_accumulation_steps
+        if self.args.parallel == "fsdp":
+            self.shards = Shards(self.own_model, self.optimizer, self.processes)
+            return ShardedGradient(self.own_model, self.processes, count)
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return GradientSum(trained, self.processes, count, exact=self.args.gradient_reduction == "tree")
+
+    def _first(self, function: Callable[[], Any]) -> Any:
+        """Call function in the process of rank 0, which the others help if the model is sharded."""
+        return self.processes.first(function, None if self.shards is None else self.shards.serve)
 
     def _synchronise(self) -> None:
         """Give all processes the weights, the optimizer's state and the random state of rank 0."""
@@ -347,7 +363,7 @@ class Trainer:
             resume.compare(path, saved, self._description(state.global_step), self.args)
         earlier = resume.earlier_run(self.folder, path, overwrite)
         if path is not None:
-            checkpoint.load_into(path, self.own_model, self.optimizer)
+            checkpoint.load_into(path, self.own_model, self.optimizer, self.shards)
         else:
             seed_everything(self.args.seed)
         resume.check_room(self.folder, self.own_model, self.args.save_steps > 0)
@@ -369,10 +385,16 @@ class Trainer:
     def _prepare(self, step: int) -> list[MicroBatch]:
         """Return the micro-batches of this process in a step, on the device; none behind the last step."""
         batches = self.batches.of(step, self.gradients.block) if step < self.total_steps else []
-        return [
+        prepared = [
             MicroBatch(move(batch, self.device), self.count_targets(batch), count_tokens(batch), count_padding(batch))
             for batch in batches
         ]
+        missing = self.gradients.passes - len(prepared) if step < self.total_steps else 0
+        if missing > 0 or (self.gradients.in_step and not all(batch.targets for batch in prepared)):
+            inputs = move(self.batches.first(), self.device)  # with weight 0
+            prepared += [MicroBatch(inputs, 0, 0, 0)] * missing
+            prepared = [batch if batch.targets else batch._replace(inputs=inputs) for batch in prepared]
+        return prepared
 
     def _add_up(self, micro_batches: Sequence[MicroBatch]) -> list[int]:
         """Return targets, tokens and padding of a step over all processes."""
@@ -438,13 +460,13 @@ class Trainer:
             warnings.warn("no evaluation had a finite metric, so the weights are those of the last step", stacklevel=3)
             return
         path = self.folder / f"checkpoint-{step}"
-        self.processes.first(functools.partial(checkpoint.load_into, path, self.own_model, self.optimizer))
+        self._first(functools.partial(checkpoint.load_into, path, self.own_model, self.optimizer, self.shards))
         self._synchronise()
 
     def _save_checkpoint(self, entry: Mapping[str, Any]) -> Path:
         path = self.folder / f"checkpoint-{self.state.global_step}"
         self.stopping.note_checkpoint(entry)
-        self.processes.first(functools.partial(self._write_checkpoint, path))
+        self._first(functools.partial(self._write_checkpoint, path))
         self._newest = path
         self._call("on_save", path)
         return path
@@ -455,7 +477,7 @@ class Trainer:
             self._checked = True
         self.state.scaler = self.precision.scaler.state_dict()
         content = {"state": dataclasses.asdict(self.state), **self._description(self.state.global_step)}
-        checkpoint.save_checkpoint(path, self.own_model, self.optimizer, content, self.tokenizer)
+        checkpoint.save_checkpoint(path, self.own_model, self.optimizer, content, self.tokenizer, self.shards)
         self._rotate(self.state)
 
     def _rotate(self, state: TrainerState) -> None:
