@@ -1,4 +1,4 @@
-"""Generating text with GPT-2 124M, greedily: against the same without a KV cache, and against transformers.
+"""Generating text greedily: GPT-2 124M against no KV cache and against transformers; single steps.
 
 The limit: each new token needs all weights of the model once, read from memory.
 """
@@ -12,18 +12,28 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.measure import FORM, pick
+from benchmarks.measure import FORM, name_of, pick
 from benchmarks.models import GPT2, transformers_gpt2
-from gptcore import GPT
+from gptcore import _C, GPT, GPTConfig
+from gptcore.cli.train import SMALL_MODEL
+from gptcore.generation import step
+from gptcore.generation.cache import KVCache
 
 Compare = Callable[..., None]
 PROMPT, NEW = pick((8, 4), (64, 10))
 
 
+SIZES = {"GPT-2 124M": GPT2, "the model of make demo": GPTConfig(**SMALL_MODEL, vocab_size=2048)}
+
+
 @cache
-def model_in(dtype: torch.dtype) -> GPT:
+def model_in(dtype: torch.dtype, size: str = "GPT-2 124M") -> GPT:
     torch.manual_seed(0)
-    return GPT(GPT2).to(dtype).eval()
+    return GPT(SIZES[size]).to(dtype).eval()
+
+
+def bytes_of(model: GPT) -> int:
+    return sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("wpe."))
 
 
 @pytest.mark.parametrize("against", ["no cache", "transformers"])
@@ -52,8 +62,40 @@ def bench_generation(dtype: torch.dtype, batch: int, against: str, compare: Comp
         return model.generate(ids, NEW, eos_token_id=-1)
 
     assert ours().shape == theirs().shape == (batch, PROMPT + NEW)
-    weights = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("wpe."))
     compare(
-        f"generation {str(dtype).removeprefix('torch.')}", f"batch {batch}, against {against}", ours, theirs,
-        against=against, limit=measure.read(), bytes=NEW * weights, extra={"tokens": batch * NEW},
+        f"generation {name_of(dtype)}", f"batch {batch}, against {against}", ours, theirs,
+        against=against, limit=measure.read(), bytes=NEW * bytes_of(model), extra={"tokens": batch * NEW},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("against", ["GPT.forward", "the whole step"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@torch.no_grad()
+def bench_step(dtype: torch.dtype, size: str, against: str, compare: Compare) -> None:
+    """Time a step at batch 1 against GPT.forward, and the native function in it against the whole step."""
+    model, tokens = model_in(dtype, size), torch.ones(1, 1, dtype=torch.int64)
+    cache = KVCache(PROMPT + 1)
+    model(torch.ones(1, PROMPT, dtype=torch.int64), cache=cache)
+
+    def whole() -> torch.Tensor:
+        cache._set_lengths([PROMPT])
+        return step.next_logits(model, tokens, cache)
+
+    def forward() -> torch.Tensor:
+        cache._set_lengths([PROMPT])
+        return model(tokens, cache=cache).logits[:, -1]
+
+    assert torch.equal(whole(), forward())
+    found = step._describe(model, cache)
+    assert found is not None
+    x, logits, eps = torch.randn(1, model.config.n_embd).to(dtype), whole(), model.config.layer_norm_epsilon
+
+    def native() -> None:
+        _C.decode(x, found[0], cache.layers, [PROMPT], found[1], eps, logits, torch.get_num_threads())
+
+    compare(
+        f"decoding step{', native function alone' * (against != 'GPT.forward')} {name_of(dtype)}", size,
+        *((whole, forward) if against == "GPT.forward" else (native, whole)), against=against, limit=measure.read(),
+        bytes=bytes_of(model), extra={"tokens": 1},
     )  # fmt: skip

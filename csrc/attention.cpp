@@ -1,19 +1,6 @@
 #include <cmath>
 
-#include "csrc/operations.h"
-
-namespace gptcore {
-
-// The arguments of attention besides query, key and value; see Settings in gptcore/ops/attention.py.
-struct AttentionSettings {
-  OptionalView cu_seqlens_q, cu_seqlens_k, seed;
-  double scale;
-  bool causal;
-  int64_t window_left, window_right;
-  double dropout_p;
-};
-
-}  // namespace gptcore
+#include "csrc/forward.h"
 
 namespace pybind11::detail {
 
@@ -241,9 +228,7 @@ class Documents {
 void attention_forward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& out,
                        const TensorView& lse, const AttentionSettings& settings, const Execution& execution) {
   const Kernels& kernels = kernels_for(query, execution);
-  AttentionArgs args = common_args(query, key, value, out, lse, settings, execution);
-  check_distinct(out, "out");
-  for (const auto* in : {&query, &key, &value}) check_apart(out, "out", *in, "an input");
+  AttentionArgs args = attention_forward_args(query, key, value, out, lse, settings, execution);
   const Documents documents(args, query, settings, execution);
   if (execution.check_only) return;
   const Workspace workspace(execution, query, kernels.attention_forward_workspace(args));
@@ -304,6 +289,15 @@ py::list segments(const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k
 }
 
 }  // namespace
+
+AttentionArgs attention_forward_args(const TensorView& query, const TensorView& key, const TensorView& value,
+                                     const TensorView& out, const TensorView& lse, const AttentionSettings& settings,
+                                     const Execution& execution) {
+  AttentionArgs args = common_args(query, key, value, out, lse, settings, execution);
+  check_distinct(out, "out");
+  for (const auto* in : {&query, &key, &value}) check_apart(out, "out", *in, "an input");
+  return args;
+}
 
 void bind_attention(py::module_& m) {
   m.def("attention_forward", &attention_forward, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"),

@@ -1,4 +1,4 @@
-#include "csrc/operations.h"
+#include "csrc/forward.h"
 
 namespace gptcore {
 namespace {
@@ -17,10 +17,7 @@ GeluArgs common_args(const TensorView& x, const OptionalView& bias, bool tanh_fo
 
 void gelu_forward(const TensorView& x, const OptionalView& bias, const TensorView& out, bool tanh_form,
                   const Execution& execution) {
-  GeluArgs args = common_args(x, bias, tanh_form, execution);
-  check_like(out, "out", x);
-  args.out = out.data;
-  check_apart(out, "out", x, "x");
+  const GeluArgs args = gelu_forward_args(x, bias, out, tanh_form, execution);
   const Kernels& kernels = kernels_for(x, execution);
   if (execution.check_only) return;
   DeviceTensors tensors{{"x", x, Access::read}, {"bias", bias, Access::read}, {"out", out, Access::write}};
@@ -51,6 +48,15 @@ void gelu_backward(const TensorView& grad_out, const TensorView& x, const Option
 }
 
 }  // namespace
+
+GeluArgs gelu_forward_args(const TensorView& x, const OptionalView& bias, const TensorView& out, bool tanh_form,
+                           const Execution& execution) {
+  GeluArgs args = common_args(x, bias, tanh_form, execution);
+  check_like(out, "out", x);
+  args.out = out.data;
+  check_apart(out, "out", x, "x");
+  return args;
+}
 
 void bind_gelu(py::module_& m) {
   m.def("gelu_forward", &gelu_forward, py::arg("x"), py::arg("bias"), py::arg("out"), py::arg("tanh_form"),

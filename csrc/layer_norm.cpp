@@ -1,14 +1,13 @@
-#include "csrc/operations.h"
+#include "csrc/forward.h"
 
 namespace gptcore {
-namespace {
 
-void layer_norm_forward(const TensorView& x, const OptionalView& residual, const TensorView& weight,
-                        const OptionalView& bias, const TensorView& out, const OptionalView& residual_out,
-                        const TensorView& mean, const TensorView& rstd, double eps, const Execution& execution) {
+LayerNormArgs layer_norm_forward_args(const TensorView& x, const OptionalView& residual, const TensorView& weight,
+                                      const OptionalView& bias, const TensorView& out, const OptionalView& residual_out,
+                                      const TensorView& mean, const TensorView& rstd, double eps,
+                                      const Execution& execution) {
   const auto [rows, width] = check_rows(x, "x");
   const TensorView& normalised = residual ? *residual : x;
-  const Kernels& kernels = kernels_for(x, execution);
   if (residual) {
     if (residual->dtype != x.dtype && residual->dtype != DType::float32)
       refuse("residual is ", residual->dtype_name(), ", expected ", x.dtype_name(), " like x, or torch.float32");
@@ -31,6 +30,17 @@ void layer_norm_forward(const TensorView& x, const OptionalView& residual, const
   args.rstd = float_array(rstd, "rstd", x, {rows});
   args.eps = static_cast<float>(eps);
   args.num_threads = execution.num_threads, args.stream = execution.stream;
+  return args;
+}
+
+namespace {
+
+void layer_norm_forward(const TensorView& x, const OptionalView& residual, const TensorView& weight,
+                        const OptionalView& bias, const TensorView& out, const OptionalView& residual_out,
+                        const TensorView& mean, const TensorView& rstd, double eps, const Execution& execution) {
+  const LayerNormArgs args =
+      layer_norm_forward_args(x, residual, weight, bias, out, residual_out, mean, rstd, eps, execution);
+  const Kernels& kernels = kernels_for(x, execution);
   if (execution.check_only) return;
   DeviceTensors tensors{{"x", x, Access::read},           {"residual", residual, Access::read},
                         {"weight", weight, Access::read}, {"bias", bias, Access::read},

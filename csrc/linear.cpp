@@ -1,5 +1,5 @@
 #include "csrc/cpu_isa.h"
-#include "csrc/operations.h"
+#include "csrc/forward.h"
 
 namespace gptcore {
 namespace {
@@ -57,9 +57,10 @@ void run(LinearArgs& args, std::initializer_list<const OptionalView*> outputs) {
   kernels.linear(args);
 }
 
-// Computes out = x @ weight^T + bias, as F.linear does.
-void linear_forward(const TensorView& x, const TensorView& weight, const OptionalView& bias, const TensorView& out,
-                    int64_t num_threads) {
+}  // namespace
+
+LinearArgs linear_forward_args(const TensorView& x, const TensorView& weight, const OptionalView& bias,
+                               const TensorView& out, int64_t num_threads) {
   check_weight(weight, "weight");
   LinearArgs args = common_args(out.dtype, rows_of(x, "x"), weight.shape[1], weight.shape[0], num_threads);
   args.x = as_rows(x, "x", args.dtype, args.rows, args.in_features);
@@ -72,6 +73,15 @@ void linear_forward(const TensorView& x, const TensorView& weight, const Optiona
     check_apart(out, "out", *bias, "bias");
     args.bias = bias->data, args.bias_dtype = bias->dtype;
   }
+  return args;
+}
+
+namespace {
+
+// Computes out = x @ weight^T + bias, as F.linear does.
+void linear_forward(const TensorView& x, const TensorView& weight, const OptionalView& bias, const TensorView& out,
+                    int64_t num_threads) {
+  LinearArgs args = linear_forward_args(x, weight, bias, out, num_threads);
   const OptionalView output = out;
   run(args, {&output});
 }

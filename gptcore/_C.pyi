@@ -117,6 +117,25 @@ def linear_backward(
     With a scale, adds scale times the gradient to a float32 grad_weight.
     """
 
+def decode(
+    x: Tensor,
+    weights: collections.abc.Sequence[Tensor],
+    caches: collections.abc.Sequence[Tensor],
+    lengths: collections.abc.Sequence[int],
+    layers: collections.abc.Sequence[tuple[float, int, float, float, bool]],
+    final_eps: float | None,
+    logits: Tensor,
+    num_threads: int,
+) -> None:
+    """Fill logits (rows, vocabulary) from the embeddings x (rows, width) of a token a row; append to the caches.
+
+    weights: weight and bias of ln_1, c_attn, c_proj, ln_2, c_fc and c_proj of each layer; with final_eps weight and
+        bias of the last norm; the weight of the output projection.
+    caches: keys and values of each layer, (2, rows or more, heads, capacity, head_dim), of `lengths` tokens a row.
+    layers: scale and window (-1: none) of attention, eps of both norms, and whether GELU has the tanh form.
+    final_eps: None for norms after attention and MLP instead of before them.
+    """
+
 def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool, num_threads: int) -> float:
     """Return the sum of the cross entropies of the rows; logits is (rows, vocabulary) with dense rows.
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from gptcore import generation, ops
 from gptcore.config import GELU_FORMS, IGNORED, GPTConfig
+from gptcore.generation import step
 from gptcore.generation.cache import KVCache
 from gptcore.hf import pretrained
 from gptcore.inputs import check_outputs, check_shapes, check_values, cu_seqlens_of, positions_in, targets_of
@@ -314,6 +315,9 @@ class GPT(nn.Module):
             return tokens + self.wpe(position_ids)
         # Scaled as in Vaswani et al. 2017, section 3.4
         return tokens * math.sqrt(self.config.n_embd) + sinusoids(position_ids, tokens)
+
+
+step.register(GPT, Block, Attention, MLP, LayerNorm, Linear)
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -110,6 +110,14 @@ struct LinearArgs {
   int num_threads;
 };
 
+// 16-bit numbers to float32, exactly.
+struct WidenArgs {
+  DType dtype;
+  const void* from;
+  float* to;
+  int64_t size;
+};
+
 struct CrossEntropyArgs {
   DType dtype;
   int64_t rows, vocab, row_stride;
@@ -167,6 +175,7 @@ struct GradNormArgs {
 #define GPTCORE_LINEAR(KERNEL)                 \
   KERNEL(size_t, linear_workspace, LinearArgs) \
   KERNEL(void, linear, LinearArgs)
+#define GPTCORE_DECODE(KERNEL) KERNEL(void, widen, WidenArgs)
 #define GPTCORE_CROSS_ENTROPY(KERNEL) KERNEL(void, cross_entropy, CrossEntropyArgs)
 #define GPTCORE_ADAMW(KERNEL)     \
   KERNEL(void, adamw, AdamWArgs)  \
@@ -179,6 +188,7 @@ struct GradNormArgs {
   GPU(layer_norm, GPTCORE_LAYER_NORM)       \
   GPU(gelu, GPTCORE_GELU)                   \
   CPU(linear, GPTCORE_LINEAR)               \
+  CPU(decode, GPTCORE_DECODE)               \
   CPU(cross_entropy, GPTCORE_CROSS_ENTROPY) \
   CPU(adamw, GPTCORE_ADAMW)
 

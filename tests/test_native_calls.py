@@ -73,6 +73,43 @@ def fresh(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
+def decode_arguments() -> dict[str, Any]:
+    """Return the arguments of a decoding step of two rows and two layers, 8 wide."""
+    torch.manual_seed(0)
+    shapes = [(8,), (8,), (24, 8), (24,), (8, 8), (8,), (8,), (8,), (12, 8), (12,), (8, 12), (8,)]
+    return {
+        "x": torch.randn(2, 8),
+        "weights": [torch.randn(shape) for shape in (*shapes, *shapes, (8,), (8,), (9, 8))],
+        "caches": [torch.randn(2, 3, 2, 5, 4) for _ in range(2)],
+        "lengths": [4, 1],
+        "layers": [(0.5, -1, 1e-5, 1e-5, True), (0.5, 2, 1e-5, 1e-5, False)],
+        "final_eps": 1e-5,
+        "logits": torch.empty(2, 9),
+        "num_threads": 2,
+    }
+
+
+Place = tuple[str, int | None]  # of a tensor: the argument, and its index if that is a list
+
+
+def tensors_in(arguments: dict[str, Any]) -> dict[Place, torch.Tensor]:
+    found: dict[Place, torch.Tensor] = {}
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            found[name, None] = value
+        elif isinstance(value, list):
+            found |= {(name, i): t for i, t in enumerate(value) if isinstance(t, torch.Tensor)}
+    return found
+
+
+def replaced(arguments: dict[str, Any], place: Place, value: Any) -> dict[str, Any]:
+    """Return the arguments with another value in this place."""
+    name, index = place
+    if index is None:
+        return {**arguments, name: value}
+    return {**arguments, name: [*arguments[name][:index], value, *arguments[name][index + 1 :]]}
+
+
 def valid_arguments() -> dict[str, dict[str, Any]]:
     """Return valid arguments of each function."""
     cu_q, cu_k = torch.tensor([0, 2, 5, 10]), torch.tensor([0, 3, 6, 12])
@@ -82,11 +119,12 @@ def valid_arguments() -> dict[str, dict[str, Any]]:
         "check_segments": segments,
         "segments": {**segments},
         "use_cpu_isa": {"name": _C.cpu_isa()},
+        "decode": decode_arguments(),
     }
 
 
 def test_the_samples_call_every_kernel() -> None:
-    assert {*recorded()} == {*KERNELS} - {"adamw", "grad_norm"}  # the optimizer's, which has no samples
+    assert {*recorded()} == {*KERNELS} - {"adamw", "grad_norm", "decode"}  # which have no samples
     for name, arguments in recorded().items():
         given = {key for key, value in arguments.items() if value is not None}
         assert {*arguments} - given <= {"scale"}, name  # which accumulates a gradient
@@ -227,24 +265,24 @@ def behind(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("size", [0, 1, -1], ids=["to nothing", "to one byte", "by one byte"])
 @pytest.mark.parametrize("name", calls())
 def test_a_storage_that_was_resized_is_refused(name: str, size: int) -> None:
-    for argument, value in calls()[name].items():
-        if isinstance(value, torch.Tensor):
-            arguments = calls()[name]
-            for kind in (torch.Tensor, Named):
-                arguments[argument] = cut = behind(value).as_subclass(kind)  # type: ignore[arg-type]
-                storage = cut.untyped_storage()
-                storage.resize_(storage.nbytes() - 1 if size < 0 else size)
-                with pytest.raises(ValueError, match=r"storage, which has \d+: the storage was resized"):
-                    call(name, dict(arguments))
+    arguments = calls()[name]
+    for place, value in tensors_in(arguments).items():
+        for kind in (torch.Tensor, Named):
+            cut = behind(value).as_subclass(kind)  # type: ignore[arg-type]
+            storage = cut.untyped_storage()
+            storage.resize_(storage.nbytes() - 1 if size < 0 else size)
+            with pytest.raises(ValueError, match=r"storage, which has \d+: the storage was resized"):
+                call(name, replaced(arguments, place, cut))
 
 
 @pytest.mark.parametrize("name", calls())
 def test_numbers_stored_negated_are_refused(name: str) -> None:
-    for argument, value in calls()[name].items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
+    arguments = calls()[name]
+    for place, value in tensors_in(arguments).items():
+        if value.is_floating_point():
             for negated in (torch._neg_view(value), torch._neg_view(value).as_subclass(Named)):  # type: ignore[arg-type]
                 with pytest.raises(ValueError, match=r"negative bit is set; call .resolve_neg\(\)"):
-                    call(name, {**calls()[name], argument: negated})
+                    call(name, replaced(arguments, place, negated))
 
 
 class Liar(torch.Tensor):
@@ -276,11 +314,10 @@ class Liar(torch.Tensor):
 @pytest.mark.parametrize("name", calls())
 def test_a_subclass_cannot_lie_about_its_memory(name: str) -> None:
     with torch._C.DisableTorchFunctionSubclass():
-        for argument, value in calls()[name].items():
-            if isinstance(value, torch.Tensor):
-                arguments = {**calls()[name], argument: value.as_subclass(Liar)}  # type: ignore[arg-type]
-                with torch.enable_grad():
-                    call(name, arguments)
+        for place, value in tensors_in(calls()[name]).items():
+            arguments = replaced(calls()[name], place, value.as_subclass(Liar))  # type: ignore[arg-type]
+            with torch.enable_grad():
+                call(name, arguments)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "simt", "triton", "torch"])
@@ -388,11 +425,16 @@ def test_a_fake_tensor_is_refused() -> None:
 @QUICK
 def test_wrong_arguments_of_native_functions_raise(name: str, data: st.DataObject) -> None:
     arguments = calls()[name]
-    tensors = [t for t in arguments.values() if isinstance(t, torch.Tensor)]
+    places = tensors_in(arguments)
     for argument in data.draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2, unique=True)):
-        value = arguments[argument]
-        if isinstance(value, torch.Tensor) and data.draw(st.integers(0, 3)):
-            arguments[argument] = data.draw(st.sampled_from(SPOILED))(value, tensors)
+        own = [place for place in places if place[0] == argument]
+        if own and data.draw(st.integers(0, 3)):
+            place = data.draw(st.sampled_from(own))
+            spoiled = data.draw(st.sampled_from(SPOILED))(places[place], [*places.values()])
+            arguments = replaced(arguments, place, spoiled)
+        elif isinstance(arguments[argument], list) and data.draw(st.booleans()):
+            index = data.draw(st.integers(0, len(arguments[argument]) - 1))
+            arguments = replaced(arguments, (argument, index), data.draw(ANYTHING))
         else:
             arguments[argument] = data.draw(ANYTHING)
     isa = _C.cpu_isa()

@@ -12,6 +12,7 @@ from torch import Tensor
 from gptcore.generation.cache import KVCache
 from gptcore.generation.prompts import EMPTY
 from gptcore.generation.sampling import Settings, limit_repetition, sample, whole_number
+from gptcore.generation.step import next_logits
 from gptcore.inputs import check_one_dtype
 from gptcore.modes import module_mode
 
@@ -109,7 +110,7 @@ class Batch:
             logits.append(self._read(new, fresh))
         if self.use_cache and old:
             last = torch.tensor([row.tokens[-1:] for row in old], device=self._device)
-            logits.insert(0, self.model(last, cache=self._cache).logits[:, -1])
+            logits.insert(0, next_logits(self.model, last, self._cache))
         if fresh.lengths and old:
             self._cache.capacity = max(self._cache.capacity, *(row.capacity for row in new))
             self._cache.extend(fresh)

@@ -28,6 +28,7 @@ class KVCache:
         self.layers: list[Tensor] = []
         self._positions = torch.empty(0, dtype=torch.int64, device="cpu")  # the lengths, on the device
         self._added: list[int] = []  # tokens that this forward pass adds to each row
+        self._new_positions = self._positions  # of these tokens
         self._ragged: Ragged | None = None  # set in a pass over rows of different lengths
 
     @property
@@ -50,9 +51,8 @@ class KVCache:
             )
         if not self.lengths:
             return None
-        positions = self._positions[:, None] + torch.arange(T, device=input_ids.device)
-        self._ragged = Ragged(positions, self.length + T) if len(set(self.lengths)) > 1 else None
-        return positions
+        self._new_positions, self._ragged = self._positions[:, None] + torch.arange(T, device=input_ids.device), None
+        return self._new_positions
 
     def attend(self, layer: int, qkv: Tensor, cu_seqlens: Tensor | None, **settings: Any) -> Tensor:
         """Write the keys and values in qkv (B, T, 3, H, D), and attend from its queries to all keys of their rows.
@@ -69,9 +69,10 @@ class KVCache:
                 self.layers[layer][:, row, :, : len(text)] = text.permute(1, 2, 0, 3)
             return ops.attention_qkvpacked(qkv, cu_seqlens=cu_seqlens, **settings)
         cached, end, pair = self.layers[layer][:, :B], self.length + T, None
-        if self._ragged is None:
+        if min(self.lengths) == self.length:
             cached[:, :, :, self.length : end] = new.permute(2, 0, 3, 1, 4)
         else:
+            self._ragged = self._ragged or Ragged(self._new_positions, end)  # once for all layers
             cached[:, self._ragged.rows, :, self._ragged.positions] = new
             pair = self._ragged.cu_seqlens_q, self._ragged.cu_seqlens_k
         keys, values = cached[:, :, :, :end].unbind(0)  # each (B, H, tokens, D), strided: never copied

@@ -1,0 +1,246 @@
+// A decoding step: a token of each row through all layers of a GPT, in the order of gptcore/model.py.
+//
+// The layers are passed twice. The first time checks every tensor and counts scratch memory, with pointers that are not
+// read. The second time runs the kernels, without the GIL.
+#include <cstring>
+
+#include "csrc/cpu_isa.h"
+#include "csrc/forward.h"
+
+namespace gptcore {
+namespace {
+
+using Views = std::vector<TensorView>;
+
+constexpr size_t kWeights = 12;  // of a layer: weight and bias of ln_1, c_attn, c_proj, ln_2, c_fc, c_proj
+constexpr size_t kInner = 8;     // the index of c_fc's weight, (n_inner, width)
+
+// The numbers of a layer: the scale and the window (negative: no limit) of its attention, the eps of both norms, and
+// the form of GELU.
+using LayerSettings = std::tuple<double, int64_t, double, double, bool>;
+
+struct Inputs {
+  const TensorView& x;                  // (rows, width), embeddings
+  const Views &weights, &caches;        // a cache of each layer: keys and values, (2, rows or more, heads, capacity, head_dim)
+  const std::vector<int64_t>& lengths;  // the tokens of each row in the caches
+  const std::vector<LayerSettings>& layers;
+  std::optional<double> final_eps;      // of the norm after the last layer; without one, norms come after attention and MLP
+  const TensorView& logits;
+  Execution execution;
+};
+
+std::string element(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+
+// Checks the numbers and shapes from which scratch memory is allocated, and that no output shares memory with an input.
+// The arguments of each kernel are checked where they are made.
+void check_inputs(const Inputs& in) {
+  const size_t layers = in.caches.size(), expected = kWeights * layers + (in.final_eps ? 2 : 0) + 1;
+  if (layers == 0 || in.layers.size() != layers || in.weights.size() != expected)
+    refuse("got ", in.weights.size(), " weights, ", in.layers.size(), " settings and ", layers, " caches, expected ",
+           expected, " weights for these caches, and as many settings as caches, at least one");
+  check_cpu(in.x, "x");
+  check_float(in.x, "x");
+  if (in.x.ndim != 2 || in.x.size() == 0 || in.x.shape[0] > 1 << 20)
+    refuse("x has shape ", shape_text(in.x.shape, in.x.ndim), ", expected (rows, width) with 1 to 2^20 rows");
+  check_contiguous(in.x, "x");
+  const int64_t rows = in.x.shape[0], width = in.x.shape[1];
+  if (static_cast<int64_t>(in.lengths.size()) != rows)
+    refuse("lengths has ", in.lengths.size(), " numbers, expected one for each of ", rows, " rows");
+  for (size_t i = 0; i < layers; ++i) {
+    const TensorView &inner = in.weights[i * kWeights + kInner], &cache = in.caches[i];
+    if (inner.ndim != 2 || inner.shape[0] > INT32_MAX)
+      refuse("layer ", i, ": the weight of c_fc has shape ", shape_text(inner.shape, inner.ndim), ", expected (n_inner, ",
+             width, ")");
+    const std::string name = element("caches", i);
+    check_cpu(cache, name.c_str());
+    check_same_dtype(cache, name.c_str(), in.x);
+    if (cache.ndim != 5 || cache.shape[0] != 2 || cache.shape[1] < rows || cache.shape[2] < 1 || cache.shape[3] < 1 ||
+        cache.shape[4] < 1 || cache.shape[4] > 256 || width % cache.shape[4] != 0 ||
+        cache.shape[2] != width / cache.shape[4])
+      refuse(name, " has shape ", shape_text(cache.shape, cache.ndim), ", expected (2, ", rows,
+             " rows or more, heads, capacity, head_dim) with heads x head_dim = ", width);
+    check_contiguous(cache, name.c_str());
+    for (const int64_t length : in.lengths)
+      if (length < 0 || length >= cache.shape[3])
+        refuse("a row has ", length, " tokens, expected 0 to ", cache.shape[3] - 1, ": ", name, " has room for ",
+               cache.shape[3]);
+  }
+  check_cpu(in.logits, "logits");
+  check_same_dtype(in.logits, "logits", in.x);
+  check_contiguous(in.logits, "logits");
+  for (size_t i = 0; i <= layers; ++i) {
+    const TensorView& out = i < layers ? in.caches[i] : in.logits;
+    const std::string name = i < layers ? element("caches", i) : "logits";
+    check_apart(out, name.c_str(), in.x, "x");
+    for (const TensorView& weight : in.weights) check_apart(out, name.c_str(), weight, "a weight");
+    for (size_t j = 0; j < i; ++j) check_apart(out, name.c_str(), in.caches[j], "another cache");
+  }
+}
+
+class Step {
+ public:
+  // With memory of `bytes()` bytes, as counted by a step without it that was run, kernels are run; else they are checked.
+  explicit Step(const Inputs& in, char* memory = nullptr)
+      : in_(in), rows_(in.x.shape[0]), width_(in.x.shape[1]), runs_(memory != nullptr),
+        memory_(runs_ ? reinterpret_cast<uintptr_t>(memory) : uintptr_t{1} << 62) {  // an address that no tensor has
+    int64_t inner = 0, heads = 0;
+    for (size_t i = 0; i < in.caches.size(); ++i) {
+      inner = std::max(inner, in.weights[i * kWeights + kInner].shape[0]);
+      heads = std::max(heads, in.caches[i].shape[2]);
+    }
+    for (TensorView* view : {&update_, &normed_, &hidden_, &residual_, &heads_}) *view = take({rows_, width_});
+    qkv_ = take({rows_, 3 * width_});
+    inner_ = take({rows_, inner}), activated_ = take({rows_, inner});
+    mean_ = take({rows_}, DType::float32), rstd_ = take({rows_}, DType::float32);
+    lse_ = take({rows_, heads}, DType::float32);
+    wide_weight_ = take({width_}, DType::float32), wide_bias_ = take({width_}, DType::float32);
+    for (int64_t row = 0; row < rows_; ++row) segments_.push_back({row, 0, 1, 0, in.lengths[row] + 1});
+  }
+
+  size_t bytes() const { return used_ + workspace_; }
+
+  void run() {
+    TensorView hidden = in_.x;
+    OptionalView residual;
+    for (size_t i = 0; i < in_.caches.size(); ++i) try {
+      const TensorView* weights = &in_.weights[i * kWeights];
+      const auto& [scale, window, eps_1, eps_2, tanh_form] = in_.layers[i];
+      if (in_.final_eps) {
+        norm(hidden, residual, weights, eps_1, normed_);
+        residual = residual ? residual_ : in_.x;
+        attend(normed_, weights + 2, in_.caches[i], scale, window);
+        norm(update_, residual, weights + 6, eps_2, normed_);
+        residual = residual_;
+        mlp(normed_, weights + 8, tanh_form);
+        hidden = update_;
+      } else {
+        attend(hidden, weights + 2, in_.caches[i], scale, window);
+        norm(update_, hidden, weights, eps_1, normed_);
+        mlp(normed_, weights + 8, tanh_form);
+        norm(update_, normed_, weights + 6, eps_2, hidden_);
+        hidden = hidden_;
+      }
+    } catch (const py::value_error& error) {
+      refuse("layer ", std::to_string(i), ": ", error.what());
+    }
+    if (in_.final_eps) {
+      norm(hidden, residual, &in_.weights.back() - 2, *in_.final_eps, normed_);
+      hidden = normed_;
+    }
+    linear(hidden, in_.weights.back(), std::nullopt, in_.logits);
+  }
+
+ private:
+  TensorView view(void* data, DType dtype, std::initializer_list<int64_t> shape) const {
+    TensorView t;
+    t.data = data, t.dtype = dtype, t.device_type = Device::cpu, t.tensor = in_.x.tensor;
+    t.ndim = static_cast<int>(shape.size());
+    std::copy(shape.begin(), shape.end(), t.shape);
+    for (int64_t i = t.ndim - 1, stride = 1; i >= 0; stride *= t.shape[i--]) t.strides[i] = stride;
+    return t;
+  }
+  // (rows, heads, length, head_dim), whose head_dim is dense.
+  TensorView heads_view(void* data, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides) const {
+    TensorView t = view(data, in_.x.dtype, shape);
+    std::copy(strides.begin(), strides.end(), t.strides);
+    return t;
+  }
+  TensorView take(std::initializer_list<int64_t> shape, std::optional<DType> dtype = std::nullopt) {
+    const TensorView t = view(reinterpret_cast<void*>(memory_ + used_), dtype.value_or(in_.x.dtype), shape);
+    used_ += (t.bytes() + 63) / 64 * 64;
+    return t;
+  }
+  template <class Args>
+  void run_with_workspace(Args args, size_t (*bytes)(const Args&), void (*kernel)(const Args&)) {
+    if (!runs_) workspace_ = std::max(workspace_, bytes(args));
+    else args.workspace = reinterpret_cast<char*>(memory_ + used_), kernel(args);
+  }
+
+  // Returns a weight of a norm in float32.
+  TensorView widened(const TensorView& weight, const char* name, const TensorView& wide) const {
+    if (weight.dtype == DType::float32) return weight;
+    check_like(weight, name, view(weight.data, in_.x.dtype, {width_}));
+    if (runs_) kernels_.widen({weight.dtype, weight.data, wide.as<float>(), width_});
+    return wide;
+  }
+  void norm(const TensorView& x, const OptionalView& residual, const TensorView* weights, double eps,
+            const TensorView& out) {
+    const OptionalView residual_out = residual ? OptionalView(residual_) : std::nullopt;
+    const LayerNormArgs args = layer_norm_forward_args(
+        x, residual, widened(weights[0], "weight", wide_weight_), widened(weights[1], "bias", wide_bias_), out,
+        residual_out, mean_, rstd_, eps, in_.execution);
+    if (runs_) kernels_.layer_norm_forward(args);
+  }
+  void linear(const TensorView& x, const TensorView& weight, const OptionalView& bias, const TensorView& out) {
+    run_with_workspace(linear_forward_args(x, weight, bias, out, in_.execution.num_threads), kernels_.linear_workspace,
+                       kernels_.linear);
+  }
+  void mlp(const TensorView& x, const TensorView* weights, bool tanh_form) {
+    const int64_t size = weights[0].shape[0];
+    const TensorView inner = view(inner_.data, x.dtype, {rows_, size});
+    const TensorView activated = view(activated_.data, x.dtype, {rows_, size});
+    linear(x, weights[0], weights[1], inner);
+    const GeluArgs args = gelu_forward_args(inner, std::nullopt, activated, tanh_form, in_.execution);
+    if (runs_) kernels_.gelu_forward(args);
+    linear(activated, weights[2], weights[3], update_);
+  }
+  void attend(const TensorView& x, const TensorView* weights, const TensorView& cache, double scale, int64_t window) {
+    const int64_t heads = cache.shape[2], capacity = cache.shape[3], head_dim = cache.shape[4];
+    const int64_t row_size = width_ * capacity, end = 1 + *std::max_element(in_.lengths.begin(), in_.lengths.end());
+    linear(x, weights[0], weights[1], qkv_);
+    const size_t bytes = item_size(x.dtype), values = cache.bytes() / 2;
+    if (runs_)
+      for (int64_t row = 0; row < rows_; ++row)
+        for (int64_t head = 0; head < heads; ++head) {
+          const char* from = qkv_.as<char>() + (row * 3 * width_ + width_ + head * head_dim) * bytes;
+          char* to = cache.as<char>() + (row * row_size + (head * capacity + in_.lengths[row]) * head_dim) * bytes;
+          std::memcpy(to, from, head_dim * bytes);
+          std::memcpy(to + values, from + width_ * bytes, head_dim * bytes);
+        }
+    const auto keys = [&](size_t offset) {
+      return heads_view(cache.as<char>() + offset, {rows_, heads, end, head_dim},
+                        {row_size, capacity * head_dim, head_dim, 1});
+    };
+    const AttentionSettings settings{{}, {}, {}, scale, true, window, window < 0 ? -1 : 0, 0.0};
+    AttentionArgs args = attention_forward_args(
+        heads_view(qkv_.data, {rows_, heads, 1, head_dim}, {3 * width_, head_dim, 3 * width_, 1}), keys(0), keys(values),
+        heads_view(heads_.data, {rows_, heads, 1, head_dim}, {width_, head_dim, width_, 1}),
+        view(lse_.data, DType::float32, {rows_, heads, 1}), settings, in_.execution);
+    args.segments = segments_.data(), args.num_segments = rows_;
+    run_with_workspace(args, kernels_.attention_forward_workspace, kernels_.attention_forward);
+    linear(heads_, weights[2], weights[3], update_);
+  }
+
+  const Inputs& in_;
+  const int64_t rows_, width_;
+  const Kernels& kernels_ = cpu_kernels();
+  const bool runs_;
+  const uintptr_t memory_;
+  size_t used_ = 0, workspace_ = 0;
+  // update_ is the output of attention or of the MLP, heads_ that of the attention kernel
+  TensorView update_, normed_, hidden_, residual_, heads_, qkv_, inner_, activated_;
+  TensorView mean_, rstd_, lse_, wide_weight_, wide_bias_;
+  std::vector<Segment> segments_;
+};
+
+void decode(const TensorView& x, const Views& weights, const Views& caches, const std::vector<int64_t>& lengths,
+            const std::vector<LayerSettings>& layers, std::optional<double> final_eps, const TensorView& logits,
+            int64_t num_threads) {
+  Inputs in{x, weights, caches, lengths, layers, final_eps, logits, {}};
+  in.execution.num_threads = check_threads(num_threads);
+  check_inputs(in);
+  Step checks(in);
+  checks.run();
+  const Workspace memory(checks.bytes());
+  py::gil_scoped_release release;
+  Step(in, memory.as()).run();
+}
+
+}  // namespace
+
+void bind_decode(py::module_& m) {
+  m.def("decode", &decode, py::arg("x"), py::arg("weights"), py::arg("caches"), py::arg("lengths"), py::arg("layers"),
+        py::arg("final_eps"), py::arg("logits"), py::arg("num_threads"));
+}
+
+}  // namespace gptcore

@@ -1,0 +1,120 @@
+"""A decoding step through the whole model in one native call, with the bits of GPT.forward.
+
+At batch 1 a small model's kernels take less time than the Python code between them. The call computes what the classes
+that are registered here compute, in eval mode and without gradients. Whatever would be noticed in Python is left to
+GPT.forward: hooks, other classes or methods, autocast, another backend, tensors that are not plain or not on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from gptcore import _C
+from gptcore.generation.cache import KVCache
+from gptcore.ops import native, registry
+
+if TYPE_CHECKING:
+    from gptcore.model import GPT
+
+# What _C.decode takes as `layers`: scale and window of attention, eps of both norms, whether GELU has the tanh form.
+Layer = tuple[float, int, float, float, bool]
+
+_forwards: dict[type[nn.Module], Callable[..., Any]] = {}
+
+
+def register(*kinds: type[nn.Module]) -> None:
+    """Declare classes of modules whose `forward`, as it is now, the native step computes."""
+    _forwards.update({kind: kind.forward for kind in kinds})
+
+
+register(nn.Dropout, nn.Embedding, nn.ModuleList)
+
+
+def next_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
+    """Return logits (B, V) after one more token in each row of the cache, ids (B, 1)."""
+    logits = _native(model, ids, cache)
+    return model(ids, cache=cache).logits[:, -1] if logits is None else logits
+
+
+def _native(model: GPT, ids: Tensor, cache: KVCache) -> Tensor | None:
+    """Return the logits of the native step, or None without any effect where GPT.forward has to compute them."""
+    if (
+        not ids.is_cpu
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or registry.in_use() not in (None, "cpu")
+        or registry.is_transformed()
+        or (found := _describe(model, cache)) is None
+    ):
+        return None
+    weights, layers = found
+    if native.is_watched(ids, *weights):
+        return None
+    try:
+        x = model._embed(ids, cast(Tensor, cache.begin(ids, None)))[:, 0]
+        logits = x.new_empty(len(x), len(weights[-1]))
+        final_eps = None if model.ln_f is None else model.ln_f.eps
+        _C.decode(x, weights, cache.layers, cache.lengths, layers, final_eps, logits, torch.get_num_threads())
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return None  # nothing was written: GPT.forward computes it, or says what is wrong
+    cache.end()
+    return logits
+
+
+def _describe(model: GPT, cache: KVCache) -> tuple[list[Tensor], list[Layer]] | None:
+    """Return the weights and the numbers of the layers, or None if Python code could notice that it is not called.
+
+    Read anew for every step: between two tokens of a stream anything may change.
+    """
+    if torch_module._has_any_global_hook() or any(kind.forward is not known for kind, known in _forwards.items()):
+        return None
+    pre_norm = model.ln_f is not None
+    modules: list[nn.Module] = [model, model.wte, model.drop, model.h]
+    modules += [module for module in (model.wpe, model.ln_f) if module is not None]
+    weights: list[Tensor] = []
+    layers: list[Layer] = []
+    heads = set()
+    try:
+        block: Any
+        for block in model.h._modules.values():
+            parts = block._modules  # a module's attributes take longer
+            attn, mlp, ln_1, ln_2 = parts["attn"], parts["mlp"], parts["ln_1"], parts["ln_2"]
+            a, m = attn._modules, mlp._modules
+            leaves = (ln_1, a["c_attn"], a["c_proj"], ln_2, m["c_fc"], m["c_proj"])
+            modules += (block, attn, a["resid_dropout"], mlp, m["resid_dropout"], *leaves)
+            for leaf in leaves:
+                weights += (leaf._parameters["weight"], leaf._parameters["bias"])
+            left, right = (-1, 0) if attn.window is None else attn.window
+            if block.post_norm == pre_norm or attn.layer != len(layers) or right != 0:
+                return None
+            heads.add(attn.n_head)
+            layers.append((attn.scale, left, ln_1.eps, ln_2.eps, mlp.gelu_form == "tanh"))
+        last: Any = model.ln_f
+        if pre_norm:
+            weights += (last._parameters["weight"], last._parameters["bias"])
+        head: Any = model.wte if model.lm_head is None else model.lm_head
+        weights.append(head._parameters["weight"])
+    except KeyError:  # a module or weight was removed, or is computed
+        return None
+    for module in modules:
+        state = module.__dict__
+        if (
+            type(module) not in _forwards
+            or state["training"]
+            or state["_forward_pre_hooks"]
+            or state["_forward_hooks"]
+            or state["_backward_pre_hooks"]
+            or state["_backward_hooks"]
+            or "forward" in state
+            or "_compiled_call_impl" in state
+        ):
+            return None
+    if heads != {cache.layers[0].shape[2]} or type(model.lm_head) not in (nn.Linear, type(None)):
+        return None
+    return weights, layers
