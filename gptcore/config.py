@@ -28,15 +28,16 @@ IGNORED = -100  # label that the loss leaves out, as in F.cross_entropy
 # computes, so only the value of GPT-1 and GPT-2 is accepted.
 _BOOKKEEPING = """
     _attn_implementation_autoset _name_or_path _num_labels architectures attn_implementation bad_words_ids
-    begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
-    do_sample dtype early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label is_decoder label2id length_penalty
-    max_length min_length n_special no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
-    output_attentions output_hidden_states output_past output_scores predict_special_tokens prefix problem_type
-    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id summary_activation
-    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params
-    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
-    transformers_version typical_p use_bfloat16 use_cache xla_device
+    begin_suppress_tokens chunk_size_feed_forward classifier_dropout cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing
+    id2label is_decoder label2id length_penalty max_length min_length n_special no_repeat_ngram_size num_beam_groups
+    num_beams num_labels num_return_sequences output_attentions output_hidden_states output_past output_scores
+    predict_special_tokens prefix problem_type remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
+    xla_device
 """
 _FIXED = {
     "add_cross_attention": False,

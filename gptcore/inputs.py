@@ -1,9 +1,9 @@
-"""Checks of the inputs of GPT.forward, and the cu_seqlens, positions and targets derived from them."""
+"""Checks of the inputs of GPT.forward and of its heads, and the cu_seqlens, positions and targets derived from them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -161,3 +161,47 @@ def check_values(
             raise ValueError(
                 f"label {int(wrong[0])} is neither {IGNORED} nor in the vocabulary of {config.vocab_size} tokens"
             )
+
+
+# ---- of the heads -------------------------------------------------------------------------------------------------
+
+
+def label_names(num_labels: Any, id2label: Any) -> list[str]:
+    """Return the names of the labels, from 0 on, checked (see TaskModel)."""
+    if id2label is None:
+        count = 2 if num_labels is None else num_labels
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 2**20:
+            raise ValueError(f"num_labels should be a whole number from 1 to {2**20:,}, not {count!r}")
+        return [f"LABEL_{i}" for i in range(count)]
+    if isinstance(id2label, Mapping):
+        names = {str(key): name for key, name in id2label.items()}
+        expected = [str(i) for i in range(len(names))]
+        if wrong := sorted(names.keys() - set(expected)):
+            raise ValueError(f"id2label has the key {wrong[0]!r}, expected 0 to {len(names) - 1}")
+        id2label = [names[i] for i in expected]
+    labels = list(id2label)
+    if wrong := [name for name in labels if not isinstance(name, str)]:
+        raise TypeError(f"id2label has the name {wrong[0]!r}, expected a str")
+    if not labels:
+        raise ValueError("id2label is empty; a head needs a label")
+    if twice := [name for i, name in enumerate(labels) if name in labels[:i]]:
+        raise ValueError(f"id2label has the name {twice[0]!r} twice")
+    if num_labels not in (None, len(labels)):
+        raise ValueError(f"num_labels is {num_labels}, but id2label has {len(labels)} names")
+    return labels
+
+
+def readable(tensor: Tensor) -> bool:
+    """Return whether values can be checked: on other devices and in a graph that would synchronise."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_range(name: str, values: Tensor, end: int, ignored: int | None = IGNORED) -> None:
+    """Raise TypeError or ValueError unless the values are integers from 0 to end - 1, or `ignored`."""
+    if values.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} should be int64 or int32, not {values.dtype}")
+    if readable(values):
+        wrong = values[((values < 0) | (values >= end)) & (values != ignored if ignored is not None else True)]
+        if len(wrong):
+            also = "" if ignored is None else f", or {ignored} for none"
+            raise ValueError(f"{name} {int(wrong[0])} should be from 0 to {end - 1}{also}")

@@ -265,9 +265,40 @@ class GPT(nn.Module):
         each other. Values are checked on the CPU outside of torch.compile; on other devices PyTorch's own assertions
         catch out-of-range indices.
         """
-        config = self.config
-        check_shapes(config, input_ids, attention_mask, labels, cu_seqlens, position_ids, cache)
+        check_shapes(self.config, input_ids, attention_mask, labels, cu_seqlens, position_ids, cache)
         check_outputs(input_ids, labels, cache is not None, return_logits, logits_to_keep)
+        output_weight = self.output_weight()
+        # A sparse gradient has B * T rows instead of a mostly zero (V, C) tensor. With a tied weight it is added to the
+        # projection's dense gradient, so wte.weight.grad is dense.
+        sparse = self.lm_head is None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        hidden = self._features(input_ids, attention_mask, labels, cu_seqlens, position_ids, cache, sparse)
+        if labels is None:
+            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+            return GPTOutput(ops.linear(hidden[:, kept], output_weight), None)
+        targets = targets_of(labels, attention_mask, cu_seqlens).long()
+        if not return_logits:
+            loss = ops.linear_cross_entropy(hidden, output_weight, targets, ignore_index=IGNORED)
+            return GPTOutput(hidden.new_empty(len(hidden), 0, self.config.vocab_size), loss)
+        logits = ops.linear(hidden, output_weight)  # (B, T, V)
+        return GPTOutput(logits, mean_cross_entropy(logits, targets))
+
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return the input of the output projection, (B, T, C), on which a head for a task stands (see forward)."""
+        check_shapes(self.config, input_ids, attention_mask, None, None, position_ids, None)
+        return self._features(input_ids, attention_mask, None, None, position_ids, None)
+
+    def _features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        cu_seqlens: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KVCache | None,
+        sparse: bool = False,
+    ) -> Tensor:
         B, T = input_ids.shape
         if attention_mask is not None:
             cu_seqlens = cu_seqlens_of(attention_mask)
@@ -278,27 +309,18 @@ class GPT(nn.Module):
             position_ids = positions_in(cu_seqlens, B, T)
         elif position_ids is None:
             position_ids = torch.arange(T, device=input_ids.device)
-        check_values(config, input_ids, attention_mask, labels, cu_seqlens, position_ids)
+        check_values(self.config, input_ids, attention_mask, labels, cu_seqlens, position_ids)
 
-        output_weight = self._output_weight()
-        hidden, residual = self.drop(self._embed(input_ids, position_ids)), None  # (B, T, C)
+        hidden, residual = self.drop(self._embed(input_ids, position_ids, sparse)), None  # (B, T, C)
         for block in self.h:
             hidden, residual = block(hidden, residual, cu_seqlens, cache)
         if self.ln_f is not None:
             hidden, _ = self.ln_f(hidden, residual)
         if cache is not None:
             cache.end()
-        if labels is None:
-            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
-            return GPTOutput(ops.linear(hidden[:, kept], output_weight), None)
-        targets = targets_of(labels, attention_mask, cu_seqlens).long()
-        if not return_logits:
-            loss = ops.linear_cross_entropy(hidden, output_weight, targets, ignore_index=IGNORED)
-            return GPTOutput(hidden.new_empty(B, 0, config.vocab_size), loss)
-        logits = ops.linear(hidden, output_weight)  # (B, T, V)
-        return GPTOutput(logits, mean_cross_entropy(logits, targets))
+        return hidden
 
-    def _output_weight(self) -> Tensor:
+    def output_weight(self) -> Tensor:
         """Return an alias of the output projection's weight (V, C), made before the embedding lookup.
 
         Autograd then computes the lookup's sparse gradient of a tied weight (B * T rows) before the alias's gradient,
@@ -306,10 +328,7 @@ class GPT(nn.Module):
         """
         return torch.ops.aten.alias((self.wte if self.lm_head is None else self.lm_head).weight)
 
-    def _embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        # A sparse gradient has B * T rows instead of a mostly zero (V, C) tensor. With a tied weight it is added to the
-        # projection's dense gradient, so wte.weight.grad is dense.
-        sparse = self.lm_head is None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    def _embed(self, input_ids: Tensor, position_ids: Tensor, sparse: bool) -> Tensor:
         tokens = F.embedding(input_ids, self.wte.weight, sparse=sparse)  # (B, T, C)
         if self.wpe is not None:
             return tokens + self.wpe(position_ids)

@@ -320,13 +320,13 @@ def test_the_tied_weight_gets_the_gradients_of_both_its_uses() -> None:
 def test_the_gradients_of_a_tied_weight_are_added_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, pointers = small(), ids(2, 9), []
 
-    def output_weight(model: GPT, make: Callable[[GPT], Tensor] = GPT._output_weight) -> Tensor:
+    def output_weight(model: GPT, make: Callable[[GPT], Tensor] = GPT.output_weight) -> Tensor:
         weight = make(model)
         assert weight.grad_fn is not None
         weight.grad_fn.register_hook(lambda gradients, _: pointers.append(gradients[0].data_ptr()))
         return weight
 
-    monkeypatch.setattr(GPT, "_output_weight", output_weight)
+    monkeypatch.setattr(GPT, "output_weight", output_weight)
     model(x, labels=x, return_logits=False).loss.backward()
     assert pointers == [model.wte.weight.grad.data_ptr()]
 

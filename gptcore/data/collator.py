@@ -1,8 +1,9 @@
-"""Windows of tokens to a batch."""
+"""Examples to a batch: windows of tokens for a language model, texts with labels for the heads of gptcore.heads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -75,6 +76,77 @@ class DataCollatorForLanguageModeling:
         elif not attention_mask.all():
             batch["attention_mask"] = attention_mask
         return batch
+
+
+class DataCollatorForTasks:
+    """Pad texts, and stack their labels, to a batch for a head for a task (gptcore.heads).
+
+    Takes a list of dicts with "input_ids", the ids of one text, or a list of texts (the choices of a question, the
+    orders of a pair), and other entries, the same in all of them. Returns a dict of tensors:
+
+        input_ids, attention_mask    (batch, length), or (batch, texts, length), padded on the right; int64
+        labels                       if they are integers, one for each token: as input_ids, -100 on padding
+        any other entry              stacked: int64 or float32, (batch, ...)
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
+        """`tokenizer` gives the padding id (without one, 0: padding never counts)."""
+        self.pad_token_id = 0 if tokenizer is None else tokenizer.pad_token_id or 0
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        if isinstance(features, Mapping) or len(features) == 0:
+            raise ValueError("a batch is a list of one example or more, each a dict with input_ids")
+        keys = features[0].keys() | {"input_ids"}
+        if odd := next((sorted(f) for f in features if f.keys() != keys), None):
+            raise ValueError(f"every example should have {sorted(keys)}, but one has {odd}")
+        texts = [_texts(f["input_ids"], "input_ids") for f in features]
+        if len({len(rows) for rows in texts}) > 1:
+            raise ValueError(f"every example should have as many texts, but they have {[len(rows) for rows in texts]}")
+        length = max(len(row) for rows in texts for row in rows)
+        nested = _is_nested(features[0]["input_ids"])
+        shape = (len(texts), len(texts[0]), length) if nested else (len(texts), length)
+
+        def pad(key: str, value: int, default: int | None = None) -> torch.Tensor:
+            padded = torch.full((len(texts) * len(texts[0]), length), value, device="cpu")
+            given = [
+                _texts(f[key], key) if key in f else [torch.full_like(row, default) for row in rows]
+                for f, rows in zip(features, texts, strict=True)
+            ]
+            pairs = [pair for rows, beside in zip(texts, given, strict=True) for pair in zip(rows, beside, strict=True)]
+            for to, (row, beside) in zip(padded, pairs, strict=True):
+                if len(row) != len(beside):
+                    raise ValueError(f"a text has {len(row)} input_ids and {len(beside)} {key}, expected as many")
+                to[: len(row)] = beside
+            return padded.view(shape)
+
+        batch = {"input_ids": pad("input_ids", self.pad_token_id), "attention_mask": pad("attention_mask", 0, 1)}
+        for key in sorted(keys - batch.keys()):
+            values = [f[key] for f in features]
+            if key == "labels" and _holds_integers(values[0]):
+                batch[key] = pad(key, IGNORED)
+                continue
+            tensors = [torch.as_tensor(value, device="cpu") for value in values]
+            if len({tensor.shape for tensor in tensors}) > 1:
+                raise ValueError(f"{key} of the examples have the shapes {[tuple(t.shape) for t in tensors]}")
+            stacked = torch.stack(tensors)
+            batch[key] = stacked.float() if stacked.is_floating_point() else stacked.long()
+        return batch
+
+
+def _is_nested(value: Any) -> bool:
+    return value.dim() > 1 if isinstance(value, torch.Tensor) else len(value) > 0 and hasattr(value[0], "__len__")
+
+
+def _texts(value: Any, key: str) -> list[torch.Tensor]:
+    return [_ids(row, key) for row in value] if _is_nested(value) else [_ids(value, key)]
+
+
+def _holds_integers(value: Any) -> bool:
+    """Return whether this is a row of integers, or a list of such rows."""
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and (isinstance(value[0], Integral) or _holds_integers(value[0]))
+    tensor = torch.as_tensor(value)
+    return tensor.dim() > 0 and not tensor.is_floating_point()
 
 
 def _beside(window: Mapping[str, Any], key: str, ids: torch.Tensor, default: torch.Tensor) -> torch.Tensor:

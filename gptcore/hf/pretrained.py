@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,8 +33,10 @@ from gptcore.inputs import check_one_dtype
 from gptcore.tensor_file import TensorFile, parts, save_tensors
 
 if TYPE_CHECKING:
+    from gptcore.heads import TaskModel
     from gptcore.model import GPT
 
+    Model = TypeVar("Model", bound=GPT | TaskModel)
 WeightFile = TensorFile | PickleFile | TensorFlowFile
 PREFIX = "transformer."  # before every name but lm_head.weight
 TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")  # (in, out) on disk
@@ -43,7 +45,7 @@ GPT1_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embe
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights
 
 
-def save_pretrained(model: GPT, directory: PathLike) -> None:
+def save_pretrained(model: GPT | TaskModel, directory: PathLike) -> None:
     """Write config.json and model.safetensors, in the layout of transformers.
 
     A GPT-2 is then what GPT2LMHeadModel.from_pretrained opens as it is, a GPT-1 what OpenAIGPTLMHeadModel opens. For
@@ -66,19 +68,31 @@ def save_pretrained(model: GPT, directory: PathLike) -> None:
     for name, (stored, transposed) in stored_as(model).items():
         on_disk[stored] = state[name].t() if transposed else state[name]
     with atomic_file(directory / "config.json") as aside:  # the weights are replaced inside, so just before it
-        write_json(aside, config.to_dict())
+        write_json(aside, {**config.to_dict(), **_task_config(model)})
         save_tensors(directory / "model.safetensors", on_disk)
 
 
-def stored_as(model: GPT) -> dict[str, tuple[str, bool]]:
+def stored_as(model: GPT | TaskModel) -> dict[str, tuple[str, bool]]:
     """Return for each name in model.state_dict() the name in model.safetensors, and whether it is transposed there."""
-    names = GPT1_NAMES if model.config.is_gpt1 else {}
+    names, heads = GPT1_NAMES if model.config.is_gpt1 else {}, _head(model)
     stored = {}
     for full_name in model.state_dict():
-        name = full_name.replace("_orig_mod.", "")  # of a part that torch.compile wrapped
-        prefix = "" if name.startswith("lm_head.") else PREFIX
+        name = full_name.replace("_orig_mod.", "").removeprefix(PREFIX)  # of a part that torch.compile wrapped
+        prefix = "" if name.startswith("lm_head.") or name in heads else PREFIX
         stored[full_name] = prefix + names.get(name, name), TRANSPOSED.fullmatch(name) is not None
     return stored
+
+
+def _task_config(model: GPT | TaskModel) -> dict[str, Any]:
+    """Return what a model with a head for a task adds to config.json."""
+    return model.task_config() if hasattr(model, "task_config") else {}  # type: ignore[operator]
+
+
+def _head(model: GPT | TaskModel) -> set[str]:
+    """Return the names of the weights of a head for a task."""
+    if not hasattr(model, "task_config"):
+        return set()
+    return {name.replace("_orig_mod.", "") for name in model.state_dict() if not name.startswith(PREFIX)}
 
 
 def from_pretrained(
@@ -95,6 +109,16 @@ def from_pretrained(
     Raises FileNotFoundError, or ValueError naming the tensors that are missing, unexpected, of another shape or not
     finite, or the setting that this model does not have.
     """
+    return load(cls, name_or_path, dtype, overrides)
+
+
+def load(
+    make: Callable[[GPTConfig], Model], name_or_path: PathLike, dtype: torch.dtype | None, overrides: Mapping[str, Any]
+) -> Model:
+    """Return what `make` builds, with the weights of a folder, as from_pretrained does.
+
+    The weights of a head for a task that are not there, as in the folder of a language model, stay on the meta device.
+    """
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype should be a floating-point one, not {dtype}")
     folder = find_folder(name_or_path, ["config.json", *SAFETENSORS, "model-*.safetensors"])
@@ -105,13 +129,16 @@ def from_pretrained(
     _check_layers(config, folder, files)
     try:
         with torch.device("meta"), _NoInitialization():  # no memory, and no draws from the random generator
-            model = cls(config)
+            model = make(config)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{folder}: no tensor can have these sizes: {config}") from error
-    model.load_state_dict(_state_dict(model, folder, files, dtype), assign=True)
+    state = _state_dict(model, folder, files, dtype, may_lack=_head(model))
+    model.load_state_dict(state, strict=False, assign=True)  # names were checked
     if not torch.cuda.is_available():  # where the model will compute is not known yet
-        precision.warn_if_slow(model.wte.weight.dtype, "cpu", "load the model with dtype=torch.float32")
-    return model.eval()
+        kind = next(iter(state.values())).dtype
+        precision.warn_if_slow(kind, "cpu", "load the model with dtype=torch.float32")
+    model.eval()
+    return model
 
 
 class _NoInitialization(TorchFunctionMode):
@@ -128,7 +155,13 @@ def load_config(name_or_path: PathLike, **overrides: Any) -> GPTConfig:
     return _config(find_folder(name_or_path, ["config.json"]), overrides)
 
 
-def read_state_dict(model: GPT, folder: PathLike, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_config(name_or_path: PathLike) -> dict[str, Any]:
+    """Return the contents of config.json in a model folder, or of a name on the Hub; of OpenAI's folders, nothing."""
+    path = find_folder(name_or_path, ["config.json"]) / "config.json"
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+def read_state_dict(model: GPT | TaskModel, folder: PathLike, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Return the weights in a folder under the model's own names and in its own orientation, checked against it."""
     return _state_dict(model, Path(folder), _open_weights(Path(folder)), dtype)
 
@@ -151,11 +184,21 @@ def _check_layers(config: GPTConfig, folder: Path, files: list[WeightFile]) -> N
 
 
 def _state_dict(
-    model: GPT, folder: Path, files: list[WeightFile], dtype: torch.dtype | None = None
+    model: GPT | TaskModel,
+    folder: Path,
+    files: list[WeightFile],
+    dtype: torch.dtype | None = None,
+    may_lack: Set[str] = frozenset(),
 ) -> dict[str, Tensor]:
-    """Check the tensors of the files against the model, read them, and close the files."""
+    """Check the tensors of the files against the model, read them, and close the files.
+
+    may_lack: names of weights that may be absent, all of them, or none.
+    """
     where = files[0].path if len(files) == 1 else folder
-    expected, sources, twice = model.state_dict(), {}, []
+    own_names = {name.removeprefix(PREFIX): name for name in model.state_dict()}
+    expected = {name: model.state_dict()[own] for name, own in own_names.items()}
+    sources: dict[str, tuple[WeightFile, str]] = {}
+    twice = []
     our_names = {theirs: ours for ours, theirs in GPT1_NAMES.items()}
     for file in files:
         for on_disk in file.entries:
@@ -165,7 +208,12 @@ def _state_dict(
                 twice.append(name)
             if not BUFFERS.fullmatch(name):
                 sources[name] = file, on_disk
-    head = sources.pop("lm_head.weight", None) if model.lm_head is None else None  # a copy of wte, in old files
+    # Without a projection of its own in the model it is a copy of wte, in old files, or not used by a head for a task.
+    head = None if "lm_head.weight" in expected else sources.pop("lm_head.weight", None)
+    if head is not None and "wte.weight" not in sources:  # some models of transformers write the copy alone
+        sources["wte.weight"], head = head, None
+    if may_lack and not may_lack & sources.keys():
+        expected = {name: tensor for name, tensor in expected.items() if name not in may_lack}
     _refuse(f"{where}: weights that are there twice", twice)
     _refuse(f"{where}: missing weights", expected.keys() - sources.keys())
     _refuse(f"{where}: unexpected weights", sources.keys() - expected.keys())
@@ -201,7 +249,7 @@ def _state_dict(
             damaged.append(name)
         state[name] = tensor
     _refuse(f"{where}: weights that are not finite" + (f" in {dtype}" if dtype else ""), damaged)
-    if head is not None:
+    if head is not None and not hasattr(model, "task_config"):
         file, on_disk = head
         wte, entry = state["wte.weight"], file.entries[on_disk]
         same = entry.shape == tuple(wte.shape) and all(
@@ -212,7 +260,7 @@ def _state_dict(
             raise ValueError(f"{where}: lm_head.weight differs from wte.weight, but tie_word_embeddings is true")
     for file in files:
         file.close()
-    return {name: state[name] for name in expected}
+    return {own_names[name]: state[name] for name in expected}
 
 
 def _config(folder: Path, overrides: Mapping[str, Any]) -> GPTConfig:
