@@ -328,7 +328,7 @@ class GPT(nn.Module):
         """
         return torch.ops.aten.alias((self.wte if self.lm_head is None else self.lm_head).weight)
 
-    def _embed(self, input_ids: Tensor, position_ids: Tensor, sparse: bool) -> Tensor:
+    def _embed(self, input_ids: Tensor, position_ids: Tensor, sparse: bool = False) -> Tensor:
         tokens = F.embedding(input_ids, self.wte.weight, sparse=sparse)  # (B, T, C)
         if self.wpe is not None:
             return tokens + self.wpe(position_ids)

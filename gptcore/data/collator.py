@@ -106,7 +106,7 @@ class DataCollatorForTasks:
         nested = _is_nested(features[0]["input_ids"])
         shape = (len(texts), len(texts[0]), length) if nested else (len(texts), length)
 
-        def pad(key: str, value: int, default: int | None = None) -> torch.Tensor:
+        def pad(key: str, value: int, default: int = 0) -> torch.Tensor:
             padded = torch.full((len(texts) * len(texts[0]), length), value, device="cpu")
             given = [
                 _texts(f[key], key) if key in f else [torch.full_like(row, default) for row in rows]
