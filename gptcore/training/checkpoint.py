@@ -263,7 +263,8 @@ def save_weights(model: nn.Module, folder: Path, shards: Shards | None = None) -
     )
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
-        write_json(folder / "config.json", config.to_dict())
+        task = model.task_config() if hasattr(model, "task_config") else {}  # type: ignore[operator]
+        write_json(folder / "config.json", {**config.to_dict(), **task})
 
 
 def verify_checkpoint(path: PathLike) -> None:
