@@ -6,6 +6,7 @@ map (VmHWM), not ru_maxrss, which a child inherits from its parent.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -20,6 +21,7 @@ from benchmarks.measure import FORM, in_child, pick
 from benchmarks.models import BATCH, GPT2, train_step
 from gptcore import GPT
 from gptcore.training.optim import AdamW
+from gptcore.training.recompute import recomputed_blocks
 
 STEPS = 2  # the optimizer makes its state in the first: the second has all there is
 
@@ -33,7 +35,7 @@ def held(field: str) -> int:
 
 def child(which: str, dtype: str) -> None:
     """Train, and print a line of JSON."""
-    if which == "ours":
+    if which != "theirs":
         before = held("VmRSS")
         model = GPT(GPT2)
         optimizer: torch.optim.Optimizer = AdamW(model.parameters())
@@ -44,8 +46,9 @@ def child(which: str, dtype: str) -> None:
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2.to_dict()))
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(GPT2.vocab_size, BATCH)
-    for _ in range(STEPS):
-        train_step(model.train(), optimizer, ids, getattr(torch, dtype))
+    with recomputed_blocks(model) if which == "recomputed" else contextlib.nullcontext():
+        for _ in range(STEPS):
+            train_step(model.train(), optimizer, ids, getattr(torch, dtype))
     print(json.dumps({"before": before, "peak": held("VmHWM")}))
 
 
@@ -63,6 +66,16 @@ def bench_memory(dtype: str, record: Callable[..., None]) -> None:
     record(
         f"peak memory of a GPT-2 124M step {dtype}", "batch {} x {}".format(*BATCH), peaks[::2], peaks[1::2],
         against="transformers", unit="B",
+    )  # fmt: skip
+
+
+def bench_recomputation(record: Callable[..., None]) -> None:
+    """Measure the peak with gradient_checkpointing=True; bench_trainer.py has the time that it costs."""
+    runs = ["recomputed", "ours"] * (3 if FORM == "full" else 1)
+    peaks = [peak(which, "float32") for which in runs]
+    record(
+        "peak memory with recomputation", "GPT-2 124M, batch {} x {}".format(*BATCH), peaks[::2], peaks[1::2],
+        against="without it", unit="B",
     )  # fmt: skip
 
 

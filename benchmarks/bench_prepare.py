@@ -1,4 +1,4 @@
-"""Preparing data: filters against datatrove's, MinHash against datasketch's and rensa's, and memory a document."""
+"""Preparing data: filters against datatrove's, MinHash against datasketch's and rensa's."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def texts() -> list[str]:
 
 def bench_filters(texts: list[str], compare: Compare) -> None:
     """Time the four filters of FineWeb on every document, whatever the others say."""
-    pytest.importorskip("datatrove", reason="datatrove is not installed")
-    pytest.importorskip("spacy", reason="spacy, which splits words for datatrove, is not installed")
+    pytest.importorskip("datatrove", reason='datatrove is not installed (pip install "gptcore[test]")')
+    pytest.importorskip("spacy", reason="spacy, which splits words for datatrove, is not installed (pip install spacy)")
     from datatrove.data import Document as TheirDocument
     from datatrove.pipeline import filters
     from datatrove.utils import text as their_text
@@ -75,7 +75,7 @@ def their_shingles(text: str) -> list[str]:
 @pytest.mark.parametrize("library", ["datasketch", "rensa"])
 def bench_minhash(texts: list[str], compare: Compare, library: str) -> None:
     """Time text to signature, with the splitting into words and n-grams. Ours passes hashes of n-grams to rensa."""
-    module = pytest.importorskip(library, reason=f"{library} is not installed")
+    module = pytest.importorskip(library, reason=f"{library} is not installed (pip install {library})")
     count = NEAR.bands * NEAR.rows
 
     def ours() -> None:

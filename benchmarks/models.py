@@ -38,7 +38,9 @@ def transformers_gpt2(model: GPT) -> Any:
 def compute_gradients(model: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute the gradients of a step and return the loss. bfloat16 with float32 weights means autocast."""
     with torch.autocast("cpu", dtype, enabled=dtype is not next(model.parameters()).dtype):
-        only_loss = {"return_logits": False} if isinstance(model, GPT) else {}  # as in our Trainer
+        only_loss = (
+            {"return_logits": False} if isinstance(getattr(model, "_orig_mod", model), GPT) else {}
+        )  # as in our Trainer
         loss: Tensor = model(input_ids=ids, labels=ids, **only_loss).loss
     loss.backward()
     return loss

@@ -94,6 +94,9 @@ def test_the_command_line_answers_either_way_round(capsys: pytest.CaptureFixture
     long = plan(capsys, "--preset", "gpt2-xl", "--tokens", "1B", "--device", "l40s", "--length", "16384")
     assert "--gradient-checkpointing" in long["command"]
     assert "--n-positions 16384" in long["command"]
+    large = plan(capsys, "--preset", "gpt3-13b", "--tokens", "1B", "--device", "h200", "--count", "8")
+    assert large["fits"].count(", with --parallel fsdp") == 1
+    assert large["command"].endswith("--parallel fsdp")
     none = plan(capsys, "--preset", "gpt3-13b", "--tokens", "1B", "--device", "l40s")
     assert none["command"] == "one example does not fit on l40s; take a larger device"
 

@@ -79,9 +79,19 @@ def plan(args: argparse.Namespace) -> list[tuple[str, str]]:
                 f"{estimate.predicted_loss(N, tokens):.2f} nats a token of Chinchilla's data"),
         ("start from", start_from(args, tokens, device)),
     ]  # fmt: skip
-    batches = {}
-    for recompute in (False, True):
-        batches[recompute] = estimate.largest_batch(config, length, device.memory, recompute=recompute, **settings)
+
+    def largest(**sharding: Any) -> dict[bool, int]:
+        """Return the most examples that fit, by whether blocks are recomputed."""
+        options = {**settings, **sharding}
+        return {
+            recompute: estimate.largest_batch(config, length, device.memory, recompute=recompute, **options)
+            for recompute in (False, True)
+        }
+
+    batches = largest()
+    fsdp = args.count > 1 and batches[True] == 0
+    if fsdp:
+        batches = largest(fsdp=True, micro_batches=2)  # several passes, so with the whole gradient
     if args.micro_batch is not None and args.micro_batch > batches[True]:
         raise ValueError(f"--micro-batch is {args.micro_batch}, but {batches[True]} fit on {args.device}, recomputing")
     recompute = (args.micro_batch or 1) > batches[False]
@@ -94,10 +104,11 @@ def plan(args: argparse.Namespace) -> list[tuple[str, str]]:
         note = ", with --parallel fsdp" if name == "FSDP" else ""
         lines += [(name, f"{sizes(found)} with {shown} x {length} tokens in a pass{note}")]
     fits = f"{batches[False]} examples of {length} tokens in a pass, {batches[True]} when recomputing"
+    fits += ", with --parallel fsdp" if fsdp else ""
     lines += [("fits", f"{fits}, into {estimate.USABLE:.0%} of {device.memory / 1e9:,.0f} GB")]
     if batch == 0:
         return [*lines, ("command", f"one example does not fit on {args.device}; take a larger device")]
-    return [*lines, ("command", command(args, config, batch, recompute, length, tokens, narrow))]
+    return [*lines, ("command", command(args, config, batch, recompute, length, tokens, narrow, fsdp))]
 
 
 def check(args: argparse.Namespace) -> None:
@@ -161,7 +172,14 @@ def start_from(args: argparse.Namespace, tokens: float, device: Device) -> str:
 
 
 def command(
-    args: argparse.Namespace, config: GPTConfig, batch: int, recompute: bool, length: int, tokens: float, narrow: bool
+    args: argparse.Namespace,
+    config: GPTConfig,
+    batch: int,
+    recompute: bool,
+    length: int,
+    tokens: float,
+    narrow: bool,
+    fsdp: bool,
 ) -> str:
     """Return the command that starts the run; its micro-batches are a power of two for each process."""
     passes = max(1.0, args.step_tokens / (batch * length * args.count))
@@ -175,6 +193,7 @@ def command(
     options += [f"--gradient-accumulation-steps {micro_batches}", f"--max-steps {steps}"]
     options += ["--bf16"] if narrow else []
     options += ["--gradient-checkpointing"] if recompute else []
+    options += ["--parallel fsdp"] if fsdp else []
     start = f"torchrun --nproc-per-node {args.count} -m gptcore" if args.count > 1 else "gptcore"
     return f"{start} train FILE... {' '.join(options)}"
 

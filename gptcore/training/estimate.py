@@ -91,7 +91,7 @@ def memory(
     layers = config.n_layer * (2 * stream if recompute else block) + (block if recompute else 0)
     # Ids, positions and targets; gradients of the residual stream and, in the first block of the backward pass, of GELU
     ends = tokens * 8 * 4 + (stream if recompute else 2 * stream + tokens * inner * size)
-    cast = 2 * (N - config.n_positions * C) if narrow else 0  # autocast's copies of the weights
+    cast = 2 * (N - config.n_positions * C) if narrow and not fsdp else 0  # autocast's copies of the weights
     head = config.vocab_size * C * 4
     rows = min(LOSS_ROWS, tokens)
     logits = rows * config.vocab_size * (4 + (2 if narrow else 0)) + stream

@@ -111,7 +111,8 @@ def _describe_processes(trainer: Trainer) -> str:
 
 def _describe_dtype(own: torch.dtype, trainer: Trainer) -> str:
     if trainer.args.bf16:
-        return "bfloat16 by autocast, weights and optimizer float32 (bf16=True)"
+        by = "FSDP's policy" if trainer.args.parallel == "fsdp" else "autocast"
+        return f"bfloat16 by {by}, weights and optimizer float32 (bf16=True)"
     if trainer.args.fp16:
         scale = trainer.precision.scaler.get_scale()
         return f"float16 by autocast, loss scaled by {scale:g}, weights and optimizer float32 (fp16=True)"
