@@ -6,6 +6,7 @@ those of one process: rank 0 writes and reads them, and asks the others for one 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
@@ -16,7 +17,6 @@ from gptcore.training.arguments import TrainingArguments
 from gptcore.training.checkpoint import named_tensors, own_name
 from gptcore.training.distributed import Processes
 from gptcore.training.optim import AdamW
-from gptcore.training.recompute import blocks_of
 
 
 def shard(model: nn.Module, args: TrainingArguments, processes: Processes) -> None:
@@ -33,7 +33,10 @@ def shard(model: nn.Module, args: TrainingArguments, processes: Processes) -> No
         processes.broadcast(list(named_tensors(model).values()))
         narrow = torch.bfloat16 if args.bf16 else None
         policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32 if args.bf16 else None)
-        for module in [*blocks_of(model), model]:
+        lists = [
+            blocks for module in model.modules() if isinstance(blocks := getattr(module, "h", None), nn.ModuleList)
+        ]
+        for module in [*itertools.chain(*lists), model]:  # of a model without GPT's blocks, all is gathered at once
             fully_shard(module, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
