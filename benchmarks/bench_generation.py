@@ -74,7 +74,7 @@ def bench_generation(dtype: torch.dtype, batch: int, against: str, compare: Comp
 @torch.no_grad()
 def bench_step(dtype: torch.dtype, size: str, against: str, compare: Compare) -> None:
     """Time a step at batch 1 against GPT.forward, and the native function in it against the whole step."""
-    model, tokens = model_in(dtype, size), torch.ones(1, 1, dtype=torch.int64)
+    model, tokens = model_in(dtype, size), [1]
     cache = KVCache(PROMPT + 1)
     model(torch.ones(1, PROMPT, dtype=torch.int64), cache=cache)
 
@@ -84,15 +84,18 @@ def bench_step(dtype: torch.dtype, size: str, against: str, compare: Compare) ->
 
     def forward() -> torch.Tensor:
         cache._set_lengths([PROMPT])
-        return model(tokens, cache=cache).logits[:, -1]
+        return model(torch.tensor([tokens]), cache=cache).logits[:, -1]
 
     assert torch.equal(whole(), forward())
     found = step._describe(model, cache)
     assert found is not None
-    x, logits, eps = torch.randn(1, model.config.n_embd).to(dtype), whole(), model.config.layer_norm_epsilon
+    weights, layers, embeddings, positions = found
+    logits, eps = whole(), model.config.layer_norm_epsilon
 
     def native() -> None:
-        _C.decode(x, found[0], cache.layers, [PROMPT], found[1], eps, logits, torch.get_num_threads())
+        _C.decode(
+            tokens, embeddings, positions, weights, cache.layers, [PROMPT], layers, eps, logits, torch.get_num_threads()
+        )
 
     compare(
         f"decoding step{', native function alone' * (against != 'GPT.forward')} {name_of(dtype)}", size,

@@ -20,7 +20,9 @@ constexpr size_t kInner = 8;     // the index of c_fc's weight, (n_inner, width)
 using LayerSettings = std::tuple<double, int64_t, double, double, bool>;
 
 struct Inputs {
-  const TensorView& x;                  // (rows, width), embeddings
+  const std::vector<int64_t>& tokens;   // of each row, an index of `embeddings`
+  const TensorView& embeddings;         // (vocabulary, width)
+  const OptionalView& positions;        // (positions, width), added at the index of the row's length
   const Views &weights, &caches;        // a cache of each layer: keys and values, (2, rows or more, heads, capacity, head_dim)
   const std::vector<int64_t>& lengths;  // the tokens of each row in the caches
   const std::vector<LayerSettings>& layers;
@@ -31,6 +33,19 @@ struct Inputs {
 
 std::string element(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
+// Checks a table (entries, width) and the indices of its entries.
+void check_table(const TensorView& table, const char* name, const TensorView& logits, int64_t width,
+                 const std::vector<int64_t>& indices) {
+  check_cpu(table, name);
+  check_same_dtype(table, name, logits);
+  if (table.ndim != 2 || table.shape[1] != width || width < 1)
+    refuse(name, " has shape ", shape_text(table.shape, table.ndim), ", expected (entries, ", width, ")");
+  check_contiguous(table, name);
+  for (const int64_t index : indices)
+    if (index < 0 || index >= table.shape[0])
+      refuse(name, " has ", table.shape[0], " entries, but an index is ", index);
+}
+
 // Checks the numbers and shapes from which scratch memory is allocated, and that no output shares memory with an input.
 // The arguments of each kernel are checked where they are made.
 void check_inputs(const Inputs& in) {
@@ -38,14 +53,15 @@ void check_inputs(const Inputs& in) {
   if (layers == 0 || in.layers.size() != layers || in.weights.size() != expected)
     refuse("got ", in.weights.size(), " weights, ", in.layers.size(), " settings and ", layers, " caches, expected ",
            expected, " weights for these caches, and as many settings as caches, at least one");
-  check_cpu(in.x, "x");
-  check_float(in.x, "x");
-  if (in.x.ndim != 2 || in.x.size() == 0 || in.x.shape[0] > 1 << 20)
-    refuse("x has shape ", shape_text(in.x.shape, in.x.ndim), ", expected (rows, width) with 1 to 2^20 rows");
-  check_contiguous(in.x, "x");
-  const int64_t rows = in.x.shape[0], width = in.x.shape[1];
-  if (static_cast<int64_t>(in.lengths.size()) != rows)
-    refuse("lengths has ", in.lengths.size(), " numbers, expected one for each of ", rows, " rows");
+  const int64_t rows = in.tokens.size();
+  if (rows == 0 || rows > 1 << 20 || in.lengths.size() != in.tokens.size())
+    refuse("got ", rows, " tokens and ", in.lengths.size(), " lengths, expected as many, 1 to 2^20");
+  check_float(in.logits, "logits");
+  check_cpu(in.logits, "logits");
+  check_contiguous(in.logits, "logits");
+  check_table(in.embeddings, "embeddings", in.logits, in.embeddings.shape[1], in.tokens);
+  const int64_t width = in.embeddings.shape[1];
+  if (in.positions) check_table(*in.positions, "positions", in.logits, width, in.lengths);
   for (size_t i = 0; i < layers; ++i) {
     const TensorView &inner = in.weights[i * kWeights + kInner], &cache = in.caches[i];
     if (inner.ndim != 2 || inner.shape[0] > INT32_MAX)
@@ -53,7 +69,7 @@ void check_inputs(const Inputs& in) {
              width, ")");
     const std::string name = element("caches", i);
     check_cpu(cache, name.c_str());
-    check_same_dtype(cache, name.c_str(), in.x);
+    check_same_dtype(cache, name.c_str(), in.logits);
     if (cache.ndim != 5 || cache.shape[0] != 2 || cache.shape[1] < rows || cache.shape[2] < 1 || cache.shape[3] < 1 ||
         cache.shape[4] < 1 || cache.shape[4] > 256 || width % cache.shape[4] != 0 ||
         cache.shape[2] != width / cache.shape[4])
@@ -65,13 +81,11 @@ void check_inputs(const Inputs& in) {
         refuse("a row has ", length, " tokens, expected 0 to ", cache.shape[3] - 1, ": ", name, " has room for ",
                cache.shape[3]);
   }
-  check_cpu(in.logits, "logits");
-  check_same_dtype(in.logits, "logits", in.x);
-  check_contiguous(in.logits, "logits");
   for (size_t i = 0; i <= layers; ++i) {
     const TensorView& out = i < layers ? in.caches[i] : in.logits;
     const std::string name = i < layers ? element("caches", i) : "logits";
-    check_apart(out, name.c_str(), in.x, "x");
+    check_apart(out, name.c_str(), in.embeddings, "embeddings");
+    if (in.positions) check_apart(out, name.c_str(), *in.positions, "positions");
     for (const TensorView& weight : in.weights) check_apart(out, name.c_str(), weight, "a weight");
     for (size_t j = 0; j < i; ++j) check_apart(out, name.c_str(), in.caches[j], "another cache");
   }
@@ -81,7 +95,7 @@ class Step {
  public:
   // With memory of `bytes()` bytes, as counted by a step without it that was run, kernels are run; else they are checked.
   explicit Step(const Inputs& in, char* memory = nullptr)
-      : in_(in), rows_(in.x.shape[0]), width_(in.x.shape[1]), runs_(memory != nullptr),
+      : in_(in), rows_(in.tokens.size()), width_(in.embeddings.shape[1]), runs_(memory != nullptr),
         memory_(runs_ ? reinterpret_cast<uintptr_t>(memory) : uintptr_t{1} << 62) {  // an address that no tensor has
     int64_t inner = 0, heads = 0;
     for (size_t i = 0; i < in.caches.size(); ++i) {
@@ -100,14 +114,17 @@ class Step {
   size_t bytes() const { return used_ + workspace_; }
 
   void run() {
-    TensorView hidden = in_.x;
+    TensorView hidden = hidden_;
     OptionalView residual;
+    look_up(in_.embeddings, in_.tokens, hidden_);
+    if (in_.positions) look_up(*in_.positions, in_.lengths, residual_), residual = residual_;
+    if (residual && !in_.final_eps) norm(hidden, residual, in_.weights.data(), 0.0, normed_), hidden = residual_;  // adds
     for (size_t i = 0; i < in_.caches.size(); ++i) try {
       const TensorView* weights = &in_.weights[i * kWeights];
       const auto& [scale, window, eps_1, eps_2, tanh_form] = in_.layers[i];
       if (in_.final_eps) {
         norm(hidden, residual, weights, eps_1, normed_);
-        residual = residual ? residual_ : in_.x;
+        residual = residual ? residual_ : hidden;
         attend(normed_, weights + 2, in_.caches[i], scale, window);
         norm(update_, residual, weights + 6, eps_2, normed_);
         residual = residual_;
@@ -133,7 +150,7 @@ class Step {
  private:
   TensorView view(void* data, DType dtype, std::initializer_list<int64_t> shape) const {
     TensorView t;
-    t.data = data, t.dtype = dtype, t.device_type = Device::cpu, t.tensor = in_.x.tensor;
+    t.data = data, t.dtype = dtype, t.device_type = Device::cpu, t.tensor = in_.logits.tensor;
     t.ndim = static_cast<int>(shape.size());
     std::copy(shape.begin(), shape.end(), t.shape);
     for (int64_t i = t.ndim - 1, stride = 1; i >= 0; stride *= t.shape[i--]) t.strides[i] = stride;
@@ -141,12 +158,12 @@ class Step {
   }
   // (rows, heads, length, head_dim), whose head_dim is dense.
   TensorView heads_view(void* data, std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides) const {
-    TensorView t = view(data, in_.x.dtype, shape);
+    TensorView t = view(data, in_.logits.dtype, shape);
     std::copy(strides.begin(), strides.end(), t.strides);
     return t;
   }
   TensorView take(std::initializer_list<int64_t> shape, std::optional<DType> dtype = std::nullopt) {
-    const TensorView t = view(reinterpret_cast<void*>(memory_ + used_), dtype.value_or(in_.x.dtype), shape);
+    const TensorView t = view(reinterpret_cast<void*>(memory_ + used_), dtype.value_or(in_.logits.dtype), shape);
     used_ += (t.bytes() + 63) / 64 * 64;
     return t;
   }
@@ -156,10 +173,16 @@ class Step {
     else args.workspace = reinterpret_cast<char*>(memory_ + used_), kernel(args);
   }
 
+  void look_up(const TensorView& table, const std::vector<int64_t>& indices, const TensorView& out) const {
+    const int64_t bytes = width_ * item_size(table.dtype);
+    if (runs_)
+      for (int64_t row = 0; row < rows_; ++row)
+        std::memcpy(out.as<char>() + row * bytes, table.as<char>() + indices[row] * bytes, bytes);
+  }
   // Returns a weight of a norm in float32.
   TensorView widened(const TensorView& weight, const char* name, const TensorView& wide) const {
     if (weight.dtype == DType::float32) return weight;
-    check_like(weight, name, view(weight.data, in_.x.dtype, {width_}));
+    check_like(weight, name, view(weight.data, in_.logits.dtype, {width_}));
     if (runs_) kernels_.widen({weight.dtype, weight.data, wide.as<float>(), width_});
     return wide;
   }
@@ -223,10 +246,11 @@ class Step {
   std::vector<Segment> segments_;
 };
 
-void decode(const TensorView& x, const Views& weights, const Views& caches, const std::vector<int64_t>& lengths,
+void decode(const std::vector<int64_t>& tokens, const TensorView& embeddings, const OptionalView& positions,
+            const Views& weights, const Views& caches, const std::vector<int64_t>& lengths,
             const std::vector<LayerSettings>& layers, std::optional<double> final_eps, const TensorView& logits,
             int64_t num_threads) {
-  Inputs in{x, weights, caches, lengths, layers, final_eps, logits, {}};
+  Inputs in{tokens, embeddings, positions, weights, caches, lengths, layers, final_eps, logits, {}};
   in.execution.num_threads = check_threads(num_threads);
   check_inputs(in);
   Step checks(in);
@@ -239,8 +263,9 @@ void decode(const TensorView& x, const Views& weights, const Views& caches, cons
 }  // namespace
 
 void bind_decode(py::module_& m) {
-  m.def("decode", &decode, py::arg("x"), py::arg("weights"), py::arg("caches"), py::arg("lengths"), py::arg("layers"),
-        py::arg("final_eps"), py::arg("logits"), py::arg("num_threads"));
+  m.def("decode", &decode, py::arg("tokens"), py::arg("embeddings"), py::arg("positions"), py::arg("weights"),
+        py::arg("caches"), py::arg("lengths"), py::arg("layers"), py::arg("final_eps"), py::arg("logits"),
+        py::arg("num_threads"));
 }
 
 }  // namespace gptcore

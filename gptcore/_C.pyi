@@ -118,7 +118,9 @@ def linear_backward(
     """
 
 def decode(
-    x: Tensor,
+    tokens: collections.abc.Sequence[int],
+    embeddings: Tensor,
+    positions: Tensor | None,
     weights: collections.abc.Sequence[Tensor],
     caches: collections.abc.Sequence[Tensor],
     lengths: collections.abc.Sequence[int],
@@ -127,8 +129,10 @@ def decode(
     logits: Tensor,
     num_threads: int,
 ) -> None:
-    """Fill logits (rows, vocabulary) from the embeddings x (rows, width) of a token a row; append to the caches.
+    """Fill logits (rows, vocabulary) after one more token in each row; append to the caches.
 
+    tokens, embeddings: the entry of each row in (entries, width).
+    positions: (positions, width), added at the index of the row's length.
     weights: weight and bias of ln_1, c_attn, c_proj, ln_2, c_fc and c_proj of each layer; with final_eps weight and
         bias of the last norm; the weight of the output projection.
     caches: keys and values of each layer, (2, rows or more, heads, capacity, head_dim), of `lengths` tokens a row.

@@ -52,9 +52,9 @@ def native(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     decode = _C.decode
 
-    def counted(x: Tensor, *others: Any) -> None:
-        decode(x, *others)
-        calls.append(len(x))
+    def counted(tokens: list[int], *others: Any) -> None:
+        decode(tokens, *others)
+        calls.append(len(tokens))
 
     monkeypatch.setattr(_C, "decode", counted)
     return calls
@@ -64,13 +64,14 @@ def check_equal(model: GPT, caches: tuple[KVCache, KVCache], steps: int = 1) -> 
     """Make steps by next_logits and by GPT.forward; compare logits and caches bit for bit."""
     ours, page = caches
     for step in range(steps):
-        ids = (torch.arange(len(ours.lengths))[:, None] * 31 + 7 * step) % model.config.vocab_size
-        logits, expected = next_logits(model, ids, ours), model(ids, cache=page).logits[:, -1]
+        tokens = [(31 * row + 7 * step) % model.config.vocab_size for row in range(len(ours.lengths))]
+        expected = model(torch.tensor(tokens)[:, None], cache=page).logits[:, -1]
+        logits = next_logits(model, tokens, ours)
         assert logits.isfinite().all()
         assert logits.dtype is expected.dtype
         assert torch.equal(logits, expected)
     assert ours.lengths == page.lengths
-    assert torch.equal(ours._positions, page._positions)
+    assert torch.equal(ours.positions(), page.positions())
     assert all(map(torch.equal, ours.layers, page.layers))
 
 
@@ -92,7 +93,7 @@ def test_a_large_model_splits_over_threads_with_the_same_bits(native: list[int])
     results = []
     for count in (1, 2):
         with threads(count):
-            results.append(next_logits(model, torch.tensor([[1], [2]]), filled(model, PROMPTS[:2])))
+            results.append(next_logits(model, [1, 2], filled(model, PROMPTS[:2])))
     assert torch.equal(*results)
     assert native == [2, 2]
 
@@ -177,6 +178,7 @@ PAGE: dict[str, Callable[[GPT], Any]] = {
     "parametrization": lambda model: parametrize.register_parametrization(model.h[0].mlp.c_fc, "weight", Doubled()),
     "memory": transposed,
     "class of the output projection": frozen_head,
+    "norm of embeddings": lambda model: setattr(model.wpe, "max_norm", 1.0),
     "window": lambda model: setattr(model.h[1].attn, "window", (2, 1)),
     "compiled": lambda model: setattr(model.h[0], "_compiled_call_impl", model.h[0]._call_impl),  # as by .compile()
     "weight in another dtype": lambda model: model.ln_f.double(),
@@ -193,7 +195,7 @@ def test_what_python_would_notice_is_left_to_the_page(change: str, native: list[
     PAGE[change](model)
     if change == "weight in another dtype":
         with pytest.raises(ValueError, match=r"weight is torch.float64 on cpu, expected torch.float32"):
-            next_logits(model, torch.ones(4, 1).long(), caches[0])
+            next_logits(model, [1] * 4, caches[0])
     else:
         check_equal(model, caches, steps=2)
     assert native == [4]
@@ -268,10 +270,25 @@ def test_changes_between_steps_count(change: Callable[[GPT], None], native: list
     assert native == [4, 4, 4]
 
 
+@pytest.mark.parametrize(("n_positions", "full"), [(40, "do not fit into a KV cache of 32"), (32, "has 32 positions")])
+@torch.no_grad()
+def test_wrong_tokens_and_full_caches_are_refused_by_the_page(n_positions: int, full: str, native: list[int]) -> None:
+    model = small(n_positions=n_positions)
+    cache = filled(model, PROMPTS)
+    for token in (-1, 97):
+        with pytest.raises(ValueError, match=f"token {token} is outside the vocabulary of 97 tokens"):
+            next_logits(model, [1, 2, 3, token], cache)
+    while cache.length < cache.capacity:
+        next_logits(model, [1] * 4, cache)
+    with pytest.raises(ValueError, match=full):
+        next_logits(model, [1] * 4, cache)
+    assert native == [4] * 24
+
+
 @torch.no_grad()
 def test_a_cache_in_another_dtype_is_refused_by_the_page() -> None:
     model = small()
     cache = filled(model, PROMPTS)
     model.bfloat16()
     with pytest.raises(RuntimeError, match="dtypes match, got Float for the destination and BFloat16"):
-        next_logits(model, torch.ones(4, 1).long(), cache)
+        next_logits(model, [1] * 4, cache)

@@ -78,7 +78,9 @@ def decode_arguments() -> dict[str, Any]:
     torch.manual_seed(0)
     shapes = [(8,), (8,), (24, 8), (24,), (8, 8), (8,), (8,), (8,), (12, 8), (12,), (8, 12), (8,)]
     return {
-        "x": torch.randn(2, 8),
+        "tokens": [3, 5],
+        "embeddings": torch.randn(6, 8),
+        "positions": torch.randn(5, 8),
         "weights": [torch.randn(shape) for shape in (*shapes, *shapes, (8,), (8,), (9, 8))],
         "caches": [torch.randn(2, 3, 2, 5, 4) for _ in range(2)],
         "lengths": [4, 1],

@@ -109,8 +109,7 @@ class Batch:
             fresh = KVCache(max(row.capacity if not old else len(row.tokens) for row in new))
             logits.append(self._read(new, fresh))
         if self.use_cache and old:
-            last = torch.tensor([row.tokens[-1:] for row in old], device=self._device)
-            logits.insert(0, next_logits(self.model, last, self._cache))
+            logits.insert(0, next_logits(self.model, [row.tokens[-1] for row in old], self._cache))
         if fresh.lengths and old:
             self._cache.capacity = max(self._cache.capacity, *(row.capacity for row in new))
             self._cache.extend(fresh)

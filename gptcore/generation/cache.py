@@ -26,15 +26,21 @@ class KVCache:
         self.capacity = capacity  # tokens that a row has room for
         self.lengths: list[int] = []  # tokens of each row
         self.layers: list[Tensor] = []
-        self._positions = torch.empty(0, dtype=torch.int64, device="cpu")  # the lengths, on the device
+        self._positions: Tensor | None = None  # what positions() returns, if it was needed
         self._added: list[int] = []  # tokens that this forward pass adds to each row
-        self._new_positions = self._positions  # of these tokens
+        self._new_positions = torch.empty(0, dtype=torch.int64, device="cpu")  # of these tokens
         self._ragged: Ragged | None = None  # set in a pass over rows of different lengths
 
     @property
     def length(self) -> int:
         """Return the number of tokens of the longest row; 0 without rows."""
         return max(self.lengths, default=0)
+
+    def positions(self) -> Tensor:
+        """Return the lengths of the rows, the positions of their next tokens, on the device of the keys."""
+        if self._positions is None:
+            self._positions = torch.tensor(self.lengths, dtype=torch.int64, device=self.layers[0].device)
+        return self._positions
 
     def begin(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
         """Prepare a pass over input_ids (B, T). Returns the tokens' positions (B, T), or None where rows start at 0.
@@ -51,7 +57,7 @@ class KVCache:
             )
         if not self.lengths:
             return None
-        self._new_positions, self._ragged = self._positions[:, None] + torch.arange(T, device=input_ids.device), None
+        self._new_positions, self._ragged = self.positions()[:, None] + torch.arange(T, device=input_ids.device), None
         return self._new_positions
 
     def attend(self, layer: int, qkv: Tensor, cu_seqlens: Tensor | None, **settings: Any) -> Tensor:
@@ -82,10 +88,14 @@ class KVCache:
     def end(self) -> None:
         """Count the tokens of a pass, after its last layer."""
         if self.lengths:
+            self._positions = self.positions() + self._added[0]
             self.lengths = [length + added for length, added in zip(self.lengths, self._added, strict=True)]
-            self._positions = self._positions + self._added[0]
         else:
             self._set_lengths(self._added)
+
+    def count_step(self) -> None:
+        """Count a token in each row, which the native step has written."""
+        self._set_lengths([length + 1 for length in self.lengths])
 
     def extend(self, other: KVCache) -> None:
         """Append copies of the rows of another cache of the same model."""
@@ -117,9 +127,7 @@ class KVCache:
         self._set_lengths(self.lengths)
 
     def _set_lengths(self, lengths: list[int]) -> None:
-        self.lengths = lengths
-        device = self.layers[0].device if self.layers else "cpu"
-        self._positions = torch.tensor(lengths, dtype=torch.int64, device=device)
+        self.lengths, self._positions = lengths, None
 
 
 class Ragged:

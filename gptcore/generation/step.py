@@ -35,40 +35,48 @@ def register(*kinds: type[nn.Module]) -> None:
 register(nn.Dropout, nn.Embedding, nn.ModuleList)
 
 
-def next_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
-    """Return logits (B, V) after one more token in each row of the cache, ids (B, 1)."""
-    logits = _native(model, ids, cache)
-    return model(ids, cache=cache).logits[:, -1] if logits is None else logits
+def next_logits(model: GPT, tokens: list[int], cache: KVCache) -> Tensor:
+    """Return logits (B, V) after one more token in each row of the cache."""
+    logits = _native(model, tokens, cache)
+    if logits is None:
+        ids = torch.tensor(tokens, device=cache.layers[0].device)[:, None]
+        return model(ids, cache=cache).logits[:, -1]
+    return logits
 
 
-def _native(model: GPT, ids: Tensor, cache: KVCache) -> Tensor | None:
+def _native(model: GPT, tokens: list[int], cache: KVCache) -> Tensor | None:
     """Return the logits of the native step, or None without any effect where GPT.forward has to compute them."""
     if (
-        not ids.is_cpu
-        or torch.is_grad_enabled()
+        torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or registry.in_use() not in (None, "cpu")
         or registry.is_transformed()
+        or cache.length >= cache.capacity
         or (found := _describe(model, cache)) is None
     ):
         return None
-    weights, layers = found
-    if native.is_watched(ids, *weights):
+    weights, layers, embeddings, positions = found
+    if native.is_watched(embeddings, positions, *weights):
         return None
     try:
-        x = model._embed(ids, cast(Tensor, cache.begin(ids, None)))[:, 0]
-        logits = x.new_empty(len(x), len(weights[-1]))
+        if positions is None:  # not a table
+            x = model._embed(torch.tensor(tokens, device="cpu")[:, None], cache.positions()[:, None])
+            tokens, embeddings = list(range(len(tokens))), x[:, 0]
+        logits = embeddings.new_empty(len(tokens), len(weights[-1]))
         final_eps = None if model.ln_f is None else model.ln_f.eps
-        _C.decode(x, weights, cache.layers, cache.lengths, layers, final_eps, logits, torch.get_num_threads())
+        _C.decode(
+            tokens, embeddings, positions, weights, cache.layers, cache.lengths, layers, final_eps, logits,
+            torch.get_num_threads(),
+        )  # fmt: skip
     except (IndexError, RuntimeError, TypeError, ValueError):
         return None  # nothing was written: GPT.forward computes it, or says what is wrong
-    cache.end()
+    cache.count_step()
     return logits
 
 
-def _describe(model: GPT, cache: KVCache) -> tuple[list[Tensor], list[Layer]] | None:
-    """Return the weights and the numbers of the layers, or None if Python code could notice that it is not called.
+def _describe(model: GPT, cache: KVCache) -> tuple[list[Tensor], list[Layer], Tensor, Tensor | None] | None:
+    """Return weights, numbers of the layers, embeddings and positions; None if Python could notice the native step.
 
     Read anew for every step: between two tokens of a stream anything may change.
     """
@@ -95,7 +103,12 @@ def _describe(model: GPT, cache: KVCache) -> tuple[list[Tensor], list[Layer]] | 
                 return None
             heads.add(attn.n_head)
             layers.append((attn.scale, left, ln_1.eps, ln_2.eps, mlp.gelu_form == "tanh"))
+        wpe: Any = model.wpe
         last: Any = model.ln_f
+        embeddings = cast(Tensor, model.wte._parameters["weight"])
+        positions = None if wpe is None else wpe._parameters["weight"]
+        if wpe is not None and wpe.max_norm is not None:
+            return None
         if pre_norm:
             weights += (last._parameters["weight"], last._parameters["bias"])
         head: Any = model.wte if model.lm_head is None else model.lm_head
@@ -117,4 +130,4 @@ def _describe(model: GPT, cache: KVCache) -> tuple[list[Tensor], list[Layer]] | 
             return None
     if heads != {cache.layers[0].shape[2]} or type(model.lm_head) not in (nn.Linear, type(None)):
         return None
-    return weights, layers
+    return weights, layers, embeddings, positions
