@@ -70,7 +70,7 @@ const std::vector<Isa>& isas() {
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     found.push_back({avx2::all_kernels(), avx2});
     found.push_back({avx512::all_kernels(), avx512});
-    bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     found.push_back({avx512_bf16::all_kernels(), avx512_bf16});
 #if defined(GPTCORE_AMX)
     found.push_back({amx_bf16::all_kernels(), avx512_bf16 && may_use_amx()});

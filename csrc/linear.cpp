@@ -17,7 +17,8 @@ Matrix as_rows(const TensorView& t, const char* name, DType dtype, int64_t rows,
   check_operand(t, name, dtype);
   if (t.ndim < 1 || t.shape[t.ndim - 1] != columns || t.size() != rows * columns)
     refuse(name, " has shape ", shape_text(t.shape, t.ndim), ", expected ", rows, " rows of ", columns);
-  if (t.ndim == 2 && t.strides[0] > columns && (columns == 1 || t.strides[1] == 1)) return {t.data, t.dtype, t.strides[0]};
+  if (t.ndim == 2 && t.strides[0] > columns && (columns == 1 || t.strides[1] == 1))
+    return {t.data, t.dtype, t.strides[0]};
   check_contiguous(t, name);
   return {t.data, t.dtype, columns};
 }

@@ -140,6 +140,11 @@ def decode(
     final_eps: None for norms after attention and MLP instead of before them.
     """
 
+def quantized_linear_forward(
+    x: Tensor, weight: Tensor, kind: str, bias: Tensor | None, out: Tensor, execution: Execution
+) -> None:
+    """Fill out, (rows, out_features), with x @ weight.T + bias; weight is uint8, rows of q8_0 or q4_0 blocks."""
+
 def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool, num_threads: int) -> float:
     """Return the sum of the cross entropies of the rows; logits is (rows, vocabulary) with dense rows.
 

@@ -12,6 +12,7 @@ import torch
 
 from gptcore import _C, ops, precision
 from gptcore.ops.linear import describe_choice
+from gptcore.ops.quantized_linear import describe_kernels
 
 
 def openmp_runtimes() -> list[str]:
@@ -50,6 +51,7 @@ def describe() -> dict[str, str]:
         "in use": chosen,
         "16 bits on the CPU": f"{', '.join(ratios)} times as long as float32 (a training step of a block, measured)",
         "linear layers on the CPU": describe_choice(),
+        "quantized layers": describe_kernels(),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} (torch.set_num_threads)",
         "openmp": openmp,
         "cuda": _C.cuda_problem() or f"built for {', '.join(_C.cuda_archs())}",

@@ -118,6 +118,20 @@ struct WidenArgs {
   int64_t size;
 };
 
+// Blocks of 32 weights in GGUF's layouts: a float16 scale and 32 x 8 bits, or 32 x 4 bits.
+enum class BlockType { q8_0, q4_0 };
+
+struct QuantizedLinearArgs {
+  BlockType type;
+  int64_t rows, in_features, out_features;  // in_features is a multiple of 32
+  Matrix x, out;          // in any of the three float types
+  const uint8_t* weight;  // (out_features, in_features / 32) blocks
+  const void* bias;       // (out_features,), may be null
+  DType bias_dtype;
+  char* workspace;  // quantized_linear_workspace bytes, aligned to 64
+  int num_threads;
+};
+
 struct CrossEntropyArgs {
   DType dtype;
   int64_t rows, vocab, row_stride;
@@ -175,6 +189,9 @@ struct GradNormArgs {
 #define GPTCORE_LINEAR(KERNEL)                 \
   KERNEL(size_t, linear_workspace, LinearArgs) \
   KERNEL(void, linear, LinearArgs)
+#define GPTCORE_QUANTIZED_LINEAR(KERNEL)                         \
+  KERNEL(size_t, quantized_linear_workspace, QuantizedLinearArgs) \
+  KERNEL(void, quantized_linear, QuantizedLinearArgs)
 #define GPTCORE_DECODE(KERNEL) KERNEL(void, widen, WidenArgs)
 #define GPTCORE_CROSS_ENTROPY(KERNEL) KERNEL(void, cross_entropy, CrossEntropyArgs)
 #define GPTCORE_ADAMW(KERNEL)     \
@@ -183,13 +200,14 @@ struct GradNormArgs {
 
 // Every operation: GPU(name, its kernels) if it has CUDA kernels, CPU(name, its kernels) if it has none.
 // csrc/<name>.cpp checks and binds it. Declarations, dispatch tables, bindings and CMakeLists.txt follow from this list.
-#define GPTCORE_OPERATIONS(GPU, CPU)        \
-  GPU(attention, GPTCORE_ATTENTION)         \
-  GPU(layer_norm, GPTCORE_LAYER_NORM)       \
-  GPU(gelu, GPTCORE_GELU)                   \
-  CPU(linear, GPTCORE_LINEAR)               \
-  CPU(decode, GPTCORE_DECODE)               \
-  CPU(cross_entropy, GPTCORE_CROSS_ENTROPY) \
+#define GPTCORE_OPERATIONS(GPU, CPU)              \
+  GPU(attention, GPTCORE_ATTENTION)               \
+  GPU(layer_norm, GPTCORE_LAYER_NORM)             \
+  GPU(gelu, GPTCORE_GELU)                         \
+  CPU(linear, GPTCORE_LINEAR)                     \
+  CPU(quantized_linear, GPTCORE_QUANTIZED_LINEAR) \
+  CPU(decode, GPTCORE_DECODE)                     \
+  CPU(cross_entropy, GPTCORE_CROSS_ENTROPY)       \
   CPU(adamw, GPTCORE_ADAMW)
 
 // What can be made of the list.

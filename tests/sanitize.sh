@@ -24,5 +24,5 @@ export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=lib
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 highest=$(python -c "from gptcore import _C; assert 'sanitize' in _C.__file__; print(_C.supported_isas()[-1])")
 # Capturing at the level of Python only: what a sanitizer prints before it aborts must be seen.
-python -m pytest -q -n auto --dist worksteal --capture=sys -p no:cacheprovider "$root"/tests/test_{operations,attention,layer_norm,gelu,linear,ops,transforms,native,native_calls,decode_step,linear_cross_entropy,optim}.py \
+python -m pytest -q -n auto --dist worksteal --capture=sys -p no:cacheprovider "$root"/tests/test_{operations,attention,layer_norm,gelu,linear,quantized_linear,ops,transforms,native,native_calls,decode_step,linear_cross_entropy,optim}.py \
   -k "cpu-baseline or cpu-$highest or arguments" "$@"

@@ -64,7 +64,7 @@ def expected_tensors(model: GPT) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 def test_tensors_of_a_gguf_file(tokenizer: Tokenizer, tmp_path: Path, dtype: str, tied: bool) -> None:
     model = make(tie_word_embeddings=tied)
     export_gguf(model, tokenizer, tmp_path / "m.gguf", dtype)
@@ -77,10 +77,16 @@ def test_tensors_of_a_gguf_file(tokenizer: Tokenizer, tmp_path: Path, dtype: str
             assert kinds[name] == "F32"
             assert np.array_equal(tensors[name], values), name
             continue
-        assert kinds[name] == dtype.upper(), name
+        in_8_bits = dtype == "q8_0" or (dtype == "q4_0" and name in ("token_embd.weight", "output.weight"))
+        assert kinds[name] == ("Q8_0" if in_8_bits else dtype.upper()), name
         if dtype in ("f16", "bf16"):
             rounded = torch.from_numpy(values).to(torch.float16 if dtype == "f16" else torch.bfloat16)
             assert np.array_equal(tensors[name], rounded.float().numpy()), name
+        elif not in_8_bits:  # a step of largest / 8, since the largest of the other sign is cut off
+            largest = np.abs(values.reshape(-1, 32)).max(1, keepdims=True)
+            off = np.abs(tensors[name] - values).reshape(-1, 32)
+            assert (off <= largest * (1 / 8 + 2**-7)).all(), name
+            assert off.max() > 1e-3
         else:  # half a step of largest / 127, and what the 16-bit scale is off by, 127 times
             largest = np.abs(values.reshape(-1, 32)).max(1, keepdims=True)
             off = np.abs(tensors[name] - values).reshape(-1, 32)
@@ -188,7 +194,7 @@ def test_the_dtype_is_the_models_unless_another_is_asked_for(tokenizer: Tokenize
         ({"scale_attn_by_inverse_layer_idx": True}, "f32", "scale_attn_by_inverse_layer_idx is True"),
         ({"n_embd": 48}, "q8_0", "q8_0 packs 32 numbers of a row together, but n_embd is 48; use f16 or bf16"),
         ({"n_inner": 33}, "q8_0", "n_inner is 33"),
-        ({}, "q4_0", "dtype 'q4_0' is not supported; it should be f32, f16, bf16 or q8_0"),
+        ({}, "q4_1", "dtype 'q4_1' is not supported; it should be f32, f16, bf16, q8_0 or q4_0"),
         ({"vocab_size": 284}, "f32", "the tokenizer has 285 tokens, but the model only 284"),
     ],
 )
@@ -200,7 +206,7 @@ def test_what_llama_cpp_would_not_run_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("dtype", "value"), [("f16", 7e4), ("q8_0", 1e8)])
+@pytest.mark.parametrize(("dtype", "value"), [("f16", 7e4), ("q8_0", 1e8), ("q4_0", 1e7)])
 def test_numbers_that_do_not_fit_are_refused(tokenizer: Tokenizer, tmp_path: Path, dtype: str, value: float) -> None:
     model = make()
     with torch.no_grad():

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from gptcore.hf.gguf import DTYPES, export_gguf, export_hf
+from gptcore.hf.gguf import BLOCK_KINDS, DTYPES, export_gguf, export_hf
 from gptcore.model import GPT
 from gptcore.text.tokenizer import Tokenizer
 
@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="out", metavar="MODEL", help="folder of a model (default: out)")
     parser.add_argument("--to", choices=("gguf", "hf"), default="gguf", help="format to write (default: gguf)")
     parser.add_argument(
-        "--dtype", choices=(*DTYPES, "q8_0"), help="dtype of the weights (default: the model's); hf has no q8_0"
+        "--dtype",
+        choices=(*DTYPES, *BLOCK_KINDS),
+        help="dtype of the weights (default: the model's); hf has no q8_0 or q4_0",
     )
     parser.add_argument("-o", "--output", required=True, help="file (gguf) or folder (hf) to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")

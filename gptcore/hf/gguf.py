@@ -11,13 +11,15 @@ from torch import Tensor
 
 from gptcore.config import GELU_FORMS, GPTConfig
 from gptcore.files import PathLike, atomic_file
+from gptcore.ops.quantized_linear import BLOCK
 
 if TYPE_CHECKING:
     from gptcore.model import GPT
     from gptcore.text.tokenizer import Tokenizer
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-Q8_0_BLOCK = 32  # numbers that share a scale
+BLOCK_KINDS = ("q8_0", "q4_0")  # 32 numbers share a scale
+PROJECTIONS = ("wte.weight", "lm_head.weight")  # at 4 bits these cost more accuracy than all others together
 
 # Our names and llama.cpp's. Its matrices are (out, in) as ours are; GGUF itself lists the lengths the other way round.
 GGUF_NAMES = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output"}
@@ -36,10 +38,10 @@ def export_gguf(
 ) -> None:
     """Write one GGUF file, whole or not at all, which llama.cpp and what is built on it run as a gpt2.
 
-    dtype: f32, f16, bf16, or q8_0: blocks of 32 numbers, each 8 bits times the block's 16-bit scale; None is the
-        model's own, float64 as f32. Vectors and position embeddings are float32 always, as llama.cpp has them. A tied
-        output projection is not written twice: llama.cpp takes the token embedding where there is no output.weight
-        (since March 2025).
+    dtype: f32, f16, bf16, q8_0 or q4_0; None is the model's own, float64 as f32. The last two are blocks of 32 numbers,
+        each 8 or 4 bits times the block's 16-bit scale; with q4_0 token embedding and output projection are q8_0.
+        Vectors and position embeddings are float32 always, as llama.cpp has them. A tied output projection is not
+        written twice: llama.cpp takes the token embedding where there is no output.weight (since March 2025).
     name: of the model, as llama.cpp shows it.
 
     Raises ValueError for a model or tokenizer that llama.cpp would compute something else with, and for a weight that
@@ -57,15 +59,16 @@ def export_gguf(
         "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
         "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
         "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+        "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
     }
-    kind, file_type = kinds[dtype]
+    file_type = kinds[dtype][1]
     config = model.config
     words = _vocabulary(config, tokenizer)
     with atomic_file(path) as aside:
         writer = gguf.GGUFWriter(aside, "gpt2")
         writer.add_name(name)
         writer.add_file_type(file_type)
-        if dtype == "q8_0":
+        if dtype in BLOCK_KINDS:
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_context_length(config.n_positions)
         writer.add_embedding_length(config.n_embd)
@@ -86,9 +89,10 @@ def export_gguf(
             if tensor.ndim == 1 or ours == "wpe.weight" or dtype == "f32":
                 writer.add_tensor(_gguf_name(ours), values)
             else:
+                kind = kinds["q8_0" if dtype == "q4_0" and ours in PROJECTIONS else dtype][0]
                 with np.errstate(over="ignore", invalid="ignore"):
                     packed = gguf.quants.quantize(values, kind)
-                    if dtype in ("f16", "q8_0") and not np.isfinite(gguf.quants.dequantize(packed, kind)).all():
+                    if dtype in ("f16", *BLOCK_KINDS) and not np.isfinite(gguf.quants.dequantize(packed, kind)).all():
                         largest = np.abs(values).max()
                         raise ValueError(f"{ours} holds {largest:.6g}, which {dtype} cannot; export bf16 or f32")
                 writer.add_tensor(_gguf_name(ours), packed, raw_dtype=kind)
@@ -115,15 +119,13 @@ def export_hf(model: GPT, tokenizer: Tokenizer, directory: PathLike, dtype: str 
 
 
 def _check_model(config: GPTConfig, dtype: str) -> None:
-    if dtype not in (*DTYPES, "q8_0"):
-        raise ValueError(f"dtype {dtype!r} is not supported; it should be f32, f16, bf16 or q8_0")
+    if dtype not in (*DTYPES, *BLOCK_KINDS):
+        raise ValueError(f"dtype {dtype!r} is not supported; it should be f32, f16, bf16, q8_0 or q4_0")
     if difference := _difference(config):
         raise ValueError(f"llama.cpp's gpt2 would compute something else from this model: {difference}")
     for name, width in (("n_embd", config.n_embd), ("n_inner", config.n_inner or 4 * config.n_embd)):
-        if dtype == "q8_0" and width % Q8_0_BLOCK != 0:
-            raise ValueError(
-                f"q8_0 packs {Q8_0_BLOCK} numbers of a row together, but {name} is {width}; use f16 or bf16"
-            )
+        if dtype in BLOCK_KINDS and width % BLOCK != 0:
+            raise ValueError(f"{dtype} packs {BLOCK} numbers of a row together, but {name} is {width}; use f16 or bf16")
 
 
 def _difference(config: GPTConfig) -> str:

@@ -9,6 +9,7 @@ from gptcore.ops.gelu import gelu
 from gptcore.ops.layer_norm import layer_norm
 from gptcore.ops.linear import linear
 from gptcore.ops.linear_cross_entropy import linear_cross_entropy
+from gptcore.ops.quantized_linear import quantized_linear
 from gptcore.ops.registry import backends, chosen, in_use, set_default_backend, use
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "quantized_linear",
     "set_default_backend",
     "use",
 ]

@@ -195,7 +195,7 @@ GPTCORE_INLINE void multiply_panel(const Product<T>& p, const char* left, int64_
     }
 }
 
-// A panel of kLanes columns for up to kFused rows: B is multiplied as it is transposed, without a detour through memory.
+// A panel of kLanes columns for up to kFused rows: B is multiplied as it is transposed, without a copy in memory.
 template <int Rows, class S, class T>
 void multiply_fused(const Product<T>& p, Left<T> a, int64_t column) {
   constexpr int64_t kNumbers = sizeof(float) / sizeof(S), kStepsOfUnit = kNumbers / kStep<T>;
