@@ -35,6 +35,7 @@ from gptcore.generation.cache import KVCache
 from gptcore.hf import pretrained
 from gptcore.inputs import check_outputs, check_shapes, check_values, cu_seqlens_of, positions_in, targets_of
 from gptcore.memory import check_fits
+from gptcore.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 
 
 class GPTOutput(NamedTuple):
@@ -188,7 +189,9 @@ class GPT(nn.Module):
         A tied wte is counted once, or not at all with non_embedding; an untied lm_head is always counted.
         """
         looked_up = {id(module.weight) for module in self.modules() if isinstance(module, nn.Embedding)}
-        return sum(p.numel() for p in self.parameters() if not (non_embedding and id(p) in looked_up))
+        count = sum(p.numel() for p in self.parameters() if not (non_embedding and id(p) in looked_up))
+        quantized = QuantizedLinear if non_embedding else QuantizedWeight
+        return count + sum(module.numel() for module in self.modules() if isinstance(module, quantized))
 
     def estimate_flops(
         self,
@@ -218,13 +221,13 @@ class GPT(nn.Module):
             raise ValueError(f"document lengths are {lengths.tolist()}, expected no negative number and a positive sum")
         weights, pairs = 0, 0
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                weights += module.weight.numel()
+            if isinstance(module, nn.Linear | QuantizedLinear):
+                weights += module.in_features * module.out_features
             elif isinstance(module, Attention):
                 keys = lengths if module.window is None else lengths.clamp(max=module.window[0] + 1)
                 pairs += int((lengths * keys).sum())
         if self.lm_head is None:
-            weights += self.wte.weight.numel()
+            weights += self.config.vocab_size * self.config.n_embd
         forward = 2 * weights * int(lengths.sum()) + 4 * self.config.n_embd * pairs
         return 3 * forward if backward else forward
 
@@ -267,19 +270,23 @@ class GPT(nn.Module):
         """
         check_shapes(self.config, input_ids, attention_mask, labels, cu_seqlens, position_ids, cache)
         check_outputs(input_ids, labels, cache is not None, return_logits, logits_to_keep)
-        output_weight = self.output_weight()
+        projection: nn.Module = self.wte if self.lm_head is None else self.lm_head
+        output_weight = projection if isinstance(projection, QuantizedWeight) else self.output_weight()
         # A sparse gradient has B * T rows instead of a mostly zero (V, C) tensor. With a tied weight it is added to the
         # projection's dense gradient, so wte.weight.grad is dense.
         sparse = self.lm_head is None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         hidden = self._features(input_ids, attention_mask, labels, cu_seqlens, position_ids, cache, sparse)
         if labels is None:
             kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
-            return GPTOutput(ops.linear(hidden[:, kept], output_weight), None)
+            return GPTOutput(project(hidden[:, kept], output_weight), None)
         targets = targets_of(labels, attention_mask, cu_seqlens).long()
         if not return_logits:
-            loss = ops.linear_cross_entropy(hidden, output_weight, targets, ignore_index=IGNORED)
+            if isinstance(output_weight, QuantizedWeight):
+                loss = output_weight.cross_entropy(hidden, targets)
+            else:
+                loss = ops.linear_cross_entropy(hidden, output_weight, targets, ignore_index=IGNORED)
             return GPTOutput(hidden.new_empty(len(hidden), 0, self.config.vocab_size), loss)
-        logits = ops.linear(hidden, output_weight)  # (B, T, V)
+        logits = project(hidden, output_weight)  # (B, T, V)
         return GPTOutput(logits, mean_cross_entropy(logits, targets))
 
     def features(
@@ -329,7 +336,11 @@ class GPT(nn.Module):
         return torch.ops.aten.alias((self.wte if self.lm_head is None else self.lm_head).weight)
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor, sparse: bool = False) -> Tensor:
-        tokens = F.embedding(input_ids, self.wte.weight, sparse=sparse)  # (B, T, C)
+        wte: nn.Module = self.wte
+        if isinstance(wte, QuantizedEmbedding):
+            tokens = wte(input_ids, next(self.parameters()).dtype)
+        else:
+            tokens = F.embedding(input_ids, self.wte.weight, sparse=sparse)  # (B, T, C)
         if self.wpe is not None:
             return tokens + self.wpe(position_ids)
         # Scaled as in Vaswani et al. 2017, section 3.4
@@ -337,6 +348,11 @@ class GPT(nn.Module):
 
 
 step.register(GPT, Block, Attention, MLP, LayerNorm, Linear)
+
+
+def project(hidden: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
+    """Return the logits (B, T, V) of hidden (B, T, C)."""
+    return weight.project(hidden) if isinstance(weight, QuantizedWeight) else ops.linear(hidden, weight)
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -13,15 +13,16 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from gptcore.files import PathLike, atomic_file, entry, naming, open_file, parse_json
 
+Opened = TypeVar("Opened", bound="TensorFile")
 CHUNK = 2 << 20  # bytes that are read or written at a time
-_HEADER_LIMIT = 100_000_000  # bytes, the format's own
+HEADER_LIMIT = 100_000_000  # bytes, the format's own
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
@@ -78,24 +79,26 @@ class Entry(NamedTuple):
 
 
 class TensorFile:
-    """The tensors of a safetensors file: `entries` by name, read whole or by rows.
+    """The tensors of a safetensors file: `entries` by name, read whole or by rows. Subclasses read other formats.
 
     Raises OSError where the file cannot be read, and ValueError, naming the file and the tensor, if it is damaged or
     changes while it is open.
     """
+
+    format = "safetensors file"
 
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
         self._file = open_file(path)
         try:
             self._version = self._stat()
-            with naming(path, "is not a whole safetensors file"):
+            with naming(path, f"is not a whole {self.format}"):
                 self.entries = self._read_header()
         except BaseException:
             self._file.close()
             raise
 
-    def __enter__(self) -> TensorFile:
+    def __enter__(self: Opened) -> Opened:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,7 +134,7 @@ class TensorFile:
         if size < 8:
             raise ValueError(f"it has {size} bytes")
         (length,) = struct.unpack("<Q", self._file.read(8))
-        if length > min(_HEADER_LIMIT, size - 8):
+        if length > min(HEADER_LIMIT, size - 8):
             raise ValueError(f"its header should have {length:,} bytes, but the file has {size:,}")
         header = parse_json(self._file.read(length), self.path)
         header.pop("__metadata__", None)

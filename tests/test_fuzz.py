@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from gptcore import GPT, GPTConfig, Tokenizer, TrainingArguments
 from gptcore.data.shards import read_shard, write_shard
+from gptcore.hf.gguf import export_gguf
 from gptcore.training import checkpoint, resume
 from gptcore.training.checkpoint import CheckpointError
 from gptcore.training.optim import AdamW
@@ -92,6 +93,12 @@ def gpt1_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\na b</w>\n")
 
 
+def gguf_file(folder: Path) -> None:
+    (folder / "text").write_text(TEXT)
+    config = dataclasses.replace(CONFIG, vocab_size=270, n_embd=32, n_head=2)
+    export_gguf(GPT(config), Tokenizer.train(folder / "text", vocab_size=270), folder / "m.gguf", "q8_0")
+
+
 def tokens(folder: Path) -> None:
     write_shard(folder / "ours", [[1, 2, 3], None, [4, 5]], vocab_size=11, fingerprint="ab" * 32)
     np.array([20240520, 1, 5, *[0] * 253], "<i4").tofile(folder / "llmc")
@@ -145,6 +152,14 @@ def train_on(folder: Path) -> None:
         Tokenizer.train(folder / "text", kind=kind, vocab_size=size)
 
 
+def read_gguf(folder: Path) -> None:
+    """Read the model, and the tokenizer whether or not the model is right."""
+    try:
+        GPT.from_pretrained(folder / "m.gguf")
+    finally:
+        Tokenizer.from_pretrained(folder / "m.gguf")
+
+
 Reader = tuple[Callable[[Path], Any], str, Callable[[Path], Any]]
 READERS: list[Reader] = [
     *((model, name, GPT.from_pretrained) for name in ("config.json", "model.safetensors")),
@@ -160,6 +175,7 @@ READERS: list[Reader] = [
         for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json")
     ),
     *((gpt1_tokenizer, name, Tokenizer.from_pretrained) for name in ("vocab.json", "merges.txt")),
+    (gguf_file, "m.gguf", read_gguf),
     (tokenizer, "text", train_on),
     *(
         (tokens, name, lambda folder, name=name, format=format: read_tokens(folder, name, format))
@@ -240,6 +256,9 @@ def change(draw: Any, name: str, content: bytes) -> bytes:
         (length,) = struct.unpack("<Q", content[:8])
         header = json.dumps(change_json(draw, json.loads(content[8 : 8 + length]))).encode()
         return struct.pack("<Q", len(header)) + header + content[8 + length :]
+    if name.endswith(".gguf"):  # mostly the metadata, which are a small part
+        metadata = content.index(b"token_embd.weight") + 2000
+        return change_bytes(draw, content[:metadata]) + content[metadata:]
     if name == "ours":
         content = change_bytes(draw, content[:104] + content[136:])
         return content[:104] + hashlib.sha256(content).digest() + content[104:]

@@ -192,7 +192,7 @@ def calls() -> dict[str, dict[str, Any]]:
         found |= {
             f"_simt.{name}": {**arguments, "execution": execution}
             for name, arguments in found.items()
-            if "execution" in arguments
+            if "execution" in arguments and hasattr(native.module("simt"), name)
         }
     return found
 

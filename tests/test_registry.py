@@ -118,7 +118,7 @@ def test_an_unknown_backend_changes_nothing() -> None:
 
 
 def test_every_operation_has_a_formula_and_samples() -> None:
-    for name in ("attention", "layer_norm", "gelu", "linear", "linear_cross_entropy"):
+    for name in ("attention", "layer_norm", "gelu", "linear", "linear_cross_entropy", "quantized_linear"):
         operation = registry.OPERATIONS[name]
         assert "torch" in operation.implementations
         assert operation.samples

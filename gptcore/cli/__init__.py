@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptcore import ops
-from gptcore.cli import bench, evaluate, export, generate, info, plan, prepare, train
+from gptcore.cli import bench, evaluate, export, generate, info, plan, prepare, quantize, train
 from gptcore.cli.options import Parser, check_machine
 from gptcore.output import SteadyOutput
 from gptcore.training.checkpoint import CheckpointError
@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": plan,
     "generate": generate,
     "evaluate": evaluate,
+    "quantize": quantize,
     "export": export,
     "bench": bench,
     "info": info,

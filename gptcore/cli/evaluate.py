@@ -13,7 +13,7 @@ SUMMARY = "Print the loss and the perplexity of a model on text files."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder of a model")
+    parser.add_argument("model", metavar="MODEL", help="folder or GGUF file of a model")
     add_data(parser)
     parser.add_argument("--batch-size", type=int, default=16, help="examples in a forward pass (default: 16)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="compute in bfloat16")

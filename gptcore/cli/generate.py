@@ -10,7 +10,9 @@ SUMMARY = "Continue each prompt."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="out", metavar="MODEL", help="folder of a model (default: out)")
+    parser.add_argument(
+        "model", nargs="?", default="out", metavar="MODEL", help="folder or GGUF file of a model (default: out)"
+    )
     parser.add_argument(
         "--prompt", nargs="+", default=[""], help="texts to continue (default: the start of a document)"
     )

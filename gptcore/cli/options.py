@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
@@ -101,6 +102,29 @@ def add_data(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dir", help="folder for the token cache (default: $XDG_CACHE_HOME/gptcore)")
 
 
+def add_output(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add --output and --overwrite."""
+    parser.add_argument("-o", "--output", required=True, help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+
+
+def check_output(args: argparse.Namespace, *, folder: bool = False) -> Path:
+    """Return --output. Raises an error for one that exists, without --overwrite, or that is of another type."""
+    output = Path(args.output)
+    kind, is_kind = ("folder", output.is_dir()) if folder else ("regular file", output.is_file())
+    if os.path.lexists(output) and not is_kind:
+        raise ValueError(f"--output {output} is not a {kind}; choose another --output")
+    if output.exists() and not args.overwrite:
+        raise FileExistsError(f"{output} exists; replace it with --overwrite, or choose another --output")
+    return output
+
+
+def print_size(output: Path) -> None:
+    """Print the name and the size of a file, or of a folder with all in it."""
+    size = sum(path.stat().st_size for path in [output, *output.rglob("*")] if path.is_file())
+    print(f"{output}    {size:,} bytes")
+
+
 def optional(kind: Any) -> Any:
     """Return a parser of `kind` that reads the word none as None."""
 
@@ -157,7 +181,7 @@ def check_machine(args: argparse.Namespace) -> None:
 
 
 def load_model(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
-    """Return the model in the folder MODEL, on --device, and its tokenizer."""
+    """Return the model in the folder or GGUF file MODEL, on --device, and its tokenizer."""
     return GPT.from_pretrained(args.model).to(args.device), Tokenizer.from_pretrained(args.model)
 
 

@@ -30,6 +30,7 @@ from gptcore.data.datasets import TextDataset, TokenDataset, split
 from gptcore.data.prepared import Prepared, find_prepared
 from gptcore.memory import total_memory
 from gptcore.model import GPT
+from gptcore.quantized import kinds_of
 from gptcore.text.tokenizer import Tokenizer
 from gptcore.training import distributed
 from gptcore.training.arguments import TrainingArguments
@@ -276,6 +277,11 @@ def _model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT:
         special = {"vocab_size": tokenizer.vocab_size, "bos_token_id": eos, "eos_token_id": eos}
         return GPT(GPTConfig(**pick(args, GPTConfig) | special))
     model = GPT.from_pretrained(args.init_from)
+    if kinds := sorted(set(kinds_of(model).values())):
+        raise ValueError(
+            f"{args.init_from} is in {', '.join(kinds)}, and quantized weights are not trained; decode them first: "
+            f"gptcore export {args.init_from} --to hf --dtype f32 -o FOLDER"
+        )
     if model.config.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"the model in {args.init_from} has {model.config.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,26 +12,17 @@ from torch import Tensor
 
 from gptcore.config import GELU_FORMS, GPTConfig
 from gptcore.files import PathLike, atomic_file
-from gptcore.ops.quantized_linear import BLOCK
+from gptcore.hf.gguf_weights import gguf_name
+from gptcore.ops.quantized_linear import BLOCK, BYTES, dequantize
+from gptcore.quantized import kinds_of
 
 if TYPE_CHECKING:
     from gptcore.model import GPT
     from gptcore.text.tokenizer import Tokenizer
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-BLOCK_KINDS = ("q8_0", "q4_0")  # 32 numbers share a scale
-PROJECTIONS = ("wte.weight", "lm_head.weight")  # at 4 bits these cost more accuracy than all others together
-
-# Our names and llama.cpp's. Its matrices are (out, in) as ours are; GGUF itself lists the lengths the other way round.
-GGUF_NAMES = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output"}
-GGUF_BLOCK_NAMES = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
+BLOCK_KINDS = tuple(BYTES)
+PROJECTIONS = ("wte.weight", "lm_head.weight")  # 8 bits in a q4_0 file
 
 
 def export_gguf(
@@ -39,7 +31,8 @@ def export_gguf(
     """Write one GGUF file, whole or not at all, which llama.cpp and what is built on it run as a gpt2.
 
     dtype: f32, f16, bf16, q8_0 or q4_0; None is the model's own, float64 as f32. The last two are blocks of 32 numbers,
-        each 8 or 4 bits times the block's 16-bit scale; with q4_0 token embedding and output projection are q8_0.
+        each 8 or 4 bits times the block's 16-bit scale; with q4_0 token embedding and output projection are q8_0. The
+        blocks of a quantized model are written as they are, or decoded to a dtype that is not quantized.
         Vectors and position embeddings are float32 always, as llama.cpp has them. A tied output projection is not
         written twice: llama.cpp takes the token embedding where there is no output.weight (since March 2025).
     name: of the model, as llama.cpp shows it.
@@ -47,9 +40,12 @@ def export_gguf(
     Raises ValueError for a model or tokenizer that llama.cpp would compute something else with, and for a weight that
     does not fit into the dtype; ImportError without the package gguf.
     """
-    if dtype is None:
-        dtype = next((short for short, kind in DTYPES.items() if kind == model.wte.weight.dtype), "f32")
+    quantized = kinds_of(model)
+    own = _own_dtype(model, quantized)
+    dtype = own if dtype is None else dtype
     _check_model(model.config, dtype)
+    if quantized and dtype in BLOCK_KINDS and dtype != own:
+        raise ValueError(f"the model is {own} already; make {dtype} from the model that it was made from")
     try:
         import gguf
     except ImportError as error:
@@ -84,10 +80,13 @@ def export_gguf(
         writer.add_bos_token_id(words["end"] if config.bos_token_id is None else config.bos_token_id)
         writer.add_eos_token_id(words["end"])
         writer.add_add_bos_token(False)
-        for ours, tensor in model.state_dict().items():
-            values = _values(ours, tensor)
+        for ours, tensor in sorted(model.state_dict().items(), key=_order(model)):
+            if ours in quantized and dtype in BLOCK_KINDS:
+                writer.add_tensor(gguf_name(ours), tensor.cpu().numpy(), raw_dtype=kinds[quantized[ours]][0])
+                continue
+            values = _values(ours, dequantize(tensor, quantized[ours]) if ours in quantized else tensor)
             if tensor.ndim == 1 or ours == "wpe.weight" or dtype == "f32":
-                writer.add_tensor(_gguf_name(ours), values)
+                writer.add_tensor(gguf_name(ours), values)
             else:
                 kind = kinds["q8_0" if dtype == "q4_0" and ours in PROJECTIONS else dtype][0]
                 with np.errstate(over="ignore", invalid="ignore"):
@@ -95,7 +94,7 @@ def export_gguf(
                     if dtype in ("f16", *BLOCK_KINDS) and not np.isfinite(gguf.quants.dequantize(packed, kind)).all():
                         largest = np.abs(values).max()
                         raise ValueError(f"{ours} holds {largest:.6g}, which {dtype} cannot; export bf16 or f32")
-                writer.add_tensor(_gguf_name(ours), packed, raw_dtype=kind)
+                writer.add_tensor(gguf_name(ours), packed, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -118,6 +117,20 @@ def export_hf(model: GPT, tokenizer: Tokenizer, directory: PathLike, dtype: str 
     tokenizer.save_pretrained(directory)
 
 
+def _order(model: GPT) -> Callable[[tuple[str, Tensor]], tuple[int, bool]]:
+    """Return a key that sorts weights by module, the bias last: state_dict has buffers, as blocks are, after it."""
+    places = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return lambda item: (places[item[0].rpartition(".")[0]], item[0].endswith(".bias"))
+
+
+def _own_dtype(model: GPT, quantized: Mapping[str, str]) -> str:
+    """Return the name of the model's dtype, or of the kind in which most of its weights are."""
+    if quantized:
+        kinds = [kind for name, kind in quantized.items() if name not in PROJECTIONS] or list(quantized.values())
+        return max(BLOCK_KINDS, key=kinds.count)
+    return next((short for short, kind in DTYPES.items() if kind == model.wte.weight.dtype), "f32")
+
+
 def _check_model(config: GPTConfig, dtype: str) -> None:
     if dtype not in (*DTYPES, *BLOCK_KINDS):
         raise ValueError(f"dtype {dtype!r} is not supported; it should be f32, f16, bf16, q8_0 or q4_0")
@@ -138,14 +151,6 @@ def _difference(config: GPTConfig) -> str:
     if GELU_FORMS[config.activation_function] != "tanh":
         odd.append("activation_function")
     return ", ".join(f"{name} is {getattr(config, name)!r}" for name in odd)
-
-
-def _gguf_name(ours: str) -> str:
-    module, _, kind = ours.rpartition(".")
-    if module in GGUF_NAMES:
-        return f"{GGUF_NAMES[module]}.{kind}"
-    _, layer, part = module.split(".", 2)  # h.3.attn.c_attn
-    return f"blk.{layer}.{GGUF_BLOCK_NAMES[part]}.{kind}"
 
 
 def _values(name: str, tensor: Tensor) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Read and write model folders in the layouts of transformers, the Hugging Face Hub and OpenAI.
 
 Written are config.json and model.safetensors, never a pickle. Read are these, model.safetensors.index.json with its
-shards, pytorch_model.bin (tensors only: torch.load refuses all else) and OpenAI's TensorFlow checkpoints of GPT-2.
+shards, pytorch_model.bin (tensors only: torch.load refuses all else), OpenAI's TensorFlow checkpoints of GPT-2, and
+GGUF files (docs/gguf.md).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from gptcore import precision
 from gptcore.config import GPTConfig
 from gptcore.files import PathLike, atomic_file, naming, read_json, write_json
+from gptcore.hf.gguf_file import is_gguf
+from gptcore.hf.gguf_weights import GGUFWeights
 from gptcore.hf.hub import find_folder
 from gptcore.hf.weight_files import (
     PICKLES,
@@ -30,6 +33,7 @@ from gptcore.hf.weight_files import (
     weight_files,
 )
 from gptcore.inputs import check_one_dtype
+from gptcore.quantized import kinds_of, quantize_modules
 from gptcore.tensor_file import TensorFile, parts, save_tensors
 
 if TYPE_CHECKING:
@@ -52,9 +56,14 @@ def save_pretrained(model: GPT | TaskModel, directory: PathLike) -> None:
     any other model, such as a GPT-3 with its local attention, config.json says model_type "gptcore", which
     transformers refuses, and a warning says so. Each file is whole at any moment, and old files in the folder are
     replaced only when the new ones are on the disk. Raises ValueError, having written nothing, if a weight is not
-    finite or has another dtype than most.
+    finite, has another dtype than most, or is quantized.
     """
     directory, config = Path(directory), model.config
+    if kinds := kinds_of(model):
+        raise ValueError(
+            f"the weights are in {', '.join(sorted(set(kinds.values())))}, which only a GGUF file holds: use "
+            "export_gguf, or load the model with a dtype such as torch.float32"
+        )
     state = model.state_dict()
     _refuse("weights that are not finite", (name for name, tensor in state.items() if not tensor.isfinite().all()))
     check_one_dtype(state)
@@ -101,8 +110,10 @@ def from_pretrained(
     """Return a model that was saved by gptcore, by transformers (GPT-2 or GPT-1) or by OpenAI (GPT-2), in eval mode.
 
     name_or_path: a folder with config.json and weights in safetensors, one file or shards, or in pytorch_model.bin; a
-        folder with OpenAI's TensorFlow checkpoint (needs tensorflow); or a name on the Hugging Face Hub, as "gpt2".
-    dtype: of the weights; None keeps those of the file.
+        folder with OpenAI's TensorFlow checkpoint (needs tensorflow); a file NAME.gguf of a GPT-2, by gptcore or
+        llama.cpp, in f32, f16, bf16, q8_0 or q4_0; or a name on the Hugging Face Hub, as "gpt2".
+    dtype: of the weights; None keeps that of the file. Weights in q8_0 and q4_0 then stay quantized, and all parameters
+        are frozen; with a dtype they are decoded to ordinary weights.
     overrides: settings to replace, as in GPT.from_pretrained("gpt2", attn_pdrop=0.0).
 
     Hardly more than the model is ever in memory: files are read tensor by tensor.
@@ -121,18 +132,37 @@ def load(
     """
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype should be a floating-point one, not {dtype}")
+    if is_gguf(name_or_path):
+        file = GGUFWeights(name_or_path, in_blocks=dtype is None)
+        try:
+            return _build(make, file.config(overrides), file.path, [file], dtype or file.dtype)
+        finally:
+            file.close()
     folder = find_folder(name_or_path, ["config.json", *SAFETENSORS, "model-*.safetensors"])
     config = _config(folder, overrides)
     if folder != Path(name_or_path) and not weight_files(folder):  # on the Hub, from before safetensors
         folder = find_folder(name_or_path, ["config.json", *PICKLES, "pytorch_model-*.bin"])
-    files = _open_weights(folder)
-    _check_layers(config, folder, files)
+    return _build(make, config, folder, _open_weights(folder), dtype)
+
+
+def _build(
+    make: Callable[[GPTConfig], Model],
+    config: GPTConfig,
+    where: Path,
+    files: list[WeightFile],
+    dtype: torch.dtype | None,
+) -> Model:
+    """Return the model with the weights in the files, in eval mode."""
+    _check_layers(config, where, files)
     try:
         with torch.device("meta"), _NoInitialization():  # no memory, and no draws from the random generator
             model = make(config)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{folder}: no tensor can have these sizes: {config}") from error
-    state = _state_dict(model, folder, files, dtype, may_lack=_head(model))
+        raise ValueError(f"{where}: no tensor can have these sizes: {config}") from error
+    known = model.state_dict()
+    kinds = {name: kind for file in files for name, kind in getattr(file, "kinds", {}).items() if name in known}
+    quantize_modules(model, kinds)
+    state = _state_dict(model, where, files, dtype, may_lack=_head(model))
     model.load_state_dict(state, strict=False, assign=True)  # names were checked
     if not torch.cuda.is_available():  # where the model will compute is not known yet
         kind = next(iter(state.values())).dtype
@@ -151,7 +181,10 @@ class _NoInitialization(TorchFunctionMode):
 
 
 def load_config(name_or_path: PathLike, **overrides: Any) -> GPTConfig:
-    """Return the config of a model folder, or of a name on the Hub, with some settings replaced."""
+    """Return the config of a model folder, a GGUF file or a name on the Hub, with some settings replaced."""
+    if is_gguf(name_or_path):
+        with GGUFWeights(name_or_path, in_blocks=False) as file:
+            return file.config(overrides)
     return _config(find_folder(name_or_path, ["config.json"]), overrides)
 
 
@@ -174,13 +207,12 @@ def _open_weights(folder: Path) -> list[WeightFile]:
     return files
 
 
-def _check_layers(config: GPTConfig, folder: Path, files: list[WeightFile]) -> None:
+def _check_layers(config: GPTConfig, where: Path, files: list[WeightFile]) -> None:
     """Raise ValueError before a model is built that is far larger than the weights: each layer takes time."""
     count = sum(len(file.entries) for file in files)
     if config.n_layer > max(100, count):
-        raise ValueError(
-            f"{folder / 'config.json'} has n_layer {config.n_layer}, but the weights beside it are {count} tensors"
-        )
+        source, place = (where / "config.json", "beside") if where.is_dir() else (where, "in")
+        raise ValueError(f"{source} has n_layer {config.n_layer}, but the weights {place} it are {count} tensors")
 
 
 def _state_dict(
@@ -218,8 +250,11 @@ def _state_dict(
     _refuse(f"{where}: missing weights", expected.keys() - sources.keys())
     _refuse(f"{where}: unexpected weights", sources.keys() - expected.keys())
     shapes = {name: file.entries[on_disk].shape for name, (file, on_disk) in sources.items()}
-    for name, shape in shapes.items():
-        shapes[name] = shape[::-1] if TRANSPOSED.fullmatch(name) and len(shape) == 2 else shape
+    transposed = [
+        name for name, (file, _) in sources.items() if TRANSPOSED.fullmatch(name) and not isinstance(file, GGUFWeights)
+    ]
+    for name in transposed:
+        shapes[name] = shapes[name][::-1] if len(shapes[name]) == 2 else shapes[name]
     _refuse(
         f"{where}: weights of another shape",
         (
@@ -228,7 +263,8 @@ def _state_dict(
             if shape != tuple(expected[name].shape)
         ),
     )
-    dtypes = {name: file.entries[on_disk].dtype for name, (file, on_disk) in sources.items()}
+    quantized = kinds_of(model)  # stay as they are
+    dtypes = {name: file.entries[on_disk].dtype for name, (file, on_disk) in sources.items() if name not in quantized}
     _refuse(
         f"{where}: weights that are not floating-point numbers of 16, 32 or 64 bits",
         (f"{name} {found}" for name, found in dtypes.items() if found not in DTYPES),
@@ -240,11 +276,11 @@ def _state_dict(
     )
     state, damaged = {}, []
     for name, (file, on_disk) in sources.items():
-        if dtypes[name] == kind and not TRANSPOSED.fullmatch(name):
+        if name in quantized or (dtypes[name] == kind and name not in transposed):
             tensor = file.read(on_disk)
         else:
             tensor = torch.empty(shapes[name], dtype=kind)
-            file.copy_to(on_disk, tensor.t() if TRANSPOSED.fullmatch(name) else tensor)
+            file.copy_to(on_disk, tensor.t() if name in transposed else tensor)
         if not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN is a bound of what it is in
             damaged.append(name)
         state[name] = tensor

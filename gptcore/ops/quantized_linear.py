@@ -174,14 +174,22 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> tuple[A
     return x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), kind
 
 
-def _both_kinds(x: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
-    """Return the results for weights in q8_0 and in q4_0 side by side."""
-    weight = torch.linspace(-1, 1, len(bias) * x.shape[-1], device="cpu").sin().view(len(bias), -1)
-    outs = [quantized_linear(x, quantize(weight, kind).to(x.device), kind, bias, backend=backend) for kind in BYTES]
+def _both_kinds(
+    x: Tensor, bias: Tensor, *, weights: tuple[Tensor, ...], spread: bool = False, backend: str | None = None
+) -> Tensor:
+    """Return the results for weights of both kinds side by side. With spread each number of x is alone in its block."""
+    if spread:
+        x = F.pad(x.unsqueeze(-1), (5, BLOCK - 6)).flatten(-2)
+    outs = [quantized_linear(x, w, kind, bias, backend=backend) for kind, w in zip(BYTES, weights, strict=True)]
     return torch.cat(outs, -1)
 
 
-# No samples: those are compared with the formula in every dtype, but the CPU kernel rounds x to 8 bits
+def _weights(out_features: int, blocks: int) -> tuple[Tensor, ...]:
+    count = out_features * blocks * BLOCK
+    matrix = torch.arange(count, dtype=torch.float32, device="cpu").sin().view(out_features, -1)
+    return tuple(quantize(matrix, kind) for kind in BYTES)
+
+
 registry.register(
     Operation(
         "quantized_linear",
@@ -189,7 +197,12 @@ registry.register(
             **dict.fromkeys(registry.WITH_TORCH, _quantized_linear_torch),
             **native.differentiable(_QuantizedLinear, ["cpu", "triton"], _dense),
         },
-        samples=[],
-        first_use=lambda _: Sample("first use", _both_kinds, {"x": (70, 96), "bias": (70,)}),
+        # The CPU kernel rounds x to 8 bits, which is exact for a number that is alone in its block
+        samples=[
+            Sample("spread", _both_kinds, {"x": (5, 3), "bias": (7,)}, {"weights": _weights(7, 3), "spread": True})
+        ],
+        first_use=lambda _: Sample(
+            "first use", _both_kinds, {"x": (70, 96), "bias": (70,)}, {"weights": _weights(70, 3)}
+        ),
     )
 )

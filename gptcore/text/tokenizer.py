@@ -33,6 +33,7 @@ import tokenizers
 import torch
 
 from gptcore.files import PathLike, atomic_file, naming, open_file, write_json
+from gptcore.hf.gguf_file import is_gguf
 from gptcore.hf.hub import find_folder
 from gptcore.text.offsets import byte_offsets, folded_offsets, in_original, join_surrogates
 from gptcore.text.pretokenize import (
@@ -48,7 +49,7 @@ from gptcore.text.pretokenize import (
     in_order,
     pieces,
 )
-from gptcore.text.tokenizer_files import UNKNOWN, kind_of, parse_tokenizer, read_settings, read_vocab
+from gptcore.text.tokenizer_files import UNKNOWN, kind_of, parse_tokenizer, read_gguf, read_settings, read_vocab
 from gptcore.text.training import learn_characters, learn_merges
 
 Made = TypeVar("Made", bound="Tokenizer")
@@ -161,11 +162,11 @@ class Tokenizer:
 
         Args:
             path: a folder with tokenizer.json, or with vocab.json and merges.txt, as transformers writes them; or a
-                tokenizer.json; or, as a str, a name on the Hugging Face Hub (see `gptcore.hf.hub`).
+                tokenizer.json or a NAME.gguf; or, as a str, a name on the Hugging Face Hub (see `gptcore.hf.hub`).
 
         Raises FileNotFoundError, or ValueError for a file that is damaged or not a tokenizer of these kinds.
         """
-        if os.path.lexists(path) and not Path(path).is_dir():
+        if is_gguf(path) or (os.path.lexists(path) and not Path(path).is_dir()):
             return cls._load(Path(path), Path(path))
         folder = find_folder(path, FILES)
         if os.path.lexists(folder / "tokenizer.json"):
@@ -178,12 +179,16 @@ class Tokenizer:
     @classmethod
     def _load(cls: type[Made], file: Path, folder: Path) -> Made:
         with naming(file, "cannot be used"):
-            if file.name == "vocab.json":
-                made = cls(read_vocab(folder))
+            settings = read_settings(folder) if folder.is_dir() else {}
+            if is_gguf(file):
+                tokenizer, settings = read_gguf(file)
+            elif file.name == "vocab.json":
+                tokenizer = read_vocab(folder)
             else:
                 with open_file(file) as opened:
-                    made = cls(parse_tokenizer(opened.read()))
-            made._configure(read_settings(folder) if folder.is_dir() else {})
+                    tokenizer = parse_tokenizer(opened.read())
+            made = cls(tokenizer)
+            made._configure(settings)
             return made
 
     @classmethod

@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from gptcore.files import entry, naming, open_file, parse_json, read_json
+from gptcore.hf.gguf_file import GGUFFile
 from gptcore.text.pretokenize import (
     BYTE_OF,
     CHARACTERS,
@@ -108,13 +109,15 @@ def read_merges(file: Path) -> list[tuple[str, str]]:
     merges = []
     for number, line in enumerate(lines, start=1):
         if not (number == 1 and line.startswith("#version")):
-            left, _, right = line.removesuffix("\r").partition(" ")
-            if not left or not right or " " in right:
-                raise ValueError(
-                    f"{file}, line {number}: a merge is two tokens with a space between them, not {line!r:.60}"
-                )
-            merges.append((left, right))
+            merges.append(_merge(line.removesuffix("\r"), f"{file}, line {number}"))
     return merges
+
+
+def _merge(text: str, where: str) -> tuple[str, str]:
+    left, _, right = text.partition(" ")
+    if not left or not right or " " in right:
+        raise ValueError(f"{where}: a merge is two tokens with a space between them, not {text!r:.60}")
+    return left, right
 
 
 def read_vocab(folder: Path) -> tokenizers.Tokenizer:
@@ -144,6 +147,45 @@ def read_vocab(folder: Path) -> tokenizers.Tokenizer:
                 f"{tokenizer.token_to_id(token)}th of the vocabulary"
             )
     return tokenizer
+
+
+def read_gguf(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """Return GPT-2's kind of tokenizer from a GGUF file, and what tokenizer_config.json would say of it."""
+    with GGUFFile(file) as opened:
+        values = {name.removeprefix("tokenizer.ggml."): value for name, value in opened.metadata.items()}
+    for name, expected in (("model", "gpt2"), ("pre", "gpt-2")):  # kind of tokenizer, and how text is cut into words
+        if (found := values.get(name)) != expected:
+            raise ValueError(f"its tokenizer.ggml.{name} is {found!r:.60}, expected {expected!r}")
+    if adds := [name for name in ("add_bos_token", "add_eos_token", "add_space_prefix") if values.get(name)]:
+        raise ValueError(f"its tokenizer.ggml.{adds[0]} is true, but gptcore adds nothing to a text")
+    tokens, types = entry(values, "tokens", list[str], file), entry(values, "token_type", list[int], file)
+    if len(types) != len(tokens) or len(set(tokens)) < len(tokens):
+        raise ValueError(f"its {len(tokens)} tokens are {len(set(tokens))} different ones, and have {len(types)} types")
+    normal, control, user_defined, unused = 1, 3, 4, 5  # gguf.TokenType
+    if strange := set(types) - {normal, control, user_defined, unused}:
+        raise ValueError(f"its tokens have the type {min(strange)}, expected 1, 3, 4 or 5")
+    while types and types[-1] == unused:  # they fill the vocabulary up to that of the model
+        types.pop()
+    known = tokens[: len(types)]
+    options = {"normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    added = [
+        {"id": i, "content": token, "special": kind != user_defined, **options}
+        for i, (token, kind) in enumerate(zip(known, types, strict=True))
+        if kind != normal
+    ]
+    merges = [
+        list(_merge(text, f"{file}, merge {i}")) for i, text in enumerate(entry(values, "merges", list[str], file))
+    ]
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(known)}, "merges": merges}
+    words = json.loads(GPT2_WORDS.__getstate__())
+    tokenizer = parse_tokenizer(json.dumps({"added_tokens": added, "pre_tokenizer": words, "model": model}))
+    settings = {}
+    for ours, theirs in (("eos_token", "eos_token_id"), ("pad_token", "padding_token_id")):
+        if (number := entry({theirs: None, **values}, theirs, int | None, file)) is not None:
+            if not 0 <= number < len(known):
+                raise ValueError(f"its {theirs} is {number:,}, expected one of its {len(known):,} tokens")
+            settings[ours] = known[number]
+    return tokenizer, settings
 
 
 def _special_names(folder: Path) -> set[str]:
