@@ -27,6 +27,7 @@ MEDIUM = GPTConfig(
     vocab_size=pick(65, 8192), n_positions=256, n_embd=pick(32, 512), n_layer=pick(1, 6), n_head=8, **NO_DROPOUT
 )
 MEDIUM_BATCH = pick((2, 8), (8, 256))
+MEDIUM_CASE = "{} layers, width {}, batch {} x {}".format(MEDIUM.n_layer, MEDIUM.n_embd, *MEDIUM_BATCH)
 ROUNDS = {"toy": 2, "quick": 5, "full": 30}[FORM]
 
 
@@ -80,8 +81,7 @@ def bench_recomputation(compare: Compare) -> None:
             with_it()
 
     extra: dict[str, Any] = {}
-    case = "{} layers, width {}, batch {} x {}".format(MEDIUM.n_layer, MEDIUM.n_embd, *MEDIUM_BATCH)
-    compare("training step with recomputation", case, recomputing, without, against="without it", extra=extra)
+    compare("training step with recomputation", MEDIUM_CASE, recomputing, without, against="without it", extra=extra)
     extra["loss difference"] = difference(with_it, without)
 
 

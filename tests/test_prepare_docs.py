@@ -56,6 +56,25 @@ def test_filters_in_two_processes_of_datatrove(tmp_path, monkeypatch):
     assert kept == [3, 3]
 
 
+@pytest.mark.slow
+def test_prepared_against_raw(tmp_path, monkeypatch, capsys):
+    """The experiment of the page runs, with two steps of training."""
+    from benchmarks import prepared_against_raw
+
+    assert "python -m benchmarks.prepared_against_raw out " in PAGE
+    for seed in range(60):
+        (tmp_path / f"in/package-{seed}").mkdir(parents=True)
+        (tmp_path / f"in/package-{seed}/README.md").write_text(made_texts.text(seed, lines=30), encoding="utf-8")
+    monkeypatch.setattr(prepared_against_raw, "STEPS", 2)
+    monkeypatch.setattr(prepared_against_raw, "WARMUP", 0)
+    monkeypatch.setattr(prepared_against_raw, "BLOCK", 32)
+    prepared_against_raw.main(tmp_path / "out", [tmp_path / "in"])
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"\d+ held-out tokens; 1,024 tokens of training\nraw  .* loss \d+\.\d+, \d+\.\d+\nprepared ", printed
+    )
+
+
 def test_the_table_of_steps_is_that_of_the_recipes():
     rows = dict(re.findall(r"^\| `(\w+)` \| .*? \| (?=[^|]*\|[^|]*\|[^|]*\|[^|]*\|$)(.*) \|$", PAGE, re.MULTILINE))
     for step in [*FIRST, *SECOND]:
