@@ -382,6 +382,31 @@ def test_pytorch_never_gets_a_storage_that_was_resized(dtype: torch.dtype) -> No
         _C.check_storage([whole])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copies_for_kernels_never_read_beyond_a_storage(dtype: torch.dtype) -> None:
+    """Kernels get dense tensors, and some in float32: PyTorch makes them."""
+    row, matrix, blocks = torch.ones(64, dtype=dtype), torch.ones(9, 64, dtype=dtype), torch.zeros(9, 68).byte()
+    across, vector, rows = (
+        torch.ones(64, 6, dtype=dtype).t(),
+        torch.ones(128, dtype=dtype)[::2],
+        torch.zeros(68, 9).byte().t(),
+    )
+    for cut in (across, vector, rows):
+        cut.untyped_storage().resize_(4)
+    for run in (
+        lambda: ops.gelu(across, backend="cpu"),
+        lambda: ops.gelu(matrix, bias=vector, backend="cpu"),
+        lambda: ops.layer_norm(across, row, backend="cpu"),
+        lambda: ops.layer_norm(matrix, vector, backend="cpu"),
+        lambda: ops.linear(across, matrix, backend="cpu"),
+        lambda: ops.linear(matrix, across, backend="cpu"),
+        lambda: ops.quantized_linear(across, blocks, "q8_0", backend="cpu"),
+        lambda: ops.quantized_linear(matrix, rows, "q8_0", backend="cpu"),
+    ):
+        with pytest.raises(ValueError, match="storage was resized"):
+            run()
+
+
 def test_an_optimizer_never_gets_a_storage_that_was_resized() -> None:
     parameter = torch.nn.Parameter(torch.ones(64, 8))
     parameter.grad = torch.ones(64, 8)

@@ -180,6 +180,8 @@ def differentiable(
     apply = _apply_without_check(function)
 
     def run(backend: str, *args: Any) -> Any:
+        if not torch.compiler.is_compiling() and any(map(_may_be_copied, args)):
+            _C.check_storage(args)
         args = prepare(*args)
         if torch.compiler.is_compiling():
             return function.apply(*distinct(args), backend)
@@ -188,6 +190,11 @@ def differentiable(
         return function.forward(_NothingToKeep(), *args, backend)
 
     return {backend: functools.partial(run, backend) for backend in backends}
+
+
+def _may_be_copied(arg: Any) -> bool:
+    """Return whether PyTorch may read this argument to copy it, before the checks of the kernel."""
+    return isinstance(arg, torch.Tensor) and not (arg.dtype == torch.float32 and arg.is_contiguous())
 
 
 def distinct(args: tuple[Any, ...]) -> list[Any]:
