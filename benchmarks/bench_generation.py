@@ -90,6 +90,7 @@ def bench_step(dtype: torch.dtype, size: str, against: str, compare: Compare) ->
     found = step._describe(model, cache)
     assert found is not None
     weights, layers, embeddings, positions = found
+    assert embeddings is not None
     logits, eps = whole(), model.config.layer_norm_epsilon
 
     def native() -> None:

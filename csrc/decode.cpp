@@ -194,7 +194,13 @@ class Step {
         residual_out, mean_, rstd_, eps, in_.execution);
     if (runs_) kernels_.layer_norm_forward(args);
   }
+  // A weight of bytes is quantized; the number of bytes of a row shows the kind.
   void linear(const TensorView& x, const TensorView& weight, const OptionalView& bias, const TensorView& out) {
+    if (weight.dtype == DType::uint8 && weight.ndim == 2) {
+      const char* kind = weight.shape[1] == x.shape[1] / 32 * 34 ? "q8_0" : "q4_0";
+      return run_with_workspace(quantized_linear_forward_args(x, weight, kind, bias, out, in_.execution),
+                                kernels_.quantized_linear_workspace, kernels_.quantized_linear);
+    }
     run_with_workspace(linear_forward_args(x, weight, bias, out, in_.execution.num_threads), kernels_.linear_workspace,
                        kernels_.linear);
   }

@@ -26,5 +26,8 @@ GeluArgs gelu_forward_args(const TensorView& x, const OptionalView& bias, const 
                            const Execution& execution);
 LinearArgs linear_forward_args(const TensorView& x, const TensorView& weight, const OptionalView& bias,
                                const TensorView& out, int64_t num_threads);
+QuantizedLinearArgs quantized_linear_forward_args(const TensorView& x, const TensorView& weight,
+                                                  const std::string& kind, const OptionalView& bias,
+                                                  const TensorView& out, const Execution& execution);
 
 }  // namespace gptcore

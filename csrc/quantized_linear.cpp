@@ -1,13 +1,11 @@
-#include "csrc/operations.h"
+#include "csrc/forward.h"
 
 namespace gptcore {
-namespace {
 
-constexpr int64_t kBlock = 32;
-
-// Computes out = x @ weight^T + bias, where weight holds rows of GGUF's blocks.
-void quantized_linear_forward(const TensorView& x, const TensorView& weight, const std::string& kind,
-                              const OptionalView& bias, const TensorView& out, const Execution& execution) {
+QuantizedLinearArgs quantized_linear_forward_args(const TensorView& x, const TensorView& weight,
+                                                  const std::string& kind, const OptionalView& bias,
+                                                  const TensorView& out, const Execution& execution) {
+  constexpr int64_t kBlock = 32;
   QuantizedLinearArgs args{};
   if (kind == "q8_0") args.type = BlockType::q8_0;
   else if (kind == "q4_0") args.type = BlockType::q4_0;
@@ -41,6 +39,15 @@ void quantized_linear_forward(const TensorView& x, const TensorView& weight, con
     check_apart(out, "out", *bias, "bias");
     args.bias = bias->data, args.bias_dtype = bias->dtype;
   }
+  return args;
+}
+
+namespace {
+
+// Computes out = x @ weight^T + bias, where weight holds rows of GGUF's blocks.
+void quantized_linear_forward(const TensorView& x, const TensorView& weight, const std::string& kind,
+                              const OptionalView& bias, const TensorView& out, const Execution& execution) {
+  QuantizedLinearArgs args = quantized_linear_forward_args(x, weight, kind, bias, out, execution);
   const Kernels& kernels = kernels_for(x, execution);
   if (execution.check_only) return;
   if (!kernels.quantized_linear) check_cpu(x, "x");

@@ -134,7 +134,7 @@ def decode(
     tokens, embeddings: the entry of each row in (entries, width).
     positions: (positions, width), added at the index of the row's length.
     weights: weight and bias of ln_1, c_attn, c_proj, ln_2, c_fc and c_proj of each layer; with final_eps weight and
-        bias of the last norm; the weight of the output projection.
+        bias of the last norm; the weight of the output projection. Weights of linear layers may be q8_0 or q4_0 blocks.
     caches: keys and values of each layer, (2, rows or more, heads, capacity, head_dim), of `lengths` tokens a row.
     layers: scale and window (-1: none) of attention, eps of both norms, and whether GELU has the tanh form.
     final_eps: None for norms after attention and MLP instead of before them.

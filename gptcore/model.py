@@ -347,7 +347,7 @@ class GPT(nn.Module):
         return tokens * math.sqrt(self.config.n_embd) + sinusoids(position_ids, tokens)
 
 
-step.register(GPT, Block, Attention, MLP, LayerNorm, Linear)
+step.register(GPT, Block, Attention, MLP, LayerNorm, Linear, QuantizedLinear, QuantizedEmbedding)
 
 
 def project(hidden: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:

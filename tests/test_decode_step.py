@@ -19,6 +19,8 @@ from gptcore.config import GPTConfig
 from gptcore.generation.cache import KVCache
 from gptcore.generation.step import next_logits
 from gptcore.model import GPT, Attention, Linear
+from gptcore.ops.quantized_linear import quantize
+from gptcore.quantized import kinds_of, quantize_modules
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": {},
@@ -85,6 +87,23 @@ def test_a_step_has_the_bits_of_the_page(variant: str, dtype: torch.dtype, backe
         with threads(count), running(backend):
             check_equal(model, (filled(model, prompts), filled(model, prompts)), steps=4)
     assert native == [*[1] * 4, *[4] * 4, *[3] * 4]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+@torch.no_grad()
+def test_quantized_weights_have_the_bits_of_the_page(kind: str, dtype: torch.dtype, native: list[int]) -> None:
+    for settings in ({}, {"norm_position": "post", "tie_word_embeddings": False}):
+        model = small(dtype, n_embd=64, **settings)
+        state = model.state_dict()
+        linear = [name for name, weight in state.items() if weight.ndim == 2 and not name.startswith("wpe")]
+        quantize_modules(model, dict.fromkeys(linear, kind))
+        assert len(kinds_of(model)) == len(linear)
+        blocks = {name: quantize(state[name], kind) for name in linear}
+        model.load_state_dict({**state, **blocks}, assign=True)
+        model.eval()
+        check_equal(model, (filled(model, PROMPTS), filled(model, PROMPTS)), steps=2)
+    assert native == [4] * 4
 
 
 @torch.no_grad()
@@ -156,8 +175,8 @@ def transposed(model: GPT) -> None:
     weight.data = weight.t().contiguous().t()
 
 
-def frozen_head(model: GPT) -> None:
-    model.lm_head = Linear(48, 97, bias=False)
+def other_head(model: GPT) -> None:
+    model.lm_head = OtherLinear(48, 97, bias=False)
 
 
 PAGE: dict[str, Callable[[GPT], Any]] = {
@@ -177,8 +196,7 @@ PAGE: dict[str, Callable[[GPT], Any]] = {
     "dropout": dropout,
     "parametrization": lambda model: parametrize.register_parametrization(model.h[0].mlp.c_fc, "weight", Doubled()),
     "memory": transposed,
-    "class of the output projection": frozen_head,
-    "norm of embeddings": lambda model: setattr(model.wpe, "max_norm", 1.0),
+    "class of the output projection": other_head,
     "window": lambda model: setattr(model.h[1].attn, "window", (2, 1)),
     "compiled": lambda model: setattr(model.h[0], "_compiled_call_impl", model.h[0]._call_impl),  # as by .compile()
     "weight in another dtype": lambda model: model.ln_f.double(),
@@ -259,7 +277,11 @@ def moved(model: GPT) -> None:
         parameter.data = 1.5 * parameter.data
 
 
-@pytest.mark.parametrize("change", [loaded, trained, replaced, moved])
+def renormed(model: GPT) -> None:
+    model.wpe.max_norm = 1.0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("change", [loaded, trained, replaced, moved, renormed])
 @torch.no_grad()
 def test_changes_between_steps_count(change: Callable[[GPT], None], native: list[int]) -> None:
     model = small(tie_word_embeddings=False)

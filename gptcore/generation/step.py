@@ -8,7 +8,7 @@ GPT.forward: hooks, other classes or methods, autocast, another backend, tensors
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def _native(model: GPT, tokens: list[int], cache: KVCache) -> Tensor | None:
     if native.is_watched(embeddings, positions, *weights):
         return None
     try:
-        if positions is None:  # not a table
+        if embeddings is None:
             x = model._embed(torch.tensor(tokens, device="cpu")[:, None], cache.positions()[:, None])
             tokens, embeddings = list(range(len(tokens))), x[:, 0]
         logits = embeddings.new_empty(len(tokens), len(weights[-1]))
@@ -75,9 +75,10 @@ def _native(model: GPT, tokens: list[int], cache: KVCache) -> Tensor | None:
     return logits
 
 
-def _describe(model: GPT, cache: KVCache) -> tuple[list[Tensor], list[Layer], Tensor, Tensor | None] | None:
+def _describe(model: GPT, cache: KVCache) -> tuple[list[Tensor], list[Layer], Tensor | None, Tensor | None] | None:
     """Return weights, numbers of the layers, embeddings and positions; None if Python could notice the native step.
 
+    Embeddings and positions are None where only GPT._embed computes their sum.
     Read anew for every step: between two tokens of a stream anything may change.
     """
     if torch_module._has_any_global_hook() or any(kind.forward is not known for kind, known in _forwards.items()):
@@ -97,7 +98,7 @@ def _describe(model: GPT, cache: KVCache) -> tuple[list[Tensor], list[Layer], Te
             leaves = (ln_1, a["c_attn"], a["c_proj"], ln_2, m["c_fc"], m["c_proj"])
             modules += (block, attn, a["resid_dropout"], mlp, m["resid_dropout"], *leaves)
             for leaf in leaves:
-                weights += (leaf._parameters["weight"], leaf._parameters["bias"])
+                weights += (_weight_of(leaf), leaf._parameters["bias"])
             left, right = (-1, 0) if attn.window is None else attn.window
             if block.post_norm == pre_norm or attn.layer != len(layers) or right != 0:
                 return None
@@ -105,14 +106,13 @@ def _describe(model: GPT, cache: KVCache) -> tuple[list[Tensor], list[Layer], Te
             layers.append((attn.scale, left, ln_1.eps, ln_2.eps, mlp.gelu_form == "tanh"))
         wpe: Any = model.wpe
         last: Any = model.ln_f
-        embeddings = cast(Tensor, model.wte._parameters["weight"])
-        positions = None if wpe is None else wpe._parameters["weight"]
-        if wpe is not None and wpe.max_norm is not None:
-            return None
+        embeddings = positions = None
+        if wpe is not None and wpe.max_norm is None and (embeddings := model.wte._parameters.get("weight")) is not None:
+            positions = wpe._parameters["weight"]
         if pre_norm:
             weights += (last._parameters["weight"], last._parameters["bias"])
         head: Any = model.wte if model.lm_head is None else model.lm_head
-        weights.append(head._parameters["weight"])
+        weights.append(_weight_of(head))
     except KeyError:  # a module or weight was removed, or is computed
         return None
     for module in modules:
@@ -128,6 +128,12 @@ def _describe(model: GPT, cache: KVCache) -> tuple[list[Tensor], list[Layer], Te
             or "_compiled_call_impl" in state
         ):
             return None
-    if heads != {cache.layers[0].shape[2]} or type(model.lm_head) not in (nn.Linear, type(None)):
+    if heads != {cache.layers[0].shape[2]} or (type(head) is not nn.Linear and type(head) not in _forwards):
         return None
     return weights, layers, embeddings, positions
+
+
+def _weight_of(module: Any) -> Tensor:
+    """Return the weight, a parameter or, in blocks, a buffer."""
+    found: Tensor | None = module._parameters.get("weight")
+    return module._buffers["weight"] if found is None else found
