@@ -1,4 +1,4 @@
-"""llama.cpp itself runs what `export_gguf` writes: pytest tests/sweep/llama_cpp.py
+"""llama.cpp itself runs what `export_gguf` writes, with the logits of gptcore: pytest tests/sweep/llama_cpp.py
 
 Needs the package xllamacpp, llama.cpp in a wheel; so pytest does not collect this file by default.
 """
@@ -19,7 +19,9 @@ PROMPT = "the kernels of a GPT, 12 files; naïve über"
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("dtype", "bound"), [("f32", 0.01), ("f16", 0.01), ("bf16", 0.05), ("q8_0", 0.1)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("f32", 0.01), ("f16", 0.01), ("bf16", 0.05), ("q8_0", 0.05), ("q4_0", 0.05)]
+)
 def test_llama_cpp_computes_the_same(tmp_path: Path, dtype: str, bound: float, tied: bool) -> None:
     torch.manual_seed(0)
     text = tmp_path / "text.txt"
@@ -40,6 +42,9 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, dtype: str, bound: float, t
     )  # fmt: skip
     model = GPT(config).eval()
     export_gguf(model, tokenizer, tmp_path / "m.gguf", dtype)
+    assert Tokenizer.from_pretrained(tmp_path / "m.gguf").encode(PROMPT) == tokenizer.encode(PROMPT)
+    if dtype in ("q8_0", "q4_0"):  # both round the inputs of layers to 8 bits
+        model = GPT.from_pretrained(tmp_path / "m.gguf")
 
     options = xllamacpp.CommonParams()
     options.model.path = str(tmp_path / "m.gguf")
