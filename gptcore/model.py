@@ -188,7 +188,8 @@ class GPT(nn.Module):
 
         A tied wte is counted once, or not at all with non_embedding; an untied lm_head is always counted.
         """
-        looked_up = {id(module.weight) for module in self.modules() if isinstance(module, nn.Embedding)}
+        embeddings = [module for module in self.modules() if isinstance(module, nn.Embedding)]
+        looked_up = {id(parameter) for module in embeddings for parameter in module.parameters()}
         count = sum(p.numel() for p in self.parameters() if not (non_embedding and id(p) in looked_up))
         quantized = QuantizedLinear if non_embedding else QuantizedWeight
         return count + sum(module.numel() for module in self.modules() if isinstance(module, quantized))

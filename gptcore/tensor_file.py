@@ -79,7 +79,9 @@ class Entry(NamedTuple):
 
 
 class TensorFile:
-    """The tensors of a safetensors file: `entries` by name, read whole or by rows. Subclasses read other formats.
+    """The tensors of a safetensors file: `entries` by name, read whole or by rows; `metadata` are strings by name.
+
+    Subclasses read other formats.
 
     Raises OSError where the file cannot be read, and ValueError, naming the file and the tensor, if it is damaged or
     changes while it is open.
@@ -137,7 +139,8 @@ class TensorFile:
         if length > min(HEADER_LIMIT, size - 8):
             raise ValueError(f"its header should have {length:,} bytes, but the file has {size:,}")
         header = parse_json(self._file.read(length), self.path)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
+        self.metadata = {key: value for key, value in metadata.items() if isinstance(value, str)}
         entries, spans = {}, []
         for name, values in header.items():
             if not name.isprintable():  # an escape code would reach the terminal with the next error

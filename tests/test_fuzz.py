@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from gptcore import GPT, GPTConfig, Tokenizer, TrainingArguments
 from gptcore.data.shards import read_shard, write_shard
 from gptcore.hf.gguf import export_gguf
+from gptcore.lora import add_adapter, load_adapter, save_adapter
 from gptcore.training import checkpoint, resume
 from gptcore.training.checkpoint import CheckpointError
 from gptcore.training.optim import AdamW
@@ -147,6 +148,16 @@ def read_run(folder: Path, seal: str | None = None) -> None:
         np.random.set_state(generators[2])  # noqa: NPY002
 
 
+def adapter(folder: Path) -> None:
+    adapted = GPT(CONFIG)
+    add_adapter(adapted, r=2, target_modules=["c_attn.q", "c_fc"], modules_to_save=["wte"])
+    save_adapter(adapted, folder)
+
+
+def read_adapter(folder: Path) -> None:
+    load_adapter(GPT(CONFIG), folder)
+
+
 def train_on(folder: Path) -> None:
     for kind, size in (("bpe", 262), ("char", None)):
         Tokenizer.train(folder / "text", kind=kind, vocab_size=size)
@@ -181,6 +192,7 @@ READERS: list[Reader] = [
         (tokens, name, lambda folder, name=name, format=format: read_tokens(folder, name, format))
         for name, format in (("ours", None), ("llmc", None), ("nanogpt", "nanogpt"))
     ),
+    *((adapter, name, read_adapter) for name in ("adapter_config.json", "adapter_model.safetensors")),
     (saved_run, "manifest.json", read_run),
     *(
         (saved_run, name, lambda folder, name=name: read_run(folder, name))

@@ -13,6 +13,7 @@ from torch import Tensor
 from gptcore.config import GELU_FORMS, GPTConfig
 from gptcore.files import PathLike, atomic_file
 from gptcore.hf.gguf_weights import gguf_name
+from gptcore.lora.adapters import base_state
 from gptcore.ops.quantized_linear import BLOCK, BYTES, dequantize
 from gptcore.quantized import kinds_of
 
@@ -40,6 +41,7 @@ def export_gguf(
     Raises ValueError for a model or tokenizer that llama.cpp would compute something else with, and for a weight that
     does not fit into the dtype; ImportError without the package gguf.
     """
+    state = base_state(model)
     quantized = kinds_of(model)
     own = _own_dtype(model, quantized)
     dtype = own if dtype is None else dtype
@@ -80,7 +82,7 @@ def export_gguf(
         writer.add_bos_token_id(words["end"] if config.bos_token_id is None else config.bos_token_id)
         writer.add_eos_token_id(words["end"])
         writer.add_add_bos_token(False)
-        for ours, tensor in sorted(model.state_dict().items(), key=_order(model)):
+        for ours, tensor in sorted(state.items(), key=_order(model)):
             if ours in quantized and dtype in BLOCK_KINDS:
                 writer.add_tensor(gguf_name(ours), tensor.cpu().numpy(), raw_dtype=kinds[quantized[ours]][0])
                 continue

@@ -33,6 +33,7 @@ from gptcore.hf.weight_files import (
     weight_files,
 )
 from gptcore.inputs import check_one_dtype
+from gptcore.lora.adapters import base_state
 from gptcore.quantized import kinds_of, quantize_modules
 from gptcore.tensor_file import TensorFile, parts, save_tensors
 
@@ -56,7 +57,7 @@ def save_pretrained(model: GPT | TaskModel, directory: PathLike) -> None:
     any other model, such as a GPT-3 with its local attention, config.json says model_type "gptcore", which
     transformers refuses, and a warning says so. Each file is whole at any moment, and old files in the folder are
     replaced only when the new ones are on the disk. Raises ValueError, having written nothing, if a weight is not
-    finite, has another dtype than most, or is quantized.
+    finite, has another dtype than most, or is quantized, or if an adapter is in use and not merged.
     """
     directory, config = Path(directory), model.config
     if kinds := kinds_of(model):
@@ -64,7 +65,7 @@ def save_pretrained(model: GPT | TaskModel, directory: PathLike) -> None:
             f"the weights are in {', '.join(sorted(set(kinds.values())))}, which only a GGUF file holds: use "
             "export_gguf, or load the model with a dtype such as torch.float32"
         )
-    state = model.state_dict()
+    state, layout = base_state(model), stored_as(model)
     _refuse("weights that are not finite", (name for name, tensor in state.items() if not tensor.isfinite().all()))
     check_one_dtype(state)
     if not (config.is_gpt1 or config.is_gpt2):
@@ -73,9 +74,7 @@ def save_pretrained(model: GPT | TaskModel, directory: PathLike) -> None:
             "these weights (local attention, sinusoidal positions and some settings of a GPT-1 are not in it)",
             stacklevel=2,
         )
-    on_disk = {}
-    for name, (stored, transposed) in stored_as(model).items():
-        on_disk[stored] = state[name].t() if transposed else state[name]
+    on_disk = {layout[name][0]: tensor.t() if layout[name][1] else tensor for name, tensor in state.items()}
     with atomic_file(directory / "config.json") as aside:  # the weights are replaced inside, so just before it
         write_json(aside, {**config.to_dict(), **_task_config(model)})
         save_tensors(directory / "model.safetensors", on_disk)

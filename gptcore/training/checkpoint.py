@@ -247,8 +247,8 @@ def _advice(error: Exception, folder: Path) -> str:
 
 
 def save_weights(model: nn.Module, folder: Path, shards: Shards | None = None) -> None:
-    """Write model.safetensors and, where the model has a config, config.json."""
-    if hasattr(model, "stored_as") and shards is None:
+    """Write model.safetensors, adapters included, and, where the model has a config, config.json."""
+    if hasattr(model, "stored_as") and shards is None and not hasattr(model, "adapters"):
         model.save_pretrained(folder)  # type: ignore[operator]
         return
     layout, tensors = layout_of(model), named_tensors(model)

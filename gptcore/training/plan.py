@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +54,10 @@ def plan(trainer: Trainer) -> str:
                 config, args.per_device_train_batch_size, length, dtype=dtype, recompute=args.gradient_checkpointing,
                 processes=trainer.processes.count, micro_batches=max(1, each), fsdp=args.parallel == "fsdp",
             )  # fmt: skip
+            if hasattr(model, "adapters"):
+                trained = (decayed + undecayed) / config.num_parameters
+                kinds = {name: int(getattr(found, name) * trained) for name in ("gradients", "moments", "kept")}
+                found = dataclasses.replace(found, **kinds)
             lines += [("memory", estimate.sizes(found))]
     clipped = f"gradient norm clipped to {args.max_grad_norm:g}" if args.max_grad_norm > 0 else "no clipping"
     lines += [

@@ -33,6 +33,8 @@ from gptcore.files import (
     write_json,
 )
 from gptcore.hf.pretrained import PICKLES, SAFETENSORS
+from gptcore.lora.adapters import Adapters
+from gptcore.lora.files import WEIGHTS
 from gptcore.training import checkpoint
 from gptcore.training.arguments import TrainingArguments
 from gptcore.training.checkpoint import CheckpointError
@@ -104,7 +106,7 @@ def earlier_run(folder: Path, resumed: Path | None, overwrite: bool) -> list[Pat
 
 def model_files(folder: PathLike) -> list[Path]:
     """Return the config and weight files in a folder, of gptcore or another program."""
-    names = ["config.json", "hparams.json", *SAFETENSORS, *PICKLES]
+    names = ["config.json", "hparams.json", *SAFETENSORS, *PICKLES, WEIGHTS]
     return [path for name in names if os.path.lexists(path := Path(folder, name))]
 
 
@@ -186,11 +188,13 @@ def describe_run(
 ) -> Description:
     """Return all that determines a run beside its state; each checkpoint stores it, and resuming compares it."""
     to_dict = getattr(getattr(model, "config", None), "to_dict", lambda: {"class": type(model).__qualname__})
+    adapters: Adapters | None = getattr(model, "adapters", None)
+    configs = {} if adapters is None else {name: dataclasses.asdict(made) for name, made in adapters.configs.items()}
     description: Description = {
         "args": dataclasses.asdict(args),
         "data": data,
         "schedule": {"total_steps": total_steps},
-        "model": to_dict(),
+        "model": to_dict() | ({} if adapters is None else {"adapters": configs, "adapter": adapters.active}),
         "environment": {
             "python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__,
             "device": device.type, "threads": torch.get_num_threads(),

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from gptcore import precision
 from gptcore.data.collator import DataCollatorForLanguageModeling
 from gptcore.files import absolute
+from gptcore.lora.adapters import is_unmerged
+from gptcore.lora.files import save_adapter
 from gptcore.modes import module_mode
 from gptcore.training import arguments, checkpoint, distributed, estimate, resume
 from gptcore.training.arguments import TrainingArguments, lr_at
@@ -263,13 +265,16 @@ class Trainer:
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
         """Write the model and the tokenizer's files into a folder, by default args.output_dir.
 
-        A model without save_pretrained is written as model.safetensors, its state_dict by its own names.
+        Of a model with an adapter that is not merged, only the adapter is written, in peft's files. A model without
+        save_pretrained is written as model.safetensors, its state_dict by its own names.
         """
         self._first(functools.partial(self._save_model, absolute(output_dir) if output_dir else self.folder))
 
     def _save_model(self, folder: Path) -> None:
         with checkpoint.exclusive(folder, nested=True):  # another process may be training into it
-            if hasattr(self.own_model, "save_pretrained") and self.shards is None:
+            if is_unmerged(self.own_model):
+                save_adapter(self.own_model, folder)
+            elif hasattr(self.own_model, "save_pretrained") and self.shards is None:
                 self.own_model.save_pretrained(folder)  # type: ignore[operator]
             else:
                 checkpoint.save_weights(self.own_model, folder, self.shards)
