@@ -5,7 +5,7 @@
 # make bench   time everything against PyTorch, in about ten minutes; make bench-full for benchmarks/results, more rounds
 # make fuzz    damaged and hostile files against every reader, for GPTCORE_FUZZ_SECONDS (60)
 # make asan    the native tests under AddressSanitizer and UBSan
-# make sweep   tests that need large packages (TensorFlow, llama.cpp), and every mutant of the CUDA kernels
+# make sweep   tests and benchmarks that need large packages (TensorFlow, llama.cpp); every mutant of the CUDA kernels
 # Programs keep their compiled modules: the tests start many processes, and each would compile PyTorch's for seconds.
 export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= python3
@@ -36,6 +36,7 @@ asan: .venv/installed
 sweep: .venv/installed
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -e ".[test,tf]" xllamacpp
 	$(BIN)/python -m pytest tests/sweep/*.py
+	$(BIN)/python -m benchmarks -k bench_llama --output out/llama
 	$(BIN)/python -m tools.mutants
 
 .venv/installed: $(SOURCES)

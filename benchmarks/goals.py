@@ -46,6 +46,8 @@ GOALS = [
     ),
     Goal(r"GPT-2 124M LoRA step .*", ratio=1),
     Goal(r"peak memory of a GPT-2 124M step .*", ratio=1),
+    Goal(r"against llama\.cpp, prefill .*", ratio=1.3),
+    Goal(r"against llama\.cpp, decoding .*", ratio=1),
 ]  # fmt: skip
 
 
