@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "tools/data/mutants.md"
 SOURCES = {  # the kernels' files, and what is compiled of each
     "tile.cuh": ("attention_forward", "attention_backward"),
+    "nonfinite.cuh": ("attention_forward", "attention_backward"),
     "attention_forward.cuh": ("attention_forward",),
     "attention_backward.cuh": ("attention_backward",),
     "rows.cuh": ("layer_norm", "gelu"),
@@ -56,6 +57,16 @@ HARMLESS: dict[tuple[str, str, str], str] = {
         "attention_forward.cuh",
         "if (p.group == 1) return rows_of<T>(view, batch, kv_head, index);",
         "p.group == 1 -> false",
+    ): "a shortcut",
+    (
+        "attention_forward.cuh",
+        "return p.dropout && !is_kept(p, head, row / p.group, key) ? 0.0f : weight;",
+        "p.dropout -> true",
+    ): "a shortcut",
+    (
+        "attention_backward.cuh",
+        "const float kept = !p.dropout ? 1.0f : is_kept(p, query_head, query, key) ? p.dropout_scale : 0.0f;",
+        "!p.dropout -> false",
     ): "a shortcut",
     (
         "attention_backward.cuh",

@@ -11,7 +11,12 @@ Call = Callable[[], list[torch.Tensor]]
 
 
 def attention(
-    dtype: torch.dtype, shape: tuple[int, ...], tf32: bool = False, lse_grad: bool = True, **options: Any
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    tf32: bool = False,
+    lse_grad: bool = True,
+    bad: tuple[tuple[int, int, float], ...] = (),  # which of q, k and v has this number in this row
+    **options: Any,
 ) -> Call:
     batch, query_heads, kv_heads, query_len, kv_len, head_dim = shape
 
@@ -21,7 +26,11 @@ def attention(
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.manual_seed(0)
         sizes = ((query_heads, query_len), (kv_heads, kv_len), (kv_heads, kv_len))
-        q, k, v = (torch.randn(batch, *size, head_dim).to(dtype).requires_grad_() for size in sizes)
+        q, k, v = (torch.randn(batch, *size, head_dim).to(dtype) for size in sizes)
+        for which, at, number in bad:
+            (q, k, v)[which][-1, -1, at, head_dim // 2] = number
+        for tensor in (q, k, v):
+            tensor.requires_grad_()
         out, lse = ops.attention_with_lse(q, k, v, backend="simt", **options)
         loss = out.square().sum() + (lse[lse.isfinite()].sum() if lse_grad else 0)
         grads = torch.autograd.grad(loss, (q, k, v))
@@ -30,7 +39,7 @@ def attention(
     return call
 
 
-def decode(dtype: torch.dtype, shape: tuple[int, ...], **options: Any) -> Call:
+def decode(dtype: torch.dtype, shape: tuple[int, ...], bad: float = 0.0, **options: Any) -> Call:
     query_heads, query_len, kv_len, head_dim = shape
 
     def call() -> list[torch.Tensor]:
@@ -39,6 +48,8 @@ def decode(dtype: torch.dtype, shape: tuple[int, ...], **options: Any) -> Call:
         torch.manual_seed(0)
         q = torch.randn(1, query_heads, query_len, head_dim).to(dtype)
         k, v = (torch.randn(1, 2, kv_len, head_dim).to(dtype) for _ in range(2))
+        if bad:
+            v[0, 1, [700, -1], head_dim - 1] = bad
         return list(ops.attention_with_lse(q, k, v, backend="simt", **options))
 
     return call
@@ -87,6 +98,7 @@ def gelu(dtype: torch.dtype, rows: int, width: int, bias: bool, approximate: str
 
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+NAN, INF = float("nan"), float("inf")
 PACKED = torch.tensor([0, 40, 40, 41, 150])
 BLIND = torch.tensor([0, 20, 150]), torch.tensor([0, 20, 20])
 HALF_BLIND = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1100])
@@ -109,6 +121,10 @@ GRID = {
         decode(BF16, (4, 1, 1100, 64)),
         decode(BF16, (6, 1, 1100, 45)),
         decode(BF16, (2, 2, 1100, 64), cu_seqlens=HALF_BLIND),
+        # Non-finite numbers, which some rows of their tiles do not attend to
+        attention(BF16, (1, 4, 2, 70, 70, 64), dropout_p=0.25, bad=((2, 60, NAN),)),
+        attention(F32, (1, 2, 1, 70, 75, 40), scale=-0.2, window=(40, 0), bad=((0, 20, NAN), (1, 60, INF))),
+        decode(BF16, (4, 2, 1100, 45), window=(398, 0), bad=INF),
     ],
     "layer_norm": [
         layer_norm(BF16, 9, 1000, True),

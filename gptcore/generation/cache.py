@@ -19,7 +19,7 @@ class KVCache:
     Every later pass adds T tokens to each row. `extend` takes in the rows of another cache; `drop` removes a row.
 
     A layer has one tensor (2, rows, H, capacity, D), in the dtype and on the device of its first keys. Free space holds
-    zeros: kernels may multiply masked values by 0, and 0 x NaN is NaN.
+    zeros: kernels are slow where masked values are NaN.
     """
 
     def __init__(self, capacity: int) -> None:

@@ -84,9 +84,9 @@ def attention(
 
     Returns:
         (batch, query_heads, query_len, head_dim), laid out so that `.transpose(1, 2).flatten(2)` is a view. A query
-        that attends to no key gets zeros. NaN in a value reaches exactly the queries that attend to it on
-        the CPU and in `torch`, and may reach others of a masked tile on a GPU. The backward pass of a kernel reads
-        the output, as that of F.scaled_dot_product_attention does: it raises after an in-place change.
+        that attends to no key gets zeros. A value that is NaN or infinite makes exactly the outputs of the queries
+        that attend to it NaN or infinite (docs/kernels.md). The backward pass of a kernel reads the output, as that of
+        F.scaled_dot_product_attention does: it raises after an in-place change.
 
     Raises:
         ValueError: shapes, dtypes, strides or arguments that do not fit, with what was expected.

@@ -17,6 +17,7 @@
 // one is multiplied.
 #pragma once
 
+#include "kernels/cuda/nonfinite.cuh"
 #include "kernels/cuda/policy.h"
 #include "kernels/cuda/tile.cuh"
 #include "kernels/kernels.h"
@@ -260,6 +261,7 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
     }
   }
 
+  const bool nonfinite = any(probe(acc_ds) + probe(acc_dv) != 0.0f);
   // Only this warp reads its rows of A1: the accumulators go through them, to be stored in whole vectors.
   const auto store = [&](const auto& sums, const HeadsView& view, float factor) {
     warp_barrier();
@@ -279,6 +281,32 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
   };
   if constexpr (kHasDv) store(acc_dv, p.grad_value, 1.0f);
   if constexpr (kHasDs) store(acc_ds, kKeyRows ? p.grad_key : p.grad_query, p.scale);
+  if (!nonfinite) return;
+
+  warp_barrier();  // the warp's results are in global memory
+#pragma unroll 1
+  for (int i = warp_row; i < warp_row + 16 * kM && i < rows; ++i) {
+    const int row = first_row + i;
+    const auto sum_again = [&](const HeadsView& result, const HeadsView& values, float factor, bool of_ds) {
+      const RowColumns columns{ranges[i], batch, kKeyRows ? first_head : head / p.group, query_heads, values};
+      const auto weight = [&](int column_head, int column) {
+        const int query_head = batch * p.query_heads + (kKeyRows ? column_head : head);
+        const int query = kKeyRows ? column : row, key = kKeyRows ? row : column;
+        const int64_t stat = (int64_t)query_head * p.query_len + query;
+        const float s = dot<Math>(rows_of<const T>(a1_view, batch, head, row),
+                                  rows_of<const T>(b1_view, batch, column_head, column), p.head_dim);
+        const float kept = !p.dropout ? 1.0f : is_kept(p, query_head, query, key) ? p.dropout_scale : 0.0f;
+        const float weight = probability(s, p.scale, p.lse[stat]);
+        if (!of_ds) return weight * kept;
+        const float dp = dot<Math>(rows_of<const T>(a2_view, batch, head, row),
+                                   rows_of<const T>(b2_view, batch, column_head, column), p.head_dim);
+        return weight * (dp * kept - p.delta[stat]);
+      };
+      sum_nonfinite<T>(rows_of<T>(result, batch, head, row), columns, p.head_dim, factor, lane, weight);
+    };
+    if constexpr (kHasDv) sum_again(p.grad_value, b2_view, 1.0f, false);
+    if constexpr (kHasDs) sum_again(kKeyRows ? p.grad_key : p.grad_query, b1_view, p.scale, true);
+  }
 }
 
 }  // namespace GPTCORE_GPU

@@ -17,6 +17,7 @@
 // of head r % group. K and V are read once for all of them. In decoding the heads of a group fill the rows of the tile.
 #pragma once
 
+#include "kernels/cuda/nonfinite.cuh"
 #include "kernels/cuda/policy.h"
 #include "kernels/cuda/tile.cuh"
 #include "kernels/kernels.h"
@@ -270,7 +271,9 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
     return (int64_t)head * p.query_len + row / p.group;
   };
 
-  if (p.num_splits > 1) {  // unnormalised, for attention_combine
+  const bool nonfinite = any(probe(acc_o) != 0.0f);
+  const bool partial = p.num_splits > 1;
+  if (partial) {  // unnormalised, for attention_combine
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -284,27 +287,49 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
 #pragma unroll
         for (int j = 0; j < kWidth / 8; ++j) store_pair(to + j * 8, acc_o[m][j][half * 2], acc_o[m][j][half * 2 + 1]);
       }
-    return;
+  } else {
+    // Stage the output in this warp's rows of the Q tile, which no other warp reads, to store it in 16-byte vectors.
+    // A row that attends to no key has a sum of 0, and its output is 0.
+    warp_barrier();  // all lanes have read Q
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const RowSoftmax softmax = rows[m][half];
+        const int in_tile = warp_row + m * 16 + half * 8 + lane / 4, row = first_row + in_tile;
+        if (lane % 4 == 0 && row < all_rows) p.lse[lse_row(row)] = log_sum_exp<T>(softmax, p.scale, p.scale_log2);
+        const float factor = softmax.sum == 0.0f ? 0.0f : p.dropout_scale / softmax.sum;
+#pragma unroll
+        for (int j = 0; j < kWidth / 8; ++j)
+          store_pair(query_tile.pair(in_tile, j * 8 + lane % 4 * 2), acc_o[m][j][half * 2] * factor,
+                     acc_o[m][j][half * 2 + 1] * factor);
+      }
+    warp_barrier();  // the warp's output is in shared memory
+    store_rows<16 * kM>(query_tile, warp_row, [&](int row) { return row_of(p.out, row); }, p.head_dim, p.vectors, lane);
   }
+  if (!nonfinite) return;
 
-  // Stage the output in this warp's rows of the Q tile, which no other warp reads, to store it in 16-byte vectors.
-  // A row that attends to no key has a sum of 0, and its output is 0.
-  warp_barrier();  // all lanes have read Q
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const RowSoftmax softmax = rows[m][half];
-      const int in_tile = warp_row + m * 16 + half * 8 + lane / 4, row = first_row + in_tile;
-      if (lane % 4 == 0 && row < all_rows) p.lse[lse_row(row)] = log_sum_exp<T>(softmax, p.scale, p.scale_log2);
-      const float factor = softmax.sum == 0.0f ? 0.0f : p.dropout_scale / softmax.sum;
-#pragma unroll
-      for (int j = 0; j < kWidth / 8; ++j)
-        store_pair(query_tile.pair(in_tile, j * 8 + lane % 4 * 2), acc_o[m][j][half * 2] * factor,
-                   acc_o[m][j][half * 2 + 1] * factor);
+  warp_barrier();  // the warp's output and LSE are in global memory
+#pragma unroll 1
+  for (int i = warp_row; i < warp_row + 16 * kM && first_row + i < all_rows; ++i) {
+    const int row = first_row + i, head = (batch * p.kv_heads + kv_head) * p.group + row % p.group;
+    const int64_t part = lse_row(row) * p.num_splits + split;
+    // Partial sums are relative to the maximum: its product with scale takes the place of the LSE.
+    float lse = partial ? mul_rn(p.partial_softmax[part].max, p.scale) : p.lse[lse_row(row)];
+    if (lse == kMinusInfinity) lse = 0.0f;  // all scores are -inf, and -inf - -inf is NaN
+    const auto weight = [&](int, int key) {
+      const float s = dot<Math>(row_of(p.query, i), rows_of<const T>(p.key, batch, kv_head, key), p.head_dim);
+      const float weight = probability(s * p.sign, p.scale, lse);
+      return p.dropout && !is_kept(p, head, row / p.group, key) ? 0.0f : weight;
+    };
+    RowColumns keys{ranges[i], batch, kv_head, 1, p.value};
+    if (partial) {
+      keys.range = intersection(keys.range, {first_tile * kKeys, end_tile * kKeys});
+      sum_nonfinite<T>(p.partial_out + part * kWidth, keys, p.head_dim, 1.0f, lane, weight);
+    } else {
+      sum_nonfinite<T>(row_of(p.out, i), keys, p.head_dim, p.dropout_scale, lane, weight);
     }
-  warp_barrier();  // the warp's output is in shared memory
-  store_rows<16 * kM>(query_tile, warp_row, [&](int row) { return row_of(p.out, row); }, p.head_dim, p.vectors, lane);
+  }
 }
 
 // ---- combine the splits ---------------------------------------------------------------------------------------------
@@ -340,8 +365,8 @@ __global__ void __launch_bounds__(kCombineThreads) attention_combine_kernel(Atte
   const float factor = total.sum == 0.0f ? 0.0f : p.dropout_scale / total.sum;
   for (int d = lane; d < p.head_dim; d += 32) {
     float sum = 0.0f;
-    for (int i = 0; i < p.num_splits; ++i)
-      if (weights[i] != 0.0f) sum += weights[i] * part_out[i * p.width + d];
+#pragma unroll 1  // else more registers and fewer resident blocks
+    for (int i = 0; i < p.num_splits; ++i) sum += weights[i] * part_out[i * p.width + d];
     out[d] = from_float<T>(sum * factor);
   }
   if (lane == 0) p.lse[row] = log_sum_exp<T>(total, p.scale, p.scale_log2);

@@ -32,6 +32,7 @@ GPTCORE_DEVICE float shuffle_xor(float v, int lane_mask) { return __shfl_xor_syn
 GPTCORE_DEVICE uint32_t shuffle_xor(uint32_t v, int lane_mask) { return __shfl_xor_sync(~0u, v, lane_mask); }
 GPTCORE_DEVICE float shuffle(float v, int lane) { return __shfl_sync(~0u, v, lane); }
 GPTCORE_DEVICE uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
+GPTCORE_DEVICE bool any(bool x) { return __any_sync(~0u, x); }  // whether it is true in a lane of the warp
 
 // The block's dynamic shared memory. There is no other: a kernel declares no __shared__ variables.
 GPTCORE_DEVICE char* shared_memory() {
@@ -151,6 +152,11 @@ GPTCORE_DEVICE float shuffle_xor(float v, int lane_mask, GPTCORE_SITE) {
 GPTCORE_DEVICE uint32_t shuffle(uint32_t v, int lane, GPTCORE_SITE) { return simt::shuffle(v, lane, site); }
 GPTCORE_DEVICE float shuffle(float v, int lane, GPTCORE_SITE) {
   return float_of(simt::shuffle(bits_of(v), lane, site));
+}
+GPTCORE_DEVICE bool any(bool x, GPTCORE_SITE) {
+  uint32_t found = x;
+  for (int mask = 16; mask > 0; mask /= 2) found |= simt::shuffle_xor(found, mask, site);
+  return found;
 }
 
 GPTCORE_DEVICE char* shared_memory() { return simt::shared_memory(); }

@@ -320,6 +320,10 @@ struct alignas(8) Range {
   int begin, end;
 };
 
+GPTCORE_DEVICE Range intersection(Range a, Range b) {
+  return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
+}
+
 GPTCORE_DEVICE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 // The document boundaries of one batch row. Null cu_seqlens: one document.
