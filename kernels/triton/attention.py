@@ -26,10 +26,10 @@ from gptcore.kernels.masks import (
     span,
     spans_of,
 )
-from gptcore.kernels.numerics import dot, narrow
+from gptcore.kernels.nonfinite import any_nonfinite, sum_nonfinite
+from gptcore.kernels.numerics import LOG2E, dot, narrow
 from gptcore.kernels.tiles import tiles
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # Arguments that vary between calls: a kernel is not specialised for their values, as it would be for those of a tuple.
 CALL = [
     "query_len", "kv_len", "window_left", "window_right", "seed", "dropout_threshold", "dropout_scale", "batch_heads",
@@ -96,7 +96,7 @@ def _forward_kernel(
         spans += batch.to(tl.int64) * query_len * 2
     side = spans, query_len, kv_len, window_left, window_right
     dropout = None if seed is None else (seed, dropout_threshold, dropout_scale)
-    k, v = head_rows(k, batch, head // group), head_rows(v, batch, head // group)
+    k_rows, v_rows = head_rows(k, batch, head // group), head_rows(v, batch, head // group)
 
     # scale = sign x size. q is multiplied by sign, so that the largest score has the largest probability; size
     # multiplies the exponents.
@@ -113,8 +113,8 @@ def _forward_kernel(
     for masked in tl.static_range(2):
         for i in range(block_count(blocks, masked)):
             state = _forward_block(
-                state, q_tile, k, v, nth_block(i, blocks, masked), first_query, side, dropout, batch_head, size * LOG2E,
-                HEAD_DIM, PRECISION, masked, QUERIES, KEYS, BLOCK_D,
+                state, q_tile, k_rows, v_rows, nth_block(i, blocks, masked), first_query, side, dropout, batch_head,
+                size * LOG2E, HEAD_DIM, PRECISION, masked, QUERIES, KEYS, BLOCK_D,
             )  # fmt: skip
     acc, row_sum, row_max = state
 
@@ -127,6 +127,11 @@ def _forward_kernel(
     store_tile(head_rows(out, batch, head), acc, first_query, query_len, HEAD_DIM, QUERIES, BLOCK_D)
     row_lse = row_max * size + tl.log(row_sum)
     tl.store(lse + batch_head.to(tl.int64) * query_len + queries, row_lse, mask=queries < query_len)
+    if any_nonfinite(acc):
+        sum_nonfinite(
+            head_rows(out, batch, head), head_rows(q, batch, head), None, k, v, lse, None, batch, head // group,
+            batch_head, 1, first_query, side, dropout, scale, 1.0, False, False, HEAD_DIM, QUERIES, BLOCK_D,
+        )  # fmt: skip
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -202,7 +207,7 @@ def _dq_kernel(
         spans += batch.to(tl.int64) * query_len * 2
     side = spans, query_len, kv_len, window_left, window_right
     dropout = None if seed is None else (seed, dropout_threshold, dropout_scale)
-    k, v = head_rows(k, batch, head // group), head_rows(v, batch, head // group)
+    k_rows, v_rows = head_rows(k, batch, head // group), head_rows(v, batch, head // group)
 
     q_tile = load_tile(head_rows(q, batch, head), first_query, query_len, HEAD_DIM, True, QUERIES, BLOCK_D)
     grad_tile = load_tile(head_rows(grad_out, batch, head), first_query, query_len, HEAD_DIM, True, QUERIES, BLOCK_D)
@@ -220,10 +225,16 @@ def _dq_kernel(
     for masked in tl.static_range(2):
         for i in range(block_count(blocks, masked)):
             acc = _dq_block(
-                acc, q_tile, grad_tile, row_lse, row_delta, k, v, nth_block(i, blocks, masked), first_query, side,
-                dropout, batch_head, scale, HEAD_DIM, PRECISION, masked, QUERIES, KEYS, BLOCK_D,
+                acc, q_tile, grad_tile, row_lse, row_delta, k_rows, v_rows, nth_block(i, blocks, masked),
+                first_query, side, dropout, batch_head, scale, HEAD_DIM, PRECISION, masked, QUERIES, KEYS, BLOCK_D,
             )  # fmt: skip
     store_tile(head_rows(dq, batch, head), acc * scale, first_query, query_len, HEAD_DIM, QUERIES, BLOCK_D)
+    if any_nonfinite(acc):
+        sum_nonfinite(
+            head_rows(dq, batch, head), head_rows(q, batch, head), head_rows(grad_out, batch, head), k, v, lse, delta,
+            batch, head // group, batch_head, 1, first_query, side, dropout, scale, scale, True, False,
+            HEAD_DIM, QUERIES, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -310,6 +321,15 @@ def _dkdv_kernel(
     dk_tile, dv_tile = state
     store_tile(head_rows(dk, batch, kv_head), dk_tile * scale, first_key, kv_len, HEAD_DIM, KEYS, BLOCK_D)
     store_tile(head_rows(dv, batch, kv_head), dv_tile, first_key, kv_len, HEAD_DIM, KEYS, BLOCK_D)
+    if any_nonfinite(dk_tile) | any_nonfinite(dv_tile):
+        k_rows, v_rows = head_rows(k, batch, kv_head), head_rows(v, batch, kv_head)
+        head = kv_head * group
+        for ds in tl.static_range(2):
+            sum_nonfinite(
+                head_rows(dk if ds else dv, batch, kv_head), k_rows, v_rows, q, grad_out, lse, delta, batch, head,
+                batch * query_heads + head, group, first_key, side, dropout, scale, scale if ds else 1.0, ds, True,
+                HEAD_DIM, KEYS, BLOCK_D,
+            )  # fmt: skip
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------

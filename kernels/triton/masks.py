@@ -91,6 +91,15 @@ def dropout_mask(
     return (tl.trans(kept) if TRANSPOSED else kept).to(tl.float32)
 
 
+@triton.jit
+def is_kept(dropout, batch_head, queries, keys):
+    """Return whether dropout keeps the weights of these queries and keys, as in `dropout_mask`."""
+    seed, dropout_threshold, _scale = dropout
+    w0, w1, w2, w3 = tl.philox(seed, keys // 4, queries, batch_head, 0)
+    even, odd = tl.where(keys % 4 == 0, w0, w2), tl.where(keys % 4 == 1, w1, w3)
+    return tl.where(keys % 2 == 0, even, odd) >= dropout_threshold.to(tl.uint32)
+
+
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 

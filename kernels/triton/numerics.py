@@ -1,4 +1,4 @@
-"""Two operations that are one instruction when compiled and need help in Triton's interpreter."""
+"""log2(e), and two operations that are one instruction when compiled and need help in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton.language as tl
 from gptcore.kernels.launch import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
