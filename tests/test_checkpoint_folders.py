@@ -205,7 +205,7 @@ def test_a_folder_that_cannot_hold_a_run_is_refused_with_the_reason(
 def test_a_failed_save_advises_what_helps(
     two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, advice: str
 ) -> None:
-    def fail(path: Path, *_: object) -> None:
+    def fail(path: Path, *_: object, **options: Any) -> None:
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)), str(path))
 
     folder = shutil.copytree(two, tmp_path / "run")

@@ -143,7 +143,7 @@ def test_a_signal_to_one_process_leaves_one_checkpoint(tmp_path: Path, alone: Pa
 def fill_disk(rank: int, trainer: Trainer) -> None:
     if rank == 0:
 
-        def save(*args: Any) -> None:
+        def save(*args: Any, **options: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         checkpoint.save_tensors = save
