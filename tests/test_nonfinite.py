@@ -83,7 +83,6 @@ CROSS = Attention(lengths=(40, 50), documents=((10, 0, 30), (20, 3, 27)))
 SUMMED_AGAIN = [
     Attention(lengths=(37, 40), heads=(4, 2), batch=2, scale=-0.2, head_dim=80, dtype=F16, dropout_p=0.25),
     Attention(lengths=(37, 40), heads=(3, 3), causal=False, window=(9, 20), head_dim=33, dropout_p=0.25),
-    dataclasses.replace(CROSS, head_dim=64, dtype=BF16),
     dataclasses.replace(CROSS, head_dim=128, scale=-0.1),
     dataclasses.replace(CROSS, head_dim=256, dtype=BF16),
     Attention(lengths=(3, 700), heads=(4, 2), window=(232, 0), head_dim=40, dropout_p=0.25),  # split among blocks

@@ -31,6 +31,7 @@ from gptcore.kernels.numerics import LOG2E, dot, narrow
 from gptcore.kernels.tiles import tiles
 
 # Arguments that vary between calls: a kernel is not specialised for their values, as it would be for those of a tuple.
+# The kernels therefore cannot share one tuple of arguments, and each lists them.
 CALL = [
     "query_len", "kv_len", "window_left", "window_right", "seed", "dropout_threshold", "dropout_scale", "batch_heads",
     "query_heads", "group", "heads_per_wave", "scale",
