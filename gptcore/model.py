@@ -208,7 +208,7 @@ class GPT(nn.Module):
         (Chowdhery et al. 2022, appendix B). A document of L tokens counts as L * L pairs (L * window in layers with
         local attention), although causal kernels compute only half of them. Norms, GELU, softmax and embedding lookups
         are not counted. For packed documents pass cu_seqlens instead of length and batch_size. With backward the result
-        is 3 times as large.
+        is 3 times as large, less the gradients of frozen weights.
         Raises ValueError if there are no tokens or if cu_seqlens decreases.
         """
         if cu_seqlens is None:
@@ -220,17 +220,19 @@ class GPT(nn.Module):
             lengths = torch.as_tensor(cu_seqlens, dtype=torch.int64, device="cpu").diff()
         if len(lengths) == 0 or int(lengths.min()) < 0 or int(lengths.sum()) == 0:
             raise ValueError(f"document lengths are {lengths.tolist()}, expected no negative number and a positive sum")
-        weights, pairs = 0, 0
+        weights, frozen, pairs = 0, 0, 0
         for module in self.modules():
             if isinstance(module, nn.Linear | QuantizedLinear):
                 weights += module.in_features * module.out_features
+                frozen += module.in_features * module.out_features * (not module.weight.requires_grad)
             elif isinstance(module, Attention):
                 keys = lengths if module.window is None else lengths.clamp(max=module.window[0] + 1)
                 pairs += int((lengths * keys).sum())
         if self.lm_head is None:
             weights += self.config.vocab_size * self.config.n_embd
+            frozen += self.config.vocab_size * self.config.n_embd * (not self.wte.weight.requires_grad)
         forward = 2 * weights * int(lengths.sum()) + 4 * self.config.n_embd * pairs
-        return 3 * forward if backward else forward
+        return 3 * forward - 2 * frozen * int(lengths.sum()) if backward else forward
 
     def count_targets(self, batch: Mapping[str, Any]) -> int:
         """Return how many labels the mean loss of a batch is taken over (see `labels` of forward)."""

@@ -474,6 +474,9 @@ def test_report() -> None:
     text = str(found)
     assert f"trained parameters {found.before.trained:,} -> {trained:,} (14.16%)" in text
     assert "total" in text
+    forward, weights = tiny_model().estimate_flops(8), 2 * 12 * 16 * 16 + 32 * 16
+    assert model.estimate_flops(8) == forward
+    assert model.estimate_flops(8, backward=True) == 3 * forward - 2 * weights * 8
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -513,6 +516,8 @@ def test_arguments_that_are_refused(settings: dict[str, Any], message: str) -> N
 
 
 def test_calls_in_the_wrong_order(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="parallel is 'fsdp', which cannot shard a model with adapters"):
+        tiny_trainer(tmp_path, model=adapted(), parallel="fsdp")
     model = tiny_model()
     for call in (merge_adapter, unmerge_adapter, lambda m: set_adapter(m, "a"), lambda m: save_adapter(m, tmp_path)):
         with pytest.raises(ValueError, match="the model has no adapter; add one"):

@@ -21,10 +21,10 @@ from gptcore.training.optim import AdamW
 
 def shard(model: nn.Module, args: TrainingArguments, processes: Processes) -> None:
     """Leave in each process its part of the weights of rank 0; a block's are gathered while it computes."""
-    if processes.count == 1:
-        raise ValueError("parallel is 'fsdp', but there is 1 process; start several with torchrun, or leave it out")
     if hasattr(model, "adapters"):
         raise ValueError("parallel is 'fsdp', which cannot shard a model with adapters; leave it out, or merge them")
+    if processes.count == 1:
+        raise ValueError("parallel is 'fsdp', but there is 1 process; start several with torchrun, or leave it out")
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
