@@ -42,7 +42,6 @@ from test_cu_seqlens import (  # noqa: F401
 from test_gelu import Gelu, test_gelu_of_every_16_bit_number, test_zero_keeps_its_sign  # noqa: F401
 from test_layer_norm import LayerNorm, test_a_bad_row_stays_a_row  # noqa: F401
 from test_nonfinite import (  # noqa: F401
-    test_a_document_of_infinite_scores_hides_the_others,
     test_gelu_of_infinity,
     test_layer_norm_that_overflows_is_nan,
     test_queries_without_heads,
