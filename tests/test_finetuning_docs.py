@@ -23,7 +23,7 @@ def test_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("train.txt").write_text("Return the number of lines. " * 200, encoding="utf-8")
     tokenizer = Tokenizer.train("train.txt", vocab_size=270)
     tokenizer.save_pretrained("gpt2")
-    tiny_model(vocab_size=tokenizer.vocab_size).save_pretrained("gpt2")
+    tiny_model(vocab_size=tokenizer.vocab_size, n_positions=32).save_pretrained("gpt2")
     names: dict[str, Any] = {}
     for program in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(program, names)
