@@ -1,6 +1,7 @@
 // GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415): x * Phi(x), with Phi the normal distribution function or the
 // paper's approximation of it by tanh, which is what GPT-2 was trained with.
 #include "kernels/cpu/rows.h"
+#include "kernels/normal_tail.h"
 
 namespace gptcore {
 namespace GPTCORE_ISA {
@@ -42,25 +43,16 @@ GPTCORE_INLINE Normal tanh_form(Vec x) {
   return {cdf, (upper * cdf * x) * (square * (3 * kSlope * kCube) + kSlope)};
 }
 
-// Phi(-a) = exp(-a^2 / 2) R(a) for a = |x|, so that the lower tail does not cancel. R falls slowly, from 1/2 towards
-// 1 / (a sqrt(2 pi)), and is smooth in v = a / (a + 3). The polynomial is its minimax fit in v (Remez exchange in 40
-// digits; relative error 9e-9) for a up to 14.5, where the exponential underflows. In float32 Phi comes to about 1e-7
-// for a below 3 and 2e-6 in the far tail.
+// Phi(-a) = exp(-a^2 / 2) R(a) for a = |x|: kernels/normal_tail.h.
 template <class T>
 GPTCORE_INLINE Normal erf_form(Vec x) {
   Vec a = x < 0.0f ? -x : x;
   Vec gauss = exp2_for<T>((a * a) * (-0.5f * kLog2e));
   Vec v = a * reciprocal_for<T>(a + 3.0f);
-  Vec r = splat(2.72342142e-2f);
-  r = r * v - 9.31109186e-2f;
-  r = r * v + 8.39373651e-2f;
-  r = r * v + 9.10632874e-3f;
-  r = r * v + 6.22576922e-2f;
-  r = r * v - 1.58782357e-1f;
-  r = r * v - 2.86965246e-1f;
-  r = r * v + 1.05315478f;
-  r = r * v - 1.19682654f;
-  r = r * v + 0.5f;
+  Vec r = splat(GPTCORE_TAIL_FIRST);
+#define GPTCORE_NEXT(c) r = r * v + c;
+  GPTCORE_TAIL(GPTCORE_NEXT)
+#undef GPTCORE_NEXT
   Vec tail = gauss * r;
   return {x < 0.0f ? tail : 1.0f - tail, x * (gauss * 0.3989422804f)};  // 1 / sqrt(2 pi)
 }

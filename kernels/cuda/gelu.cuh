@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernels/cuda/rows.cuh"
+#include "kernels/normal_tail.h"
 
 namespace gptcore {
 namespace GPTCORE_GPU {
@@ -51,23 +52,16 @@ GPTCORE_DEVICE Normal tanh_form(float x) {
   return {cdf, (upper * cdf * x) * (square * (3 * kSlope * kCube) + kSlope)};
 }
 
-// Phi(-a) = exp(-a^2 / 2) R(a) for a = |x|, so that the lower tail does not cancel; R is a polynomial in a / (a + 3).
-// kernels/cpu/gelu.cpp documents the fit.
+// Phi(-a) = exp(-a^2 / 2) R(a) for a = |x|: kernels/normal_tail.h.
 template <class T>
 GPTCORE_DEVICE Normal erf_form(float x) {
   const float a = x < 0.0f ? -x : x;
   const float gauss = exp2_approx((a * a) * (-0.5f * kLog2e));
   const float v = a * reciprocal_for<T>(a + 3.0f);
-  float r = 2.72342142e-2f;
-  r = r * v - 9.31109186e-2f;
-  r = r * v + 8.39373651e-2f;
-  r = r * v + 9.10632874e-3f;
-  r = r * v + 6.22576922e-2f;
-  r = r * v - 1.58782357e-1f;
-  r = r * v - 2.86965246e-1f;
-  r = r * v + 1.05315478f;
-  r = r * v - 1.19682654f;
-  r = r * v + 0.5f;
+  float r = GPTCORE_TAIL_FIRST;
+#define GPTCORE_NEXT(c) r = r * v + c;
+  GPTCORE_TAIL(GPTCORE_NEXT)
+#undef GPTCORE_NEXT
   const float tail = gauss * r;
   return {x < 0.0f ? tail : 1.0f - tail, x * (gauss * 0.3989422804f)};  // 1 / sqrt(2 pi)
 }
