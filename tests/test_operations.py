@@ -26,6 +26,7 @@ RUNS = [
     if BACKENDS.get(backend, (backend, None))[0] in operation.implementations
 ]
 every_run = pytest.mark.parametrize(("name", "run"), [(name, run) for run, name in RUNS])
+COMPILED = ("torch", "triton", list(BACKENDS)[1])  # one instruction set is enough
 
 
 def results(run: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> list[Tensor]:
@@ -57,10 +58,8 @@ def test_a_sample_agrees_with_its_formula(name: str, run: str, dtype: torch.dtyp
 
 
 @pytest.mark.slow
-@every_run
+@pytest.mark.parametrize(("name", "run"), [(name, run) for run, name in RUNS if run in COMPILED])
 def test_a_compiled_sample_equals_eager(name: str, run: str) -> None:
-    if run not in ("torch", "triton", list(BACKENDS)[1]):
-        pytest.skip("one instruction set is enough")
     _, sample = SAMPLES[name]
     torch._dynamo.reset()
     with running(run) as backend:
