@@ -97,6 +97,7 @@ def check_same(folder: Path, other: Path) -> None:
     assert losses(folder) == losses(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 4])  # 3: blocks of 2, 3 and 3 micro-batches, so subtrees of 1 and 2
 def test_bits_are_those_of_one_process(tmp_path: Path, alone: Path, count: int) -> None:
     assert run(tmp_path / "run", count) == ([0] * count, [""] * count)
@@ -117,6 +118,7 @@ def kill(rank: int, trainer: Trainer, victim: int, step: int, number: int = sign
         trainer.callbacks.append(Kill(step, number))
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_by_fewer_processes(tmp_path: Path, alone: Path) -> None:
     folder = tmp_path / "run"
     for count, victim, step in ((4, 2, 7), (2, 0, 13)):

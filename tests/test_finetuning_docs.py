@@ -17,6 +17,7 @@ from gptcore.lora import add_adapter
 PAGE = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPTCORE_CACHE", str(tmp_path))

@@ -89,6 +89,7 @@ def test_ids_of_gpt2_are_those_of_transformers_and_tiktoken(
     assert offsets == gpt2_fast(text, return_offsets_mapping=True)["offset_mapping"]
 
 
+@pytest.mark.slow
 def test_every_character_is_to_gpt2_what_it_is_to_tiktoken(gpt2: Tokenizer, gpt2_tiktoken: tiktoken.Encoding) -> None:
     """A letter, a digit, a mark or white space: versions of Unicode differ, and so could the pre-tokens."""
     planes = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE0200)]  # all others are empty or private
@@ -169,6 +170,7 @@ ADDED_TEXT = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(text=st.one_of(ADDED_TEXT.map("".join), VALID_TEXT), piece=st.integers(8, 60))
 @example(text="x<|user|> foo barx<|user|", piece=60)
 @settings(max_examples=400, deadline=None)
