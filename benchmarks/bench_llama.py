@@ -2,7 +2,7 @@
 
 Needs the package xllamacpp, llama.cpp in a wheel, which `make sweep` installs; skipped without it. The times of
 llama.cpp are its server's: evaluation of the prompt, and generation from the second token on, sampling included.
-Batch 8 is eight requests at a time, of which the median counts.
+Batch 8 is eight requests at a time; the row shows their median.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def write_shard(
     chunks: ids, as many at a time as you like, and None at the end of each document, as Tokenizer.encode_stream gives
         them; what ends a text for the model, such as an end-of-text id, is the caller's to add.
     vocab_size, fingerprint: the tokenizer's.
-    source: a SHA-256 of the texts, for whoever wants to know later what the tokens were made of.
+    source: SHA-256 of the texts that the tokens were made of.
 
     Raises ValueError, leaving what was at `path`, for an id outside the vocabulary.
     """
