@@ -82,6 +82,8 @@ def export_gguf(
         writer.add_bos_token_id(words["end"] if config.bos_token_id is None else config.bos_token_id)
         writer.add_eos_token_id(words["end"])
         writer.add_add_bos_token(False)
+        if tokenizer.chat_template is not None:
+            writer.add_chat_template(tokenizer.chat_template)
         for ours, tensor in sorted(state.items(), key=_order(model)):
             if ours in quantized and dtype in BLOCK_KINDS:
                 writer.add_tensor(gguf_name(ours), tensor.cpu().numpy(), raw_dtype=kinds[quantized[ours]][0])

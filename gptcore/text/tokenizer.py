@@ -54,7 +54,7 @@ from gptcore.text.training import learn_characters, learn_merges
 
 Made = TypeVar("Made", bound="Tokenizer")
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-         "tokenizer_config.json")  # fmt: skip
+         "tokenizer_config.json", "chat_template.jinja")  # fmt: skip
 _BATCH = 1 << 20  # characters encoded by one call, on as many threads as `tokenizers` takes
 
 
@@ -104,6 +104,7 @@ class Tokenizer:
         self._eos_token = END_OF_TEXT if END_OF_TEXT in self.special_tokens else None
         self._pad_token: str | None = None
         self.padding_side = "right"  # of what `__call__` gives; generation needs "left"
+        self.chat_template: str | None = None  # in Jinja, never run here: see gptcore.text.chat
         self._bytes = [b""] * len(vocab)  # of each id
         for token, i in vocab.items():
             if token in self._added:
@@ -201,6 +202,8 @@ class Tokenizer:
         """Take what tokenizer_config.json says beside the vocabulary."""
         self.padding_side = _side(settings.get("padding_side") or "right")
         self.pad_token = settings.get("pad_token")
+        chat = settings.get("chat_template")
+        self.chat_template = chat if isinstance(chat, str) else None  # not one of several by name
         for name in ("add_prefix_space", "add_bos_token"):
             if settings.get(name):
                 raise ValueError(f"its tokenizer_config.json has {name}: true, but gptcore adds nothing to a text")
@@ -208,7 +211,8 @@ class Tokenizer:
             self._eos_token = self._known_special("eos_token", settings["eos_token"])
 
     def _settings(self) -> dict[str, Any]:
-        return {"eos_token": self.eos_token, "pad_token": self.pad_token, "padding_side": self.padding_side}
+        chat = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        return {"eos_token": self.eos_token, "pad_token": self.pad_token, "padding_side": self.padding_side, **chat}
 
     def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[str, dict[str, Any]]]:
         return self._restore, (self._tokenizer.to_str(), self._settings())  # `tokenizers` would forget one setting

@@ -89,6 +89,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
                 if values.get(key) is not None:
                     values[key] = _token(values[key], f"{folder / name}: {key}")
             found |= values
+    if os.path.lexists(folder / "chat_template.jinja"):
+        with open_file(folder / "chat_template.jinja") as file, naming(folder / "chat_template.jinja"):
+            found["chat_template"] = file.read().decode("utf-8")
     return found
 
 
@@ -152,6 +155,7 @@ def read_vocab(folder: Path) -> tokenizers.Tokenizer:
 def read_gguf(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """Return GPT-2's kind of tokenizer from a GGUF file, and what tokenizer_config.json would say of it."""
     with GGUFFile(file) as opened:
+        chat = opened.metadata.get("tokenizer.chat_template")
         values = {name.removeprefix("tokenizer.ggml."): value for name, value in opened.metadata.items()}
     for name, expected in (("model", "gpt2"), ("pre", "gpt-2")):  # kind of tokenizer, and how text is cut into words
         if (found := values.get(name)) != expected:
@@ -179,7 +183,7 @@ def read_gguf(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(known)}, "merges": merges}
     words = json.loads(GPT2_WORDS.__getstate__())
     tokenizer = parse_tokenizer(json.dumps({"added_tokens": added, "pre_tokenizer": words, "model": model}))
-    settings = {}
+    settings = {"chat_template": chat}
     for ours, theirs in (("eos_token", "eos_token_id"), ("pad_token", "padding_token_id")):
         if (number := entry({theirs: None, **values}, theirs, int | None, file)) is not None:
             if not 0 <= number < len(known):
