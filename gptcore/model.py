@@ -34,6 +34,7 @@ from gptcore.generation import step
 from gptcore.generation.cache import KVCache
 from gptcore.hf import pretrained
 from gptcore.inputs import check_outputs, check_shapes, check_values, cu_seqlens_of, positions_in, targets_of
+from gptcore.lora.layers import trains_weight
 from gptcore.memory import check_fits
 from gptcore.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 
@@ -224,13 +225,13 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | QuantizedLinear):
                 weights += module.in_features * module.out_features
-                frozen += module.in_features * module.out_features * (not module.weight.requires_grad)
+                frozen += module.in_features * module.out_features * (not trains_weight(module))
             elif isinstance(module, Attention):
                 keys = lengths if module.window is None else lengths.clamp(max=module.window[0] + 1)
                 pairs += int((lengths * keys).sum())
         if self.lm_head is None:
             weights += self.config.vocab_size * self.config.n_embd
-            frozen += self.config.vocab_size * self.config.n_embd * (not self.wte.weight.requires_grad)
+            frozen += self.config.vocab_size * self.config.n_embd * (not trains_weight(self.wte))
         forward = 2 * weights * int(lengths.sum()) + 4 * self.config.n_embd * pairs
         return 3 * forward - 2 * frozen * int(lengths.sum()) if backward else forward
 

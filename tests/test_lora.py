@@ -330,8 +330,6 @@ def test_arguments_that_are_refused(settings: dict[str, Any], message: str) -> N
 
 
 def test_calls_in_the_wrong_order(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="parallel is 'fsdp', which cannot shard a model with adapters"):
-        tiny_trainer(tmp_path, model=adapted(), parallel="fsdp")
     model = tiny_model()
     for call in (merge_adapter, unmerge_adapter, lambda m: set_adapter(m, "a"), lambda m: save_adapter(m, tmp_path)):
         with pytest.raises(ValueError, match="the model has no adapter; add one"):

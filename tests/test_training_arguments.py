@@ -87,8 +87,6 @@ def test_schedules() -> None:
     ("arguments", "message"),
     [
         ({"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_steps and warmup_ratio are both given"),
-        ({"parallel": "fsdp", "fp16": True}, "parallel 'fsdp' and fp16 are both given, but one excludes the other"),
-        ({"parallel": "fsdp", "torch_compile": True}, "parallel 'fsdp' and torch_compile are both given"),
         ({"parallel": "fsdp", "gradient_reduction": "all_reduce"}, "parallel 'fsdp' and gradient_reduction are both"),
         ({"lr_power": 2.0}, "lr_power has no effect with lr_scheduler_type 'linear'; it is for polynomial"),
         ({"lr_scheduler_type": "constant", "min_lr_ratio": 0.1}, "min_lr_ratio has no effect"),

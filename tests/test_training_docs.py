@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import shlex
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +49,38 @@ def test_commands_of_the_page(command: list[str], capsys: pytest.CaptureFixture[
         launch = get_args_parser().parse_args(command[1:])
         processes = int(launch.nproc_per_node) * int(launch.nnodes.split(":")[-1])
         assert args.gradient_accumulation_steps % processes == 0
+
+
+SIZES = shlex.split(
+    "--n-embd 16 --n-layer 1 --n-head 2 --n-positions 16 --tokenizer-kind char --max-steps 4 --samples 0 --threads 1 "
+    "--warmup-steps 0 --eval-steps 2 --save-steps 4 --per-device-train-batch-size 2 --disable-tqdm --device cpu"
+)
+
+
+@pytest.mark.slow
+def test_two_machines_give_the_bits_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launchers of torchrun on this machine, which find each other as on two; one process each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPTCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    Path("train.txt").write_text("".join(f"{i} times {i} is {i * i}. " for i in range(300)))
+    launch = next(command for command in COMMANDS if "--nnodes" in command)
+    options, start = [*options_of(launch), *SIZES], launch.index("-m")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        place = f"localhost:{probe.getsockname()[1]}"
+    changes = {"--nproc-per-node": "1", "--rdzv-endpoint": place}
+    torchrun = [changes.get(before, word) for before, word in itertools.pairwise(launch[:start])]
+    agents = [
+        subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", "gptcore", *options],
+                         stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]  # fmt: skip
+    errors = [agent.communicate(timeout=200)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], errors
+    assert main([*options, "--output-dir", "one"]) == 0
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert Path("out/checkpoint-4", name).read_bytes() == Path("one/checkpoint-4", name).read_bytes()
 
 
 def test_settings_of_the_page_are_arguments() -> None:

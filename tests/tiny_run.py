@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gptcore.config import GPTConfig
 from gptcore.model import GPT
@@ -22,16 +24,24 @@ def collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def tiny_trainer(folder: Path, callbacks: tuple[TrainerCallback, ...] = (), **changes: Any) -> Trainer:
-    """A GPT with dropout, so that random state matters, on 50 examples, so that epochs end in odd steps."""
-    torch.manual_seed(1)
-    model = GPT(GPTConfig(vocab_size=32, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+def tiny_gpt() -> GPT:
+    """A GPT with dropout, so that random state matters."""
+    return GPT(GPTConfig(vocab_size=32, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+
+
+def tiny_trainer(
+    folder: Path,
+    callbacks: tuple[TrainerCallback, ...] = (),
+    make: Callable[[TrainingArguments], nn.Module] = lambda args: tiny_gpt(),
+    **changes: Any,
+) -> Trainer:
+    """50 examples, so that epochs end in odd steps."""
     data = torch.randint(0, 32, (50, 8), generator=torch.Generator().manual_seed(0))
     args: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
     args |= {"max_steps": STEPS, "logging_steps": 3, "eval_steps": 4, "save_steps": 2, "disable_tqdm": True}
-    return Trainer(
-        model, TrainingArguments(str(folder), **args | changes), data[:44], data[44:], collate, callbacks=callbacks
-    )
+    arguments = TrainingArguments(str(folder), **args | changes)
+    torch.manual_seed(1)
+    return Trainer(make(arguments), arguments, data[:44], data[44:], collate, callbacks=callbacks)
 
 
 def exact(path: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import shlex
 import warnings
@@ -28,6 +29,8 @@ from gptcore.config import GPTConfig
 from gptcore.data.collator import DataCollatorForLanguageModeling
 from gptcore.data.datasets import TextDataset, TokenDataset, split
 from gptcore.data.prepared import Prepared, find_prepared
+from gptcore.hf.gguf_file import is_gguf
+from gptcore.hf.pretrained import load_config
 from gptcore.memory import total_memory
 from gptcore.model import GPT
 from gptcore.quantized import kinds_of
@@ -38,6 +41,7 @@ from gptcore.training.callbacks import read_log
 from gptcore.training.checkpoint import list_checkpoints, newest_checkpoint
 from gptcore.training.plot import plot_loss
 from gptcore.training.resume import restarted
+from gptcore.training.sharding import sharded_model
 from gptcore.training.signals import TrainingInterrupted
 from gptcore.training.trainer import Trainer
 
@@ -129,10 +133,15 @@ def _run(args: argparse.Namespace, arguments: TrainingArguments, processes: dist
     args.resume = args.resume or processes.first(lambda: restarted(out))
     checkpoint = processes.first(lambda: _checkpoint(args, out))
     prepared = find_prepared(args.files)
-    _check(args, prepared)
+    parts = processes.count if arguments.parallel == "fsdp" else 1
+    _check(args, prepared, parts)
     torch.manual_seed(args.seed)
     tokenizer = processes.first(lambda: _tokenizer(args, checkpoint, prepared))
-    model = _model(args, tokenizer).to(args.device)
+    if parts > 1 and not (args.init_from and is_gguf(args.init_from)):
+        make = functools.partial(_new_model, args, tokenizer)
+        model: GPT = sharded_model(make, arguments, args.device, args.init_from)  # type: ignore[assignment]
+    else:
+        model = _model(args, tokenizer).to(args.device)
     block_size = model.config.n_positions if args.block_size is None else args.block_size
     train_set, validation_set = processes.after_first(lambda: _datasets(args, tokenizer, block_size, prepared))
     if args.resume and checkpoint is None:
@@ -211,8 +220,11 @@ def _checkpoint(args: argparse.Namespace, out: Path) -> Path | None:
     return None
 
 
-def _check(args: argparse.Namespace, prepared: Prepared | None) -> None:
-    """Refuse options that would have no effect, and sizes that the machine cannot hold, before any work."""
+def _check(args: argparse.Namespace, prepared: Prepared | None, parts: int) -> None:
+    """Refuse options that would have no effect, and sizes that the machine cannot hold, before any work.
+
+    parts: processes that share the model.
+    """
     check_range(args, 0, 1000, "samples")
     check_range(args, 0, 10**6, "sample_tokens")
     if prepared is not None:
@@ -233,11 +245,12 @@ def _check(args: argparse.Namespace, prepared: Prepared | None) -> None:
         refuse_without_effect(args, f"--init-from {args.init_from} sets it", *fields)
         return
     config = GPTConfig(**pick(args, GPTConfig))  # before the tokenizer says how many tokens there are
-    needed, there = config.num_parameters * BYTES_PER_PARAMETER, total_memory(args.device)
+    needed, there = config.num_parameters * BYTES_PER_PARAMETER / parts, total_memory(args.device)
     if needed > there:
+        share = f" on each of {parts} processes" if parts > 1 else ""
         raise ValueError(
-            f"{config.num_parameters:,} parameters need {needed / 1e9:,.1f} GB to train (weights, gradients and two "
-            f"moments in float32), but {args.device} has {there / 1e9:,.1f} GB; use a smaller model"
+            f"{config.num_parameters:,} parameters need {needed / 1e9:,.1f} GB to train{share} (weights, gradients and "
+            f"two moments in float32), but {args.device} has {there / 1e9:,.1f} GB; use a smaller model"
         )
 
 
@@ -273,20 +286,33 @@ def _check_same(args: argparse.Namespace, tokenizer: Tokenizer, checkpoint: Path
 def _model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT:
     """Return the model in --init-from, else a new one."""
     if not args.init_from:
-        eos = tokenizer.eos_token_id
-        special = {"vocab_size": tokenizer.vocab_size, "bos_token_id": eos, "eos_token_id": eos}
-        return GPT(GPTConfig(**pick(args, GPTConfig) | special))
+        return _new_model(args, tokenizer)
     model = GPT.from_pretrained(args.init_from)
     if kinds := sorted(set(kinds_of(model).values())):
         raise ValueError(
             f"{args.init_from} is in {', '.join(kinds)}, and quantized weights are not trained; decode them first: "
             f"gptcore export {args.init_from} --to hf --dtype f32 -o FOLDER"
         )
-    if model.config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"the model in {args.init_from} has {model.config.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}"
-        )
+    _check_vocabulary(args, model.config, tokenizer)
     return model
+
+
+def _new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT:
+    """Return a model of the size of --init-from, or of the options, with new weights."""
+    if args.init_from:
+        config = load_config(args.init_from)
+        _check_vocabulary(args, config, tokenizer)
+        return GPT(config)
+    eos = tokenizer.eos_token_id
+    special = {"vocab_size": tokenizer.vocab_size, "bos_token_id": eos, "eos_token_id": eos}
+    return GPT(GPTConfig(**pick(args, GPTConfig) | special))
+
+
+def _check_vocabulary(args: argparse.Namespace, config: GPTConfig, tokenizer: Tokenizer) -> None:
+    if config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"the model in {args.init_from} has {config.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}"
+        )
 
 
 def _with_resume(argv: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -154,7 +154,7 @@ def _build(
     """Return the model with the weights in the files, in eval mode."""
     _check_layers(config, where, files)
     try:
-        with torch.device("meta"), _NoInitialization():  # no memory, and no draws from the random generator
+        with torch.device("meta"), NoInitialization():  # no memory, and no draws from the random generator
             model = make(config)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{where}: no tensor can have these sizes: {config}") from error
@@ -170,7 +170,7 @@ def _build(
     return model
 
 
-class _NoInitialization(TorchFunctionMode):
+class NoInitialization(TorchFunctionMode):
     """Leave out torch.nn.init: on the meta device it does nothing, but imports torch._dynamo, which takes seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -198,6 +198,12 @@ def read_state_dict(model: GPT | TaskModel, folder: PathLike, dtype: torch.dtype
     return _state_dict(model, Path(folder), _open_weights(Path(folder)), dtype)
 
 
+def read_tensors(model: GPT | TaskModel, name_or_path: PathLike, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield what read_state_dict returns one by one. The error about weights that are not finite comes last."""
+    folder = find_folder(name_or_path, ["config.json", *SAFETENSORS, "model-*.safetensors"])
+    yield from _tensors(model, folder, _open_weights(folder), dtype)
+
+
 def _open_weights(folder: Path) -> list[WeightFile]:
     files = [open_weights(path) for path in weight_files(folder)]
     if not files:
@@ -221,7 +227,18 @@ def _state_dict(
     dtype: torch.dtype | None = None,
     may_lack: Set[str] = frozenset(),
 ) -> dict[str, Tensor]:
-    """Check the tensors of the files against the model, read them, and close the files.
+    """Return `_tensors` as a dict."""
+    return dict(_tensors(model, folder, files, dtype, may_lack))
+
+
+def _tensors(
+    model: GPT | TaskModel,
+    folder: Path,
+    files: list[WeightFile],
+    dtype: torch.dtype | None = None,
+    may_lack: Set[str] = frozenset(),
+) -> Iterator[tuple[str, Tensor]]:
+    """Check the tensors of the files against the model, yield them under its names, and close the files.
 
     may_lack: names of weights that may be absent, all of them, or none.
     """
@@ -273,7 +290,7 @@ def _state_dict(
         f"{where}: weights that are not {kind} as most are (dtype={kind} converts them)",
         (f"{name} {found}" for name, found in dtypes.items() if dtype is None and found != kind),
     )
-    state, damaged = {}, []
+    damaged, differs = [], False
     for name, (file, on_disk) in sources.items():
         if name in quantized or (dtypes[name] == kind and name not in transposed):
             tensor = file.read(on_disk)
@@ -282,20 +299,19 @@ def _state_dict(
             file.copy_to(on_disk, tensor.t() if name in transposed else tensor)
         if not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN is a bound of what it is in
             damaged.append(name)
-        state[name] = tensor
+        if name == "wte.weight" and head is not None and not hasattr(model, "task_config"):
+            copy, there = head
+            stored, shape, _ = copy.entries[there]
+            differs = shape != tuple(tensor.shape) or not all(
+                torch.equal(copy.rows(there, start, stop).to(tensor.dtype), tensor[start:stop])
+                for start, stop in parts(shape, stored.itemsize)
+            )
+        yield own_names[name], tensor
     _refuse(f"{where}: weights that are not finite" + (f" in {dtype}" if dtype else ""), damaged)
-    if head is not None and not hasattr(model, "task_config"):
-        file, on_disk = head
-        wte, entry = state["wte.weight"], file.entries[on_disk]
-        same = entry.shape == tuple(wte.shape) and all(
-            torch.equal(file.rows(on_disk, start, stop).to(wte.dtype), wte[start:stop])
-            for start, stop in parts(entry.shape, entry.dtype.itemsize)
-        )
-        if not same:
-            raise ValueError(f"{where}: lm_head.weight differs from wte.weight, but tie_word_embeddings is true")
+    if differs:
+        raise ValueError(f"{where}: lm_head.weight differs from wte.weight, but tie_word_embeddings is true")
     for file in files:
         file.close()
-    return {own_names[name]: state[name] for name in expected}
 
 
 def _config(folder: Path, overrides: Mapping[str, Any]) -> GPTConfig:

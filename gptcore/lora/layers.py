@@ -98,6 +98,15 @@ def float_weight(module: nn.Module) -> Tensor:
     return weight
 
 
+def trains_weight(module: nn.Module) -> bool:
+    """Return whether the backward pass computes a gradient for the whole weight that forward reads."""
+    used = getattr(module._modules.get("lora"), "used", None)
+    if used is not None and not used.in_forward:
+        return any(parameter.requires_grad for parameter in used.parameters())
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.requires_grad
+
+
 class LoRA(nn.Module):
     """Adds scale * B A to the weight of a linear layer, or to the rows of some of its parts q, k and v."""
 
@@ -300,7 +309,10 @@ def _reading_through(cls: Any, names: tuple[str, ...]) -> Any:
 
     def reader(name: str) -> property:
         def read(module: Any) -> Tensor:
-            changed: Tensor = module.lora.used.change(name, module._parameters[name])
+            base: Tensor = module._parameters[name]
+            if hasattr(base, "to_local"):  # sharded: FSDP handles it, and has it whole while the layer computes
+                return base
+            changed: Tensor = module.lora.used.change(name, base)
             return changed
 
         return property(read)

@@ -4,6 +4,7 @@ from gptcore.training.arguments import TrainingArguments
 from gptcore.training.callbacks import ProgressLine, TrainerCallback, read_log
 from gptcore.training.checkpoint import CheckpointError
 from gptcore.training.optim import AdamW
+from gptcore.training.sharding import sharded_model
 from gptcore.training.signals import TrainingInterrupted
 from gptcore.training.state import NonFiniteError, TrainerState, TrainOutput
 from gptcore.training.trainer import Trainer
@@ -20,4 +21,5 @@ __all__ = [
     "TrainingArguments",
     "TrainingInterrupted",
     "read_log",
+    "sharded_model",
 ]

@@ -110,8 +110,6 @@ class TrainingArguments:
             ("bf16", "fp16", self.bf16 and self.fp16),
             ("tf32", "matmul_precision", self.tf32 and self.matmul_precision != "default"),
             ("warmup_steps", "warmup_ratio", self.warmup_steps > 0 and self.warmup_ratio > 0),
-            ("parallel 'fsdp'", "fp16", self.parallel == "fsdp" and self.fp16),
-            ("parallel 'fsdp'", "torch_compile", self.parallel == "fsdp" and self.torch_compile),
             ("parallel 'fsdp'", "gradient_reduction", self.parallel == "fsdp" and self.gradient_reduction != "tree"),
         ):
             if both:

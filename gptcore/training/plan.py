@@ -115,11 +115,11 @@ def _describe_processes(trainer: Trainer) -> str:
 
 
 def _describe_dtype(own: torch.dtype, trainer: Trainer) -> str:
+    by = "FSDP's policy" if trainer.args.parallel == "fsdp" else "autocast"
     if trainer.args.bf16:
-        by = "FSDP's policy" if trainer.args.parallel == "fsdp" else "autocast"
         return f"bfloat16 by {by}, weights and optimizer float32 (bf16=True)"
     if trainer.args.fp16:
         scale = trainer.precision.scaler.get_scale()
-        return f"float16 by autocast, loss scaled by {scale:g}, weights and optimizer float32 (fp16=True)"
+        return f"float16 by {by}, loss scaled by {scale:g}, weights and optimizer float32 (fp16=True)"
     text = f"{str(own).removeprefix('torch.')}, as the model is (bf16=False)"
     return text + ("; AdamW keeps the weights in float32 beside it" if own.itemsize == 2 else "")

@@ -98,7 +98,7 @@ class Trainer:
                 raise TypeError(f"{name} is a {type(dataset).__name__}, expected something with a length and indices")
             if dataset is not None and len(dataset) == 0:
                 raise ValueError(f"{name} holds 0 examples")
-        compiled: Any = torch.compile(model) if args.torch_compile else model
+        compiled: Any = torch.compile(model) if args.torch_compile and args.parallel == "data" else model
         self.model, self.args, self.tokenizer = compiled, args, tokenizer
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.data_collator = data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
@@ -106,7 +106,7 @@ class Trainer:
         self.processes = distributed.join(self.device)
         self.shards: Shards | None = None
         if args.parallel == "fsdp":
-            shard(self.own_model, args, self.processes)
+            shard(self.own_model, args, self.processes, self.device)
         shows = self.processes.rank == 0 and not args.disable_tqdm
         reports = make_reports(args) if self.processes.rank == 0 else []
         self.callbacks = [*([ProgressLine()] if shows else []), *reports, *callbacks]
@@ -273,7 +273,8 @@ class Trainer:
     def _save_model(self, folder: Path) -> None:
         with checkpoint.exclusive(folder, nested=True):  # another process may be training into it
             if is_unmerged(self.own_model):
-                save_adapter(self.own_model, folder)
+                with contextlib.nullcontext() if self.shards is None else self.shards.whole_adapters(self.own_model):
+                    save_adapter(self.own_model, folder)
             elif hasattr(self.own_model, "save_pretrained") and self.shards is None:
                 self.own_model.save_pretrained(folder)  # type: ignore[operator]
             else:
