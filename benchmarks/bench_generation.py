@@ -87,7 +87,7 @@ def bench_step(dtype: torch.dtype, size: str, against: str, compare: Compare) ->
         return model(torch.tensor([tokens]), cache=cache).logits[:, -1]
 
     assert torch.equal(whole(), forward())
-    found = step._describe(model, cache)
+    found = step._describe(model, cache.layers)
     assert found is not None
     weights, layers, embeddings, positions = found
     assert embeddings is not None
@@ -95,8 +95,9 @@ def bench_step(dtype: torch.dtype, size: str, against: str, compare: Compare) ->
 
     def native() -> None:
         _C.decode(
-            tokens, embeddings, positions, weights, cache.layers, [PROMPT], layers, eps, logits, torch.get_num_threads()
-        )
+            tokens, embeddings, positions, weights, cache.layers, [0], [PROMPT], [0], layers, eps, logits,
+            torch.get_num_threads(),
+        )  # fmt: skip
 
     compare(
         f"decoding step{', native function alone' * (against != 'GPT.forward')} {name_of(dtype)}", size,

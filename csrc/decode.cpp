@@ -1,4 +1,7 @@
-// A decoding step: a token of each row through all layers of a GPT, in the order of gptcore/model.py.
+// A decoding step: tokens of any rows through all layers of a GPT, in the order of gptcore/model.py.
+//
+// A row may have several tokens in a step: a part of a prompt. They attend in groups of kQueries, as many as the decoding
+// kernel takes, so that a token has the same bits whatever is beside it in the step.
 //
 // The layers are passed twice. The first time checks every tensor and counts scratch memory, with pointers that are not
 // read. The second time runs the kernels, without the GIL.
@@ -14,17 +17,20 @@ using Views = std::vector<TensorView>;
 
 constexpr size_t kWeights = 12;  // of a layer: weight and bias of ln_1, c_attn, c_proj, ln_2, c_fc, c_proj
 constexpr size_t kInner = 8;     // the index of c_fc's weight, (n_inner, width)
+constexpr int64_t kQueries = 8;  // of a row that attend together
 
 // The numbers of a layer: the scale and the window (negative: no limit) of its attention, the eps of both norms, and
 // the form of GELU.
 using LayerSettings = std::tuple<double, int64_t, double, double, bool>;
 
 struct Inputs {
-  const std::vector<int64_t>& tokens;   // of each row, an index of `embeddings`
+  const std::vector<int64_t>& tokens;   // indices of `embeddings`
   const TensorView& embeddings;         // (vocabulary, width)
-  const OptionalView& positions;        // (positions, width), added at the index of the row's length
-  const Views &weights, &caches;        // a cache of each layer: keys and values, (2, rows or more, heads, capacity, head_dim)
-  const std::vector<int64_t>& lengths;  // the tokens of each row in the caches
+  const OptionalView& positions;        // (positions, width), added at the index of the token's place
+  const Views &weights, &caches;        // a cache of each layer: keys and values, (2, rows, heads, capacity, head_dim)
+  const std::vector<int64_t>& rows;     // of the caches, for each token
+  const std::vector<int64_t>& places;   // of each token in its row; those before it are in the caches or in this step
+  const std::vector<int64_t>& kept;     // the tokens whose logits are computed
   const std::vector<LayerSettings>& layers;
   std::optional<double> final_eps;      // of the norm after the last layer; without one, norms come after attention and MLP
   const TensorView& logits;
@@ -53,15 +59,18 @@ void check_inputs(const Inputs& in) {
   if (layers == 0 || in.layers.size() != layers || in.weights.size() != expected)
     refuse("got ", in.weights.size(), " weights, ", in.layers.size(), " settings and ", layers, " caches, expected ",
            expected, " weights for these caches, and as many settings as caches, at least one");
-  const int64_t rows = in.tokens.size();
-  if (rows == 0 || rows > 1 << 20 || in.lengths.size() != in.tokens.size())
-    refuse("got ", rows, " tokens and ", in.lengths.size(), " lengths, expected as many, 1 to 2^20");
+  const int64_t tokens = in.tokens.size();
+  if (tokens == 0 || tokens > 1 << 20 || in.rows.size() != in.tokens.size() || in.places.size() != in.tokens.size())
+    refuse("got ", tokens, " tokens, ", in.rows.size(), " rows and ", in.places.size(), " places, expected as many, 1 to "
+           "2^20");
+  for (const int64_t index : in.kept)
+    if (index < 0 || index >= tokens) refuse("kept has ", index, ", expected 0 to ", tokens - 1);
   check_float(in.logits, "logits");
   check_cpu(in.logits, "logits");
   check_contiguous(in.logits, "logits");
   check_table(in.embeddings, "embeddings", in.logits, in.embeddings.shape[1], in.tokens);
   const int64_t width = in.embeddings.shape[1];
-  if (in.positions) check_table(*in.positions, "positions", in.logits, width, in.lengths);
+  if (in.positions) check_table(*in.positions, "positions", in.logits, width, in.places);
   for (size_t i = 0; i < layers; ++i) {
     const TensorView &inner = in.weights[i * kWeights + kInner], &cache = in.caches[i];
     if (inner.ndim != 2 || inner.shape[0] > INT32_MAX)
@@ -70,15 +79,18 @@ void check_inputs(const Inputs& in) {
     const std::string name = element("caches", i);
     check_cpu(cache, name.c_str());
     check_same_dtype(cache, name.c_str(), in.logits);
-    if (cache.ndim != 5 || cache.shape[0] != 2 || cache.shape[1] < rows || cache.shape[2] < 1 || cache.shape[3] < 1 ||
+    if (cache.ndim != 5 || cache.shape[0] != 2 || cache.shape[2] < 1 || cache.shape[3] < 1 ||
         cache.shape[4] < 1 || cache.shape[4] > 256 || width % cache.shape[4] != 0 ||
         cache.shape[2] != width / cache.shape[4])
-      refuse(name, " has shape ", shape_text(cache.shape, cache.ndim), ", expected (2, ", rows,
-             " rows or more, heads, capacity, head_dim) with heads x head_dim = ", width);
+      refuse(name, " has shape ", shape_text(cache.shape, cache.ndim), ", expected (2, rows, heads, "
+             "capacity, head_dim) with heads x head_dim = ", width);
     check_contiguous(cache, name.c_str());
-    for (const int64_t length : in.lengths)
-      if (length < 0 || length >= cache.shape[3])
-        refuse("a row has ", length, " tokens, expected 0 to ", cache.shape[3] - 1, ": ", name, " has room for ",
+    for (const int64_t row : in.rows)
+      if (row < 0 || row >= cache.shape[1])
+        refuse("a token is in row ", row, ", expected 0 to ", cache.shape[1] - 1, ": ", name, " has ", cache.shape[1]);
+    for (const int64_t place : in.places)
+      if (place < 0 || place >= cache.shape[3])
+        refuse("a row has ", place, " tokens, expected 0 to ", cache.shape[3] - 1, ": ", name, " has room for ",
                cache.shape[3]);
   }
   for (size_t i = 0; i <= layers; ++i) {
@@ -106,9 +118,13 @@ class Step {
     qkv_ = take({rows_, 3 * width_});
     inner_ = take({rows_, inner}), activated_ = take({rows_, inner});
     mean_ = take({rows_}, DType::float32), rstd_ = take({rows_}, DType::float32);
+    kept_ = take({static_cast<int64_t>(in.kept.size()), width_});
     lse_ = take({rows_, heads}, DType::float32);
     wide_weight_ = take({width_}, DType::float32), wide_bias_ = take({width_}, DType::float32);
-    for (int64_t row = 0; row < rows_; ++row) segments_.push_back({row, 0, 1, 0, in.lengths[row] + 1});
+    for (int64_t i = 0, begin = 0; i < rows_; begin = i) {
+      while (++i < rows_ && i - begin < kQueries && in.rows[i] == in.rows[begin] && in.places[i] == in.places[i - 1] + 1) {}
+      segments_.push_back({0, begin, i - begin, 0, in.places[i - 1] + 1});
+    }
   }
 
   size_t bytes() const { return used_ + workspace_; }
@@ -117,7 +133,7 @@ class Step {
     TensorView hidden = hidden_;
     OptionalView residual;
     look_up(in_.embeddings, in_.tokens, hidden_);
-    if (in_.positions) look_up(*in_.positions, in_.lengths, residual_), residual = residual_;
+    if (in_.positions) look_up(*in_.positions, in_.places, residual_), residual = residual_;
     if (residual && !in_.final_eps) norm(hidden, residual, in_.weights.data(), 0.0, normed_), hidden = residual_;  // adds
     for (size_t i = 0; i < in_.caches.size(); ++i) try {
       const TensorView* weights = &in_.weights[i * kWeights];
@@ -144,7 +160,9 @@ class Step {
       norm(hidden, residual, &in_.weights.back() - 2, *in_.final_eps, normed_);
       hidden = normed_;
     }
-    linear(hidden, in_.weights.back(), std::nullopt, in_.logits);
+    if (in_.kept.empty()) return;
+    look_up(hidden, in_.kept, kept_);
+    linear(kept_, in_.weights.back(), std::nullopt, in_.logits);
   }
 
  private:
@@ -176,8 +194,8 @@ class Step {
   void look_up(const TensorView& table, const std::vector<int64_t>& indices, const TensorView& out) const {
     const int64_t bytes = width_ * item_size(table.dtype);
     if (runs_)
-      for (int64_t row = 0; row < rows_; ++row)
-        std::memcpy(out.as<char>() + row * bytes, table.as<char>() + indices[row] * bytes, bytes);
+      for (size_t i = 0; i < indices.size(); ++i)
+        std::memcpy(out.as<char>() + i * bytes, table.as<char>() + indices[i] * bytes, bytes);
   }
   // Returns a weight of a norm in float32.
   TensorView widened(const TensorView& weight, const char* name, const TensorView& wide) const {
@@ -215,27 +233,27 @@ class Step {
   }
   void attend(const TensorView& x, const TensorView* weights, const TensorView& cache, double scale, int64_t window) {
     const int64_t heads = cache.shape[2], capacity = cache.shape[3], head_dim = cache.shape[4];
-    const int64_t row_size = width_ * capacity, end = 1 + *std::max_element(in_.lengths.begin(), in_.lengths.end());
+    const int64_t row_size = width_ * capacity, end = 1 + *std::max_element(in_.places.begin(), in_.places.end());
     linear(x, weights[0], weights[1], qkv_);
     const size_t bytes = item_size(x.dtype), values = cache.bytes() / 2;
     if (runs_)
-      for (int64_t row = 0; row < rows_; ++row)
+      for (int64_t i = 0; i < rows_; ++i)
         for (int64_t head = 0; head < heads; ++head) {
-          const char* from = qkv_.as<char>() + (row * 3 * width_ + width_ + head * head_dim) * bytes;
-          char* to = cache.as<char>() + (row * row_size + (head * capacity + in_.lengths[row]) * head_dim) * bytes;
+          const char* from = qkv_.as<char>() + (i * 3 * width_ + width_ + head * head_dim) * bytes;
+          char* to = cache.as<char>() + (in_.rows[i] * row_size + (head * capacity + in_.places[i]) * head_dim) * bytes;
           std::memcpy(to, from, head_dim * bytes);
           std::memcpy(to + values, from + width_ * bytes, head_dim * bytes);
         }
-    const auto keys = [&](size_t offset) {
-      return heads_view(cache.as<char>() + offset, {rows_, heads, end, head_dim},
-                        {row_size, capacity * head_dim, head_dim, 1});
+    const auto keys = [&](size_t offset) {  // of row 0; those of others are at an index beyond
+      return heads_view(cache.as<char>() + offset, {1, heads, end, head_dim}, {0, capacity * head_dim, head_dim, 1});
     };
     const AttentionSettings settings{{}, {}, {}, scale, true, window, window < 0 ? -1 : 0, 0.0};
     AttentionArgs args = attention_forward_args(
-        heads_view(qkv_.data, {rows_, heads, 1, head_dim}, {3 * width_, head_dim, 3 * width_, 1}), keys(0), keys(values),
-        heads_view(heads_.data, {rows_, heads, 1, head_dim}, {width_, head_dim, width_, 1}),
-        view(lse_.data, DType::float32, {rows_, heads, 1}), settings, in_.execution);
-    args.segments = segments_.data(), args.num_segments = rows_;
+        heads_view(qkv_.data, {1, heads, rows_, head_dim}, {0, head_dim, 3 * width_, 1}), keys(0), keys(values),
+        heads_view(heads_.data, {1, heads, rows_, head_dim}, {0, head_dim, width_, 1}),
+        view(lse_.data, DType::float32, {1, heads, rows_}), settings, in_.execution);
+    for (Segment& segment : segments_) segment.key_begin = in_.rows[segment.query_begin] * heads * capacity;
+    args.segments = segments_.data(), args.num_segments = segments_.size();
     run_with_workspace(args, kernels_.attention_forward_workspace, kernels_.attention_forward);
     linear(heads_, weights[2], weights[3], update_);
   }
@@ -246,17 +264,18 @@ class Step {
   const bool runs_;
   const uintptr_t memory_;
   size_t used_ = 0, workspace_ = 0;
-  // update_ is the output of attention or of the MLP, heads_ that of the attention kernel
-  TensorView update_, normed_, hidden_, residual_, heads_, qkv_, inner_, activated_;
+  // update_ is the output of attention or of the MLP, heads_ that of the attention kernel, kept_ rows of the last norm
+  TensorView kept_, update_, normed_, hidden_, residual_, heads_, qkv_, inner_, activated_;
   TensorView mean_, rstd_, lse_, wide_weight_, wide_bias_;
   std::vector<Segment> segments_;
 };
 
 void decode(const std::vector<int64_t>& tokens, const TensorView& embeddings, const OptionalView& positions,
-            const Views& weights, const Views& caches, const std::vector<int64_t>& lengths,
+            const Views& weights, const Views& caches, const std::vector<int64_t>& rows,
+            const std::vector<int64_t>& places, const std::vector<int64_t>& kept,
             const std::vector<LayerSettings>& layers, std::optional<double> final_eps, const TensorView& logits,
             int64_t num_threads) {
-  Inputs in{tokens, embeddings, positions, weights, caches, lengths, layers, final_eps, logits, {}};
+  Inputs in{tokens, embeddings, positions, weights, caches, rows, places, kept, layers, final_eps, logits, {}};
   in.execution.num_threads = check_threads(num_threads);
   check_inputs(in);
   Step checks(in);
@@ -270,8 +289,8 @@ void decode(const std::vector<int64_t>& tokens, const TensorView& embeddings, co
 
 void bind_decode(py::module_& m) {
   m.def("decode", &decode, py::arg("tokens"), py::arg("embeddings"), py::arg("positions"), py::arg("weights"),
-        py::arg("caches"), py::arg("lengths"), py::arg("layers"), py::arg("final_eps"), py::arg("logits"),
-        py::arg("num_threads"));
+        py::arg("caches"), py::arg("rows"), py::arg("places"), py::arg("kept"), py::arg("layers"), py::arg("final_eps"),
+        py::arg("logits"), py::arg("num_threads"));
 }
 
 }  // namespace gptcore

@@ -123,19 +123,23 @@ def decode(
     positions: Tensor | None,
     weights: collections.abc.Sequence[Tensor],
     caches: collections.abc.Sequence[Tensor],
-    lengths: collections.abc.Sequence[int],
+    rows: collections.abc.Sequence[int],
+    places: collections.abc.Sequence[int],
+    kept: collections.abc.Sequence[int],
     layers: collections.abc.Sequence[tuple[float, int, float, float, bool]],
     final_eps: float | None,
     logits: Tensor,
     num_threads: int,
 ) -> None:
-    """Fill logits (rows, vocabulary) after one more token in each row; append to the caches.
+    """Fill logits (kept, vocabulary) after more tokens in rows of the caches; write keys and values into the caches.
 
-    tokens, embeddings: the entry of each row in (entries, width).
-    positions: (positions, width), added at the index of the row's length.
+    tokens, embeddings: the entry of each token in (entries, width).
+    positions: (positions, width), added at the index of the token's place.
     weights: weight and bias of ln_1, c_attn, c_proj, ln_2, c_fc and c_proj of each layer; with final_eps weight and
         bias of the last norm; the weight of the output projection. Weights of linear layers may be q8_0 or q4_0 blocks.
-    caches: keys and values of each layer, (2, rows or more, heads, capacity, head_dim), of `lengths` tokens a row.
+    caches: keys and values of each layer, (2, rows, heads, capacity, head_dim).
+    rows, places: of each token in the caches; it attends to all places of its row up to its own.
+    kept: indices of the tokens whose logits are wanted.
     layers: scale and window (-1: none) of attention, eps of both norms, and whether GELU has the tanh form.
     final_eps: None for norms after attention and MLP instead of before them.
     """

@@ -71,7 +71,7 @@ def fresh(value: Any) -> Any:
 
 
 def decode_arguments() -> dict[str, Any]:
-    """Return the arguments of a decoding step of two rows and two layers, 8 wide."""
+    """Return the arguments of a decoding step of two tokens and two layers, 8 wide."""
     torch.manual_seed(0)
     shapes = [(8,), (8,), (24, 8), (24,), (8, 8), (8,), (8,), (8,), (12, 8), (12,), (8, 12), (8,)]
     return {
@@ -80,7 +80,9 @@ def decode_arguments() -> dict[str, Any]:
         "positions": torch.randn(5, 8),
         "weights": [torch.randn(shape) for shape in (*shapes, *shapes, (8,), (8,), (9, 8))],
         "caches": [torch.randn(2, 3, 2, 5, 4) for _ in range(2)],
-        "lengths": [4, 1],
+        "rows": [2, 0],
+        "places": [4, 1],
+        "kept": [0, 1],
         "layers": [(0.5, -1, 1e-5, 1e-5, True), (0.5, 2, 1e-5, 1e-5, False)],
         "final_eps": 1e-5,
         "logits": torch.empty(2, 9),

@@ -37,23 +37,32 @@ register(nn.Dropout, nn.Embedding, nn.ModuleList)
 
 def next_logits(model: GPT, tokens: list[int], cache: KVCache) -> Tensor:
     """Return logits (B, V) after one more token in each row of the cache."""
-    logits = _native(model, tokens, cache)
-    if logits is None:
-        ids = torch.tensor(tokens, device=cache.layers[0].device)[:, None]
-        return model(ids, cache=cache).logits[:, -1]
-    return logits
+    rows = list(range(len(tokens)))
+    if cache.length < cache.capacity:
+        logits = native_logits(model, tokens, cache.layers, rows, cache.lengths, rows)
+        if logits is not None:
+            cache.count_step()
+            return logits
+    ids = torch.tensor(tokens, device=cache.layers[0].device)[:, None]
+    return model(ids, cache=cache).logits[:, -1]
 
 
-def _native(model: GPT, tokens: list[int], cache: KVCache) -> Tensor | None:
-    """Return the logits of the native step, or None without any effect where GPT.forward has to compute them."""
+def native_logits(
+    model: GPT, tokens: list[int], caches: list[Tensor], rows: list[int], places: list[int], kept: list[int]
+) -> Tensor | None:
+    """Return the logits (kept, V) of the native step, or None without any effect where GPT.forward has to compute them.
+
+    caches: keys and values of each layer, (2, rows, H, capacity, D). They get those of the tokens.
+    rows, places: of each token in the caches; it attends to all places of its row up to its own.
+    kept: indices of the tokens whose logits are wanted.
+    """
     if (
         torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or registry.in_use() not in (None, "cpu")
         or registry.is_transformed()
-        or cache.length >= cache.capacity
-        or (found := _describe(model, cache)) is None
+        or (found := _describe(model, caches)) is None
     ):
         return None
     weights, layers, embeddings, positions = found
@@ -61,21 +70,22 @@ def _native(model: GPT, tokens: list[int], cache: KVCache) -> Tensor | None:
         return None
     try:
         if embeddings is None:
-            x = model._embed(torch.tensor(tokens, device="cpu")[:, None], cache.positions()[:, None])
-            tokens, embeddings = list(range(len(tokens))), x[:, 0]
-        logits = embeddings.new_empty(len(tokens), len(weights[-1]))
+            ids, at = (torch.tensor(values, device="cpu")[:, None] for values in (tokens, places))
+            tokens, embeddings = list(range(len(tokens))), model._embed(ids, at)[:, 0]
+        logits = embeddings.new_empty(len(kept), len(weights[-1]))
         final_eps = None if model.ln_f is None else model.ln_f.eps
         _C.decode(
-            tokens, embeddings, positions, weights, cache.layers, cache.lengths, layers, final_eps, logits,
+            tokens, embeddings, positions, weights, caches, rows, places, kept, layers, final_eps, logits,
             torch.get_num_threads(),
         )  # fmt: skip
     except (IndexError, RuntimeError, TypeError, ValueError):
         return None  # nothing was written: GPT.forward computes it, or says what is wrong
-    cache.count_step()
     return logits
 
 
-def _describe(model: GPT, cache: KVCache) -> tuple[list[Tensor], list[Layer], Tensor | None, Tensor | None] | None:
+def _describe(
+    model: GPT, caches: list[Tensor]
+) -> tuple[list[Tensor], list[Layer], Tensor | None, Tensor | None] | None:
     """Return weights, numbers of the layers, embeddings and positions; None if Python could notice the native step.
 
     Embeddings and positions are None where only GPT._embed computes their sum.
@@ -128,7 +138,7 @@ def _describe(model: GPT, cache: KVCache) -> tuple[list[Tensor], list[Layer], Te
             or "_compiled_call_impl" in state
         ):
             return None
-    if heads != {cache.layers[0].shape[2]} or (type(head) is not nn.Linear and type(head) not in _forwards):
+    if heads != {caches[0].shape[2]} or (type(head) is not nn.Linear and type(head) not in _forwards):
         return None
     return weights, layers, embeddings, positions
 
