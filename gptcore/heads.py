@@ -93,6 +93,7 @@ class TaskModel(nn.Module):
             if not 0 <= value < below:
                 raise ValueError(f"{name} {value} should be in [0, {below})")
         self.problem_type, self.head_dropout, self.lm_coef = problem_type, head_dropout, lm_coef
+        self.settings: dict[str, Any] = {}  # task_specific_params of config.json, which say how texts are read
         if lm_coef == 0:
             config = dataclasses.replace(config, tie_word_embeddings=True)
         self.config = config
@@ -142,6 +143,7 @@ class TaskModel(nn.Module):
         model: Self = pretrained.load(
             lambda config: cls(config, num_labels, **settings), name_or_path, dtype, overrides
         )
+        model.settings = dict(found.get("task_specific_params") or {})
         head = getattr(model, cls.head)
         if any(parameter.is_meta for parameter in head.parameters()):
             body = model.transformer.wte.weight
@@ -160,6 +162,7 @@ class TaskModel(nn.Module):
             "label2id": self.label2id,
             "problem_type": self.problem_type,
             self.dropout_key: self.head_dropout,
+            **({"task_specific_params": self.settings} if self.settings else {}),
         }
 
     @torch.no_grad()

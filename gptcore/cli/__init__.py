@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptcore import ops
-from gptcore.cli import bench, evaluate, export, generate, info, plan, prepare, quantize, train
+from gptcore.cli import bench, evaluate, export, finetune, generate, info, plan, predict, prepare, quantize, train
 from gptcore.cli.options import Parser, check_machine
 from gptcore.output import SteadyOutput
 from gptcore.training.checkpoint import CheckpointError
@@ -21,8 +21,10 @@ from gptcore.training.checkpoint import CheckpointError
 COMMANDS = {
     "prepare": prepare,
     "train": train,
+    "finetune": finetune,
     "plan": plan,
     "generate": generate,
+    "predict": predict,
     "evaluate": evaluate,
     "quantize": quantize,
     "export": export,

@@ -158,7 +158,7 @@ def _run(args: argparse.Namespace, arguments: TrainingArguments, processes: dist
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint is not None)
     except TrainingInterrupted as interrupt:
-        command = args.resume_command or shlex.join(["gptcore", *_with_resume(args.argv)])
+        command = args.resume_command or shlex.join(["gptcore", *with_resume(args.argv)])
         print(f"\ninterrupted; saved {interrupt.checkpoint}. To resume:\n\n    {command}\n")
         return 130
     after = trainer.evaluate()["eval_loss"]
@@ -207,17 +207,20 @@ def _datasets(
 
 def _checkpoint(args: argparse.Namespace, out: Path) -> Path | None:
     """Return the newest checkpoint if the run is resumed. Raises FileExistsError if results would be overwritten."""
+    check_unused(out, args.resume, args.overwrite_output_dir)
+    return newest_checkpoint(out) if args.resume and list_checkpoints(out) else None
+
+
+def check_unused(out: Path, resumes: bool, overwrites: bool) -> None:
+    """Raise FileExistsError if results in the folder of a run would be overwritten."""
     checkpoints = list_checkpoints(out)
-    if args.resume and checkpoints:
-        return newest_checkpoint(out)
     held = checkpoints or [path for name in ("model.safetensors", "tokenizer.json") if (path := out / name).exists()]
-    if held and not args.overwrite_output_dir:
+    if held and not overwrites and not (resumes and checkpoints):
         resume = "resume it with --resume, " if checkpoints else ""
         raise FileExistsError(
             f"{out} holds {'an earlier run' if checkpoints else 'a model'} ({held[-1].name}): {resume}"
             "delete it with --overwrite-output-dir, or choose another --output-dir"
         )
-    return None
 
 
 def _check(args: argparse.Namespace, prepared: Prepared | None, parts: int) -> None:
@@ -315,7 +318,7 @@ def _check_vocabulary(args: argparse.Namespace, config: GPTConfig, tokenizer: To
         )
 
 
-def _with_resume(argv: Sequence[str]) -> list[str]:
+def with_resume(argv: Sequence[str]) -> list[str]:
     kept = [word for word in argv if word not in ("--overwrite-output-dir", "--resume")]
     return [*kept, "--resume"]
 

@@ -1,4 +1,4 @@
-"""report.html: one file without scripts or anything from elsewhere."""
+"""report.html: one file without scripts or anything from elsewhere; its frame serves other reports, too."""
 
 from __future__ import annotations
 
@@ -45,12 +45,15 @@ def render(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     if read["bad_records"]:
         rows = ((escape(place), escape(reason)) for place, reason in read["bad_records"])
-        parts += ["<h2>Records that could not be read</h2>", _table(["place", "reason"], rows)]
+        parts += ["<h2>Records that could not be read</h2>", table(["place", "reason"], rows)]
+    return document("Corpus report", parts)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """Return a page of parts that are HTML already."""
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">\n'
-        f"<title>Corpus report</title><style>{_STYLE}</style>\n<h1>Corpus report</h1>\n"
-        + "\n".join(parts)
-        + "\n</html>\n"
+        f"<title>{title}</title><style>{_STYLE}</style>\n<h1>{title}</h1>\n" + "\n".join(parts) + "\n</html>\n"
     )
 
 
@@ -69,7 +72,7 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "none"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """Return a table of cells that are HTML already; `numbers` are the columns to align right."""
 
     def row(tag: str, cells: Sequence[str]) -> str:
@@ -90,7 +93,7 @@ def _steps(report: dict[str, Any]) -> str:
         for what, count in step["changed"].items():
             rows.append((name, f"changed: {escape(what)}", _n(count), "", ""))
     heads = ["step", "reason", "documents or changes", "of those that came to it", "bytes dropped"]
-    return _table(heads, rows, (2, 3, 4))
+    return table(heads, rows, (2, 3, 4))
 
 
 def _pictures(report: dict[str, Any]) -> str:
@@ -142,10 +145,10 @@ def _sources(report: dict[str, Any]) -> str:
         for name, s in report["sources"].items()
     ]  # fmt: skip
     heads = ["source", "read", "bytes", "kept", "bytes", "for training", "times in the mix"]
-    text = _table(heads, rows, range(1, 7))
+    text = table(heads, rows, range(1, 7))
     for title, counts in (("licence", report["licences"]), ("private data replaced", report["private"])):
         if counts:
-            text += _table([title, "count"], [(escape(name), _n(n)) for name, n in counts.items()], (1,))
+            text += table([title, "count"], [(escape(name), _n(n)) for name, n in counts.items()], (1,))
     return text
 
 
@@ -161,7 +164,7 @@ def _splits(report: dict[str, Any]) -> str:
         )
         for name, s in report["splits"].items()
     ]
-    return _table(["split", "documents", "different", "bytes", "tokens", "shards"], rows, range(1, 6))
+    return table(["split", "documents", "different", "bytes", "tokens", "shards"], rows, range(1, 6))
 
 
 def _duplicates(report: dict[str, Any]) -> str:

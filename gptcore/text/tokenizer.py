@@ -269,8 +269,11 @@ class Tokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a token as tokenizer.json spells it (a space is "Ġ"), or None."""
-        found: int | None = self._tokenizer.token_to_id(token)
-        return found
+        return self._tokenizer.token_to_id(token)
+
+    def id_to_token(self, id: int) -> str | None:
+        """Return a token as tokenizer.json spells it, or None."""
+        return self._tokenizer.id_to_token(id)
 
     @overload
     def encode(

@@ -168,7 +168,8 @@ class ProgressLine(TrainerCallback):
 
     def on_log(self, trainer: Trainer, logs: dict[str, Any]) -> None:
         shown = [f"step {logs['step']}/{trainer.total_steps}"]
-        formats = {"loss": ".4f", "eval_loss": ".4f", "learning_rate": ".2e", "tokens_per_second": ",.0f"}
+        best = {trainer.args.metric_for_best_model: ".4f"}
+        formats = {"loss": ".4f", "eval_loss": ".4f", **best, "learning_rate": ".2e", "tokens_per_second": ",.0f"}
         shown += [f"{name} {logs[name]:{form}}" for name, form in formats.items() if name in logs]
         shown += [f"mfu {logs['mfu']:.1%}" if "mfu" in logs else "mfu n/a"] if "loss" in logs else []
         if self.live is None:

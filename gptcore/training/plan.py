@@ -11,6 +11,7 @@ from torch import nn
 from gptcore import ops
 from gptcore.config import GPTConfig
 from gptcore.training import estimate
+from gptcore.training.arguments import warmup_steps
 
 if TYPE_CHECKING:
     from gptcore.training.trainer import Trainer
@@ -62,7 +63,7 @@ def plan(trainer: Trainer) -> str:
     clipped = f"gradient norm clipped to {args.max_grad_norm:g}" if args.max_grad_norm > 0 else "no clipping"
     lines += [
         ("optimizer", f"AdamW, learning rate {args.learning_rate:g}, {args.lr_scheduler_type}, "
-                      f"{args.warmup_steps} steps of warmup, {clipped}"),
+                      f"{warmup_steps(args, trainer.total_steps)} steps of warmup, {clipped}"),
         ("dtype", _describe_dtype(next(model.parameters()).dtype, trainer)),
         ("device", f"{trainer.device}, {torch.get_num_threads()} threads{_describe_processes(trainer)}"),
     ]  # fmt: skip
