@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptcore.generation.cache import KVCache
 from gptcore.generation.prompts import EMPTY
-from gptcore.generation.sampling import Settings, limit_repetition, sample, whole_number
+from gptcore.generation.sampling import Settings, limit_repetition, limits, sample, whole_number
 from gptcore.generation.step import next_logits
 from gptcore.inputs import check_one_dtype
 from gptcore.modes import module_mode
@@ -137,17 +137,17 @@ class Batch:
             if row.new < row.settings.min_new_tokens and 0 <= row.eos_token_id < logits.shape[1]:
                 logits[index, row.eos_token_id] = -torch.inf
         tokens = logits.argmax(-1)
-        drawn = [row.settings.top_k for row in self._rows if row.settings.do_sample]
-        for top_k in dict.fromkeys(drawn):  # together where topk, whose order of equal logits depends on k, is the same
-            members = [
-                index for index, row in enumerate(self._rows)
-                if row.settings.do_sample and row.settings.top_k == top_k
-            ]  # fmt: skip
+        drawn: dict[object, list[int]] = {}  # together where the order of the tokens, which depends on k, is the same
+        for index, row in enumerate(self._rows):
+            if row.settings.do_sample:
+                top_k = row.settings.top_k
+                drawn.setdefault((top_k, limits(top_k, row.settings.top_p)), []).append(index)
+        for members in drawn.values():
             rows = [self._rows[index] for index in members]
             some = logits if len(members) == len(self._rows) else logits[members]
             tokens[members] = sample(
-                some, [row.generator for row in rows], [row.settings.temperature for row in rows], top_k,
-                [row.settings.top_p for row in rows],
+                some, [row.generator for row in rows], [row.settings.temperature for row in rows],
+                rows[0].settings.top_k, [row.settings.top_p for row in rows],
             )  # fmt: skip
         for index, row in enumerate(self._rows):
             if row.ids is not None:

@@ -116,22 +116,29 @@ def sample(
 ) -> Tensor:
     """Draw a token a row, (N,), from logits (N, V) in float32, as Settings says. Never synchronises.
 
-    A row's draw depends on its logits, its generator and its settings alone. It is torch.multinomial's of one row:
-    the largest of p / q, where q is exponentially distributed.
+    A row's draw depends on its logits, its generator and its settings alone, if rows with and without `limits` are not
+    mixed. It is torch.multinomial's of one row: the largest of p / q, where q is exponentially distributed.
     """
-    V = logits.shape[-1]
-    logits, candidates = logits.topk(V if top_k is None else min(top_k, V))  # in descending order
+    V, candidates = logits.shape[-1], None
+    if top_k is not None or any(limits(None, top_p) for top_p in top_ps):
+        logits, candidates = logits.topk(V if top_k is None else min(top_k, V))  # in descending order
     temperature = _column([min(max(value, SMALLEST), LARGEST) for value in temperatures], logits)
-    probabilities = ((logits - logits[:, :1]) / temperature).softmax(-1)  # the difference cannot overflow upwards
-    if any(top_p is not None for top_p in top_ps):
-        top_p = _column([2.0 if value is None or value == 1 else value for value in top_ps], logits)
+    # The difference cannot overflow upwards
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if any(limits(None, top_p) for top_p in top_ps):
+        top_p = _column([value if value is not None and value < 1 else 2.0 for value in top_ps], logits)
         reached = probabilities.cumsum(-1)[:, :-1] >= top_p
         probabilities[:, 1:].masked_fill_(reached, 0)  # the most likely token is always kept
     noise = torch.empty_like(probabilities)
     for row, generator in zip(noise, generators, strict=True):
         row.exponential_(generator=generator)
     drawn = (probabilities / noise).masked_fill(probabilities == 0, -1).argmax(-1, keepdim=True)
-    return candidates.gather(-1, drawn)[:, 0]
+    return (drawn if candidates is None else candidates.gather(-1, drawn))[:, 0]
+
+
+def limits(top_k: int | None, top_p: float | None) -> bool:
+    """Return whether tokens are left out, for which they have to be sorted."""
+    return top_k is not None or (top_p is not None and top_p < 1)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

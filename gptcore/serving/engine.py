@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 Part = tuple["_Row", int]  # so many tokens of a row, which a pass reads
 
 COUNTED = ("steps", "prompt_tokens", "cached_tokens", "generated_tokens", "stop", "length", "cancelled", "error")
-IDLE_CHUNKS = 4  # prefill_chunks that a step reads while no request is running
+IDLE_CHUNKS = 8  # prefill_chunks that a step reads while no request is running
 
 
 class Engine:
@@ -38,7 +38,8 @@ class Engine:
     model: a GPT, in eval mode from now on; or a model with a head for a task, which `call` runs.
     max_batch: requests that run at once. Each has memory for the keys and values of all positions of the model.
     max_waiting: requests that may wait beside them.
-    prefill_chunk: tokens of prompts that a step reads beside running requests.
+    prefill_chunk: tokens of prompts that a step reads beside running requests: more of them delay the tokens of those,
+        fewer delay the first token of a new request.
     prefix_tokens: tokens whose keys and values are kept for later prompts that begin with them; 0 keeps none.
     adapters: names of the model's adapters that requests may use; None for all.
     vocab_size: of the tokenizer, if the model's was padded to a round number: no token from there on is ever taken.
@@ -50,7 +51,7 @@ class Engine:
         *,
         max_batch: int = 8,
         max_waiting: int = 64,
-        prefill_chunk: int = 64,
+        prefill_chunk: int = 16,
         prefix_tokens: int = 4096,
         adapters: Sequence[str] | None = None,
         vocab_size: int | None = None,
@@ -266,19 +267,20 @@ class Engine:
             return
         outputs = [row.outputs(count) for row, count in parts]
         scores = logits.log_softmax(-1)
-        for (row, count), ours, theirs in zip(parts, logits.split(outputs), scores.split(outputs), strict=True):
+        finite = torch.stack(logits.aminmax(dim=-1)).isfinite().all(0)
+        for (row, count), *mine in zip(parts, *(t.split(outputs) for t in (logits, scores, finite)), strict=True):
             self._counts["prompt_tokens"] += 0 if row.new else count
             row.done += count
             self._keep_prefix(row)
             try:
-                self._continue(row, ours, theirs)
+                self._continue(row, *mine)
             except Exception as error:
                 self._drop(row, "error", error)
 
-    def _continue(self, row: _Row, logits: Tensor, scores: Tensor) -> None:
+    def _continue(self, row: _Row, logits: Tensor, scores: Tensor, finite: Tensor) -> None:
         """Take the logits and log-probabilities (outputs, V) of the tokens that were read last."""
         request, first = row.request, row.done - len(logits) + 1
-        if not logits.isfinite().all():
+        if not finite.all():
             raise FloatingPointError(f"logits for token {row.done} are not finite: the model's weights are damaged")
         if row.ticket.prompt_logprobs is not None and not row.new:
             known = zip(row.tokens[first:], scores, strict=False)
@@ -382,5 +384,5 @@ class _Row:
 
 def described(token: int, scores: Tensor, top: int) -> Token:
     """Return a token with its log-probability and the `top` likeliest, given log-probabilities (V,)."""
-    values, ids = scores.topk(top)
-    return Token(token, float(scores[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
+    best = [values.tolist() for values in scores.topk(top)] if top else [[], []]
+    return Token(token, float(scores[token]), list(zip(best[1], best[0], strict=True)))
