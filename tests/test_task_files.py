@@ -12,7 +12,7 @@ import pytest
 
 from gptcore.tasks import TASKS
 from gptcore.tasks.examples import Columns
-from gptcore.tasks.finetune import FinetuneOptions, read
+from gptcore.tasks.recipe import FinetuneOptions, read
 
 QUESTION = {"question": "Who?", "context": "It was Ada."}
 WRONG: dict[str, tuple[str, str, bytes | list[Any], str]] = {

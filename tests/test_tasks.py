@@ -16,8 +16,8 @@ from gptcore.heads import GPTForQuestionAnswering, GPTForTokenClassification
 from gptcore.tasks import TASKS, Answer, Entities, Task
 from gptcore.tasks.entities import legal_path
 from gptcore.tasks.examples import Question, Sentence, words_of
-from gptcore.tasks.finetune import FinetuneOptions, finetune
 from gptcore.tasks.pipelines import load
+from gptcore.tasks.recipe import FinetuneOptions, finetune
 from gptcore.tasks.task import settings_of
 from gptcore.tensor_file import TensorFile
 from gptcore.training.callbacks import TrainerCallback
@@ -121,7 +121,7 @@ class Kill(TrainerCallback):
 def test_resumes_bit_exactly(
     base: Path, tmp_path: Path, task: str, changes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gptcore.tasks import finetune as module
+    from gptcore.tasks import recipe as module
 
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gptcore.cli.options import add_fields, add_machine, pick
 from gptcore.cli.train import check_unused, with_resume
-from gptcore.tasks.finetune import DERIVED, RUN, FinetuneOptions, finetune
+from gptcore.tasks.recipe import DERIVED, RUN, FinetuneOptions, finetune
 from gptcore.training.arguments import TrainingArguments
 from gptcore.training.signals import TrainingInterrupted
 

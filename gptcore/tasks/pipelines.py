@@ -16,12 +16,12 @@ from torch import nn
 
 from gptcore.files import PathLike
 from gptcore.hf.pretrained import read_config
-from gptcore.tasks import TASKS
 from gptcore.tasks.answer import LONGEST_ANSWER, Answer
 from gptcore.tasks.choice import Choose
 from gptcore.tasks.classify import SEVERAL, Classify
 from gptcore.tasks.entities import Entities, legal_path, merged
 from gptcore.tasks.examples import Choice, Question, Span, Text, trimmed, words_of
+from gptcore.tasks.table import TASKS
 from gptcore.tasks.task import SETTINGS, Task, settings_of
 from gptcore.text.tokenizer import Tokenizer
 
@@ -188,11 +188,13 @@ def _grouped(text: str, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
             groups[-1].append({**entry, "kind": kind})
         else:
             groups.append([{**entry, "kind": kind}])
-    return [
-        {"entity_group": group[0]["kind"], "score": float(np.mean([entry["score"] for entry in group])),
-         "word": text[group[0]["start"] : group[-1]["end"]], "start": group[0]["start"], "end": group[-1]["end"]}
-        for group in groups
-    ]  # fmt: skip
+    made = []
+    for group in groups:
+        start, end = trimmed(text, (group[0]["start"], group[-1]["end"]))
+        score = float(np.mean([entry["score"] for entry in group]))
+        word = text[start:end]
+        made.append({"entity_group": group[0]["kind"], "score": score, "word": word, "start": start, "end": end})
+    return made
 
 
 class QuestionAnswering(Pipeline):

@@ -18,9 +18,9 @@ from torch import nn
 from gptcore.data.datasets import epoch_order
 from gptcore.files import PathLike
 from gptcore.lora import add_adapter, merge_adapter, save_adapter
-from gptcore.tasks import TASKS
 from gptcore.tasks.examples import Columns
 from gptcore.tasks.report import Report, write_report
+from gptcore.tasks.table import TASKS
 from gptcore.tasks.task import Result, Task
 from gptcore.text.tokenizer import Tokenizer
 from gptcore.training.arguments import TrainingArguments
@@ -264,4 +264,8 @@ def derived(
         "metric_for_best_model": f"eval_{task.metric}",
         "greater_is_better": True,
     }
-    return {**RUN, **follows, **training}
+    made = {**RUN, **follows, **training}
+    steps = made["max_steps"] if made.get("max_steps", -1) > 0 else made["num_train_epochs"] * steps_per_epoch
+    if "warmup_steps" in training or ("warmup_ratio" not in training and steps <= 1):
+        del made["warmup_ratio"]
+    return made
