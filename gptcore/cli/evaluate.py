@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from gptcore.cli.options import add_data, add_machine, load_model, refuse_without_effect
+from gptcore.cli.options import add_adapter, add_data, add_machine, load_model, refuse_without_effect
 from gptcore.data.datasets import TextDataset
 from gptcore.tasks.examples import Columns
 from gptcore.tasks.pipelines import load, task_name
@@ -17,6 +17,7 @@ SUMMARY = "Print the loss of a model on text files, or the metrics of a model fo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or GGUF file of a model")
+    add_adapter(parser)
     add_data(parser)
     add_columns(parser)
     parser.add_argument("--batch-size", type=int, default=16, help="examples in a forward pass (default: 16)")

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.required = action.dest in ("task", "train")
     group = parser.add_argument_group("training", "Where the default is none, it follows from the model and the data.")
     group.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in output_dir, if any")
-    add_fields(group, TrainingArguments, {**RUN, **dict.fromkeys(DERIVED)}, skip=("parallel", "packing"))
+    add_fields(group, TrainingArguments, {**RUN, **dict.fromkeys(DERIVED)}, skip=("parallel",))
     add_machine(parser.add_argument_group("machine"))
 
 

@@ -20,6 +20,8 @@ import torch
 from gptcore import ops
 from gptcore.model import GPT
 from gptcore.ops.registry import BACKENDS
+from gptcore.tasks.vocabulary import use_adapter
+from gptcore.text.chat import TEMPLATES, Template, find_template, template_of
 from gptcore.text.tokenizer import Tokenizer
 
 THREADS_PER_CORE = 8  # more are refused: OpenMP aborts the process where the system has no more threads
@@ -91,6 +93,30 @@ def add_machine(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> No
     parser.add_argument(
         "--device", help="cpu, cuda or cuda:N (default: a GPU if the backend runs on one, else the CPU)"
     )
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """Add --adapter, for `load_model`."""
+    parser.add_argument("--adapter", metavar="FOLDER", help="adapter to compute with, in peft's files (default: none)")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add how the next token is chosen, for `sampling_of`."""
+    parser.add_argument("--greedy", action="store_true", help="always take the most probable token")
+    parser.add_argument("--temperature", type=float, default=0.8, help="divides the logits (default: 0.8)")
+    parser.add_argument(
+        "--top-k", type=optional(int), default=50, help="sample from the k most probable tokens (default: 50)"
+    )
+    parser.add_argument(
+        "--top-p", type=optional(float),
+        help="sample from the fewest tokens whose probabilities add up to p (default: none)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, help="seed of the sampling (default: a new one each time)")
+
+
+def add_template(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add --chat-template, for `chosen_template`."""
+    parser.add_argument("--chat-template", choices=[*TEMPLATES, "none"], help=help)
 
 
 def add_data(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
@@ -181,12 +207,42 @@ def check_machine(args: argparse.Namespace) -> None:
 
 
 def load_model(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
-    """Return the model in the folder or GGUF file MODEL, on --device, and its tokenizer."""
-    return GPT.from_pretrained(args.model).to(args.device), Tokenizer.from_pretrained(args.model)
+    """Return the model in the folder or GGUF file MODEL, on --device, and its tokenizer, both with --adapter."""
+    model, tokenizer = GPT.from_pretrained(args.model).to(args.device), Tokenizer.from_pretrained(args.model)
+    if args.adapter is not None:
+        tokenizer = use_adapter(model, tokenizer, args.adapter)
+    return model, tokenizer
 
 
-def printable(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Return the text up to the end-of-text token, without it; unpaired surrogates are replaced."""
-    end = tokenizer.eos_token_id
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of `add_sampling` as arguments of generate. Raises ValueError for those without effect."""
+    check_range(args, 0, 2**64 - 1, "seed")
+    names = ("temperature", "top_k", "top_p", "seed")
+    if args.greedy:
+        refuse_without_effect(args, "--greedy takes the most probable token", *names)
+        return {}
+    return {"do_sample": True} | {name: getattr(args, name) for name in names}
+
+
+def chosen_template(args: argparse.Namespace, tokenizer: Tokenizer) -> Template | None:
+    """Return --chat-template, by default the model's own; None if there is none."""
+    if args.chat_template is None:
+        return template_of(tokenizer)
+    return None if args.chat_template == "none" else find_template(args.chat_template)
+
+
+def check_utf8(name: str, text: str) -> None:
+    """Raise ValueError for text of the command line, a file or a pipe that is not UTF-8."""
+    if lone := [character for character in text if "\ud800" <= character <= "\udfff"]:
+        # Python passes a byte that is not UTF-8 as a lone surrogate
+        raise ValueError(
+            f"{name} {text!a} is not UTF-8: it holds the byte 0x{ord(lone[0]) & 0xFF:02x}; "
+            "set the terminal or the script to UTF-8"
+        )
+
+
+def printable(tokenizer: Tokenizer, ids: list[int], end: int | None = None) -> str:
+    """Return the text up to the token `end`, by default the end-of-text token; unpaired surrogates are replaced."""
+    end = tokenizer.eos_token_id if end is None else end
     text = tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
     return text.encode("utf-8", errors="replace").decode()

@@ -9,17 +9,21 @@ from gptcore.tasks.classify import Classify
 from gptcore.tasks.entities import Entities
 from gptcore.tasks.pipelines import pipeline
 from gptcore.tasks.recipe import FinetuneOptions, finetune
-from gptcore.tasks.table import TASKS
+from gptcore.tasks.table import TASKS, TEXT_TASKS
 from gptcore.tasks.task import Task
+from gptcore.tasks.writing import Chat, Write
 
 __all__ = [
     "TASKS",
+    "TEXT_TASKS",
     "Answer",
+    "Chat",
     "Choose",
     "Classify",
     "Entities",
     "FinetuneOptions",
     "Task",
+    "Write",
     "finetune",
     "pipeline",
 ]

@@ -20,7 +20,7 @@ from gptcore.files import PathLike
 from gptcore.lora import add_adapter, merge_adapter, save_adapter
 from gptcore.tasks.examples import Columns
 from gptcore.tasks.report import Report, write_report
-from gptcore.tasks.table import TASKS
+from gptcore.tasks.table import TASKS, TEXT_TASKS
 from gptcore.tasks.task import Result, Task
 from gptcore.text.tokenizer import Tokenizer
 from gptcore.training.arguments import TrainingArguments
@@ -46,6 +46,7 @@ RUN: dict[str, Any] = {
 }
 DERIVED = ("learning_rate", "eval_steps", "save_steps", "metric_for_best_model", "greater_is_better")
 EVALUATIONS = 2  # in an epoch
+KINDS: dict[str, type[Task]] = {**TASKS, **TEXT_TASKS}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -56,7 +57,9 @@ def _option(default: Any, help: str) -> Any:
 class FinetuneOptions:
     """What is fine-tuned on what. Each field is an option of the command line."""
 
-    task: Literal["classify", "entities", "answer", "choice"] = _option(dataclasses.MISSING, "what to learn")
+    task: Literal["classify", "entities", "answer", "choice", "text", "chat"] = _option(
+        dataclasses.MISSING, "what to learn"
+    )
     train: str = _option(dataclasses.MISSING, "file of training examples: CSV, TSV, JSON, JSON lines or CoNLL")
     validation: str | None = _option(None, "file of validation examples; none: a part of the training file")
     validation_fraction: float = _option(0.1, "part of the training file, without --validation")
@@ -71,18 +74,25 @@ class FinetuneOptions:
     )
     lm_coef: float = _option(0.0, "weight of the language-model loss beside that of the task; 0.5 in GPT-1")
     head_dropout: float | None = _option(None, "dropout before the head; none: 0.1 for entities and choices, else 0")
+    chat_template: Literal["chatml", "alpaca", "plain"] | None = _option(
+        None, "chat: how messages become text; none: as the model does, else chatml"
+    )
+    max_new_tokens: int | None = _option(
+        None, "text, chat: tokens that the model writes of a validation text, at most; none: as in the longest target"
+    )
     lora: int | None = _option(None, "rank of an adapter to train instead of all weights (LoRA); none: all weights")
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"task is {self.task!r}, expected one of {', '.join(TASKS)}")
+        if self.task not in KINDS:
+            raise ValueError(f"task is {self.task!r}, expected one of {', '.join(KINDS)}")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction should be between 0 and 1, not {self.validation_fraction}")
         if self.lora is not None and self.lora < 1:
             raise ValueError(f"lora should be a rank of at least 1, or none, not {self.lora}")
-        every = {name for task in TASKS.values() for name in task.options}
+        every = {name for task in KINDS.values() for name in task.options | task.head_options}
+        allowed = KINDS[self.task].options | KINDS[self.task].head_options
         for field in dataclasses.fields(self):
-            if field.name in every - TASKS[self.task].options and getattr(self, field.name) != field.default:
+            if field.name in every - allowed and getattr(self, field.name) != field.default:
                 raise ValueError(f"{field.name} has no effect on the task {self.task}; leave it out")
 
     @property
@@ -126,18 +136,23 @@ def finetune(
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("gptcore finetune runs in one process; start it without torchrun")
     seed = training.get("seed", TrainingArguments.seed)
-    task_class = TASKS[options.task]
+    task_class = KINDS[options.task]
     train, validation = read(options, seed)
     head = task_class.settle(train, validation)
-    tokenizer = Tokenizer.from_pretrained(model_folder)
+    if training.get("packing") and not task_class.packs:
+        raise ValueError(f"packing is for the tasks {', '.join(TEXT_TASKS)}, not for {options.task}; leave it out")
+    before = Tokenizer.from_pretrained(model_folder)
+    tokenizer = task_class.prepare_tokenizer(before, options.chat_template)
     torch.manual_seed(seed)
     model = task_class.load(model_folder, head, options.lm_coef, options.head_dropout).to(device)
     task = task_class(tokenizer, getattr(model, "labels", []), settings_for(options, model, head))
     features = [task.features(part) for part in (train, validation)]
     describe(task, train, validation, features)
     task.attach(model)
+    new = task.prepare_model(model, before.vocab_size)
     if options.lora is not None:
-        print(add_adapter(model, r=options.lora, alpha=2 * options.lora, target_modules="all-linear"))
+        r = options.lora
+        print(add_adapter(model, r=r, alpha=2 * r, target_modules="all-linear", trainable_token_indices=new))
     batch_size = training.get("per_device_train_batch_size", RUN["per_device_train_batch_size"])
     batch_size *= training.get("gradient_accumulation_steps", 1)
     arguments = TrainingArguments(**derived(training, task, options, model, math.ceil(len(features[0]) / batch_size)))
@@ -148,12 +163,17 @@ def finetune(
     saved = resume and bool(list_checkpoints(out))
     if resume and not saved:
         arguments.overwrite_output_dir = True  # a run that was killed before its first checkpoint starts again
-    trainer = Trainer(model, arguments, features[0], features[1], task.collator, tokenizer, [Scoring(task, validation)])
+    scoring = [] if task.selects[0] == "eval_loss" else [Scoring(task, validation)]
+    trainer = Trainer(model, arguments, features[0], features[1], task.collator, tokenizer, scoring)
     trainer.train(resume_from_checkpoint=saved)
     result, _ = scored(task, model, validation, arguments.per_device_eval_batch_size)
+    if task.selects[0] == "eval_loss":
+        result.metrics["perplexity"] = trainer.evaluate()["perplexity"]
     task.attach(model)
     if options.lora is not None:
         save_adapter(model, out / "adapter", base_model_name_or_path=str(model_folder))
+        if options.task in TEXT_TASKS:
+            tokenizer.save_pretrained(out / "adapter")
         merge_adapter(model, keep_original=False)
     trainer.save_model()
     report = Report(
@@ -173,7 +193,7 @@ def finetune(
 
 def read(options: FinetuneOptions, seed: int) -> tuple[list[Any], list[Any]]:
     """Return the training and the validation examples, and print what was guessed about the files."""
-    task = TASKS[options.task]
+    task = KINDS[options.task]
     parts = []
     for path in (options.train, options.validation):
         found = task.read(path, options.columns) if path is not None else None
@@ -228,8 +248,8 @@ def settings_for(options: FinetuneOptions, model: nn.Module, head: dict[str, Any
     if not 2 <= length <= positions:  # type: ignore[operator]
         raise ValueError(f"max_length is {length}, expected 2 to the model's {positions} positions")
     settings = {"task": options.task, "layout": options.layout, "max_length": length}
-    settings |= {name: getattr(options, name) for name in ("both_orders", "labelling", "lm_coef")
-                 if name in TASKS[options.task].options}  # fmt: skip
+    settings |= {name: getattr(options, name) for name in ("both_orders", "labelling", "lm_coef", "max_new_tokens")
+                 if name in KINDS[options.task].options}  # fmt: skip
     return settings | ({"problem_type": head["problem_type"]} if "problem_type" in head else {})
 
 
@@ -261,8 +281,8 @@ def derived(
         "learning_rate": RATE / width * (LORA_FACTOR if options.lora is not None else 1),
         "eval_steps": every,
         "save_steps": every,
-        "metric_for_best_model": f"eval_{task.metric}",
-        "greater_is_better": True,
+        "metric_for_best_model": task.selects[0],
+        "greater_is_better": task.selects[1],
     }
     made = {**RUN, **follows, **training}
     steps = made["max_steps"] if made.get("max_steps", -1) > 0 else made["num_train_epochs"] * steps_per_epoch

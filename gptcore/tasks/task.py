@@ -68,6 +68,8 @@ class Task(ABC, Generic[E]):
     separator: ClassVar[str] = ""  # between two texts, in the plain layout
     shown: ClassVar[tuple[str, ...]]  # of a prediction, by `gptcore predict`
     options: ClassVar[frozenset[str]] = frozenset()  # fields of FinetuneOptions that not every task has
+    head_options: ClassVar[frozenset[str]] = frozenset({"layout", "head_dropout"})  # and that every head has
+    packs: ClassVar[bool] = False  # whether the model takes packed batches
 
     def __init__(self, tokenizer: Tokenizer, labels: Sequence[str], settings: Mapping[str, Any]) -> None:
         self.tokenizer, self.labels, self.settings = tokenizer, list(labels), dict(settings)
@@ -102,13 +104,18 @@ class Task(ABC, Generic[E]):
     def metric(self) -> str:
         """Return the name of the metric that says which model is the best; higher is better."""
 
+    @property
+    def selects(self) -> tuple[str, bool]:
+        """Return the name of the metric by which a checkpoint is the best, and whether higher is better."""
+        return f"eval_{self.metric}", True
+
     @abstractmethod
     def windows(self, example: E, labelled: bool = False) -> list[Window]:
         """Return the windows of an example, with targets if it is to be learnt."""
 
-    @abstractmethod
     def pick(self, output: Any, row: int, window: Window) -> Tensor:
-        """Return what `decode` needs of the model's output, of one row of a batch."""
+        """Return what `decode` needs of the model's output, of one row of a batch: for `run`."""
+        raise NotImplementedError(f"{type(self).__name__} has neither `pick` nor a `run` of its own")
 
     @abstractmethod
     def decode(self, example: E, windows: Sequence[Window], outputs: Sequence[Tensor]) -> Prediction:
@@ -135,7 +142,16 @@ class Task(ABC, Generic[E]):
         """Choose settings by predictions of the validation set, and return them as predicted with these."""
         return predictions
 
-    # ---- the model
+    # ---- the model and the tokenizer
+
+    @classmethod
+    def prepare_tokenizer(cls, tokenizer: Tokenizer, chat_template: str | None) -> Tokenizer:
+        """Return the tokenizer to fine-tune with, to which special tokens may have been added."""
+        return tokenizer
+
+    def prepare_model(self, model: nn.Module, tokens: int) -> list[int]:
+        """Give the model the tokens that its tokenizer has beyond the first `tokens`; returns their ids."""
+        return []
 
     @classmethod
     def load(cls, folder: PathLike, head: Mapping[str, Any], lm_coef: float, head_dropout: float | None) -> nn.Module:

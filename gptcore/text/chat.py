@@ -117,6 +117,22 @@ class Template:
         """
         return encode_parts(tokenizer, self.parts(messages, add_generation_prompt))[0]
 
+    def fit(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], limit: int, add_generation_prompt: bool = False
+    ) -> list[Message]:
+        """Return the newest messages that take at most `limit` tokens, with the system message if there is one.
+
+        Left out are whole exchanges, each from a user's message to the next. Raises ValueError if the last is too long.
+        """
+        kept = check_messages(messages)
+        while (length := len(self.encode(tokenizer, kept, add_generation_prompt))) > limit:
+            start = int(kept[0]["role"] == "system")
+            users = [i for i, message in enumerate(kept) if i > start and message["role"] == "user"]
+            if not users:
+                raise ValueError(f"the last exchange takes {length} tokens, expected at most {limit}; shorten it")
+            kept = [*kept[:start], *kept[users[0] :]]
+        return kept
+
     def stop_token(self, tokenizer: Tokenizer) -> int:
         """Return the id of the special token that ends a reply."""
         check_special(tokenizer, self.stop[:1])
