@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.measure import pick
+from benchmarks.measure import FORM, in_child, pick
 from gptcore.data.corpus import write_standard_library_corpus
 from gptcore.prepare.document import Document
 from gptcore.prepare.duplicates import NearDuplicates, jaccard, minhash_bands, shingles
 from gptcore.prepare.filters import C4Quality, FineWebQuality, GopherQuality, GopherRepetition
+from gptcore.prepare.pipeline import prepare
+from gptcore.prepare.recipe import make_recipe
 from gptcore.text.tokenizer import END_OF_TEXT
 
 Compare = Callable[..., None]
@@ -91,6 +95,36 @@ def bench_minhash(texts: list[str], compare: Compare, library: str) -> None:
     compare("MinHash of texts", f"{len(texts)} documents, {count} hashes", ours, theirs, against=library)
 
 
+SIZES = pick((20, 40), (10_000, 40_000))
+BOUND = 2e9  # bytes of docs/data.md
+
+
+@pytest.mark.skipif(FORM == "quick", reason="takes a minute: only in the full form")
+def bench_memory(record: Callable[..., None]) -> None:
+    """Measure what the peak memory of a run grows by; one document in twenty is a near duplicate."""
+    few, many = (in_child("benchmarks.bench_prepare", str(count)) for count in SIZES)
+    growth = 1e6 * max(1.0, many - few) / (SIZES[1] - SIZES[0])
+    case = f"1,000,000 documents, from {SIZES[0]:,} and {SIZES[1]:,}"
+    record("memory of gptcore prepare", case, [growth], [BOUND], against="stated bound", unit="B")
+
+
+def peak_memory(count: int) -> int:
+    """Prepare so many documents of 60 words in this process, and return its peak memory."""
+    rng = random.Random(0)
+    texts: list[list[str]] = []
+    vocabulary = [f"w{i}" for i in range(5000)]
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/in.jsonl", "w", encoding="utf-8") as file:
+            for i in range(count):
+                texts = [*texts[-18:], [*texts[0][:-1], "x"] if i % 20 == 19 else rng.choices(vocabulary, k=60)]
+                file.write(json.dumps({"text": " ".join(texts[-1])}) + "\n")
+        recipe = make_recipe("none", {"near_duplicates": {"action": "drop"}, "shards": {"tokenizer_bytes": 100_000}})
+        report = prepare([f"{folder}/in.jsonl"], f"{folder}/out", recipe, log=lambda line: None)
+    assert report["duplicates"]["near"] == count // 20
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
+
+
 def recall_and_precision(shares: list[float], copies: int = 200, words: int = 300) -> list[dict[str, float]]:
     """Return what becomes of copies in which a share of the words was replaced: the table of docs/data.md."""
     rng = random.Random(0)
@@ -117,6 +151,8 @@ def recall_and_precision(shares: list[float], copies: int = 200, words: int = 30
     return rows
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:]:
+    print(peak_memory(int(sys.argv[1])))
+elif __name__ == "__main__":
     for line in recall_and_precision([0.002, 0.01, 0.015, 0.02, 0.025, 0.03, 0.05, 0.1, 0.2, 0.4]):
         print(line)

@@ -3,7 +3,8 @@
     python -m benchmarks.report [DIR]     default: benchmarks/results, whose results the README shows
 
 Draws the charts beside DIR/results.json and writes DIR/README.md with every row; for benchmarks/results also the text
-between the markers of the project's README.md. None of that text is edited by hand.
+between the markers of the project's README.md. None of that text is edited by hand. A file DIR/also-NAME.json has the
+results of some benchmarks that were run apart; its rows follow those of results.json.
 """
 
 from __future__ import annotations
@@ -76,6 +77,14 @@ def on_other_machines(folder: Path) -> str:
     return "\n## On other machines\n\n" + note + "\n".join(lines) + "\n" if lines else ""
 
 
+def of_other_runs(folder: Path) -> str:
+    parts = [(path.stem.removeprefix("also-"), load(path)) for path in sorted(folder.glob("also-*.json"))]
+    return "".join(
+        f"\n## Run apart: {name}\n\n{caption(results)}, load {results['load']}.\n\n{markdown(table(results))}\n"
+        for name, results in parts
+    )
+
+
 def on_a_gpu(folder: Path) -> str:
     """Return the table of gpu.json, if python -m benchmarks.gpu wrote one here: a line for each case and pass."""
     if not (folder / "gpu.json").exists():
@@ -124,7 +133,10 @@ def write(path: Path, make: Callable[[], str]) -> None:
 def main(folder: Path = COMMITTED) -> None:
     results = load(folder / "results.json")
     draw(results, folder)
-    write(folder / "README.md", lambda: full(results) + on_other_machines(folder) + on_a_gpu(folder))
+    write(
+        folder / "README.md",
+        lambda: full(results) + of_other_runs(folder) + on_other_machines(folder) + on_a_gpu(folder),
+    )
     if folder.resolve() == COMMITTED:
         page = ROOT / "README.md"
         write(page, lambda: readme(page.read_text(encoding="utf-8"), results))

@@ -215,7 +215,7 @@ def test_committed_report_is_what_the_committed_results_say() -> None:
     results = tables.load(tables.COMMITTED / "results.json")
     assert not results["form"].startswith("toy")
     assert readme.readme(page, results) == page
-    more = report.on_other_machines(tables.COMMITTED) + report.on_a_gpu(tables.COMMITTED)
+    more = "".join(part(tables.COMMITTED) for part in (report.of_other_runs, report.on_other_machines, report.on_a_gpu))
     assert (tables.COMMITTED / "README.md").read_text(encoding="utf-8") == report.full(results) + more
     for other in tables.elsewhere(tables.COMMITTED):
         assert other.with_name("README.md").read_text(encoding="utf-8") == report.full(tables.load(other))

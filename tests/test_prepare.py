@@ -61,6 +61,12 @@ def documents(out: Path, split: str = "*") -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def read_rejected(out: Path) -> list[dict]:
+    file = out / "rejected" / "second_pass.jsonl.zst"
+    data = zstandard.ZstdDecompressor().stream_reader(file.read_bytes()).read()
+    return [json.loads(line) for line in data.splitlines()]
+
+
 @pytest.fixture(scope="module")
 def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("prepared") / "out"
@@ -406,3 +412,45 @@ def test_perplexity_of_a_model(prepared, raw, tmp_path, monkeypatch):
     changes["perplexity"]["max_perplexity"] = 2.0
     with pytest.raises(ValueError, match="no document is left"):
         run([raw], tmp_path / "none", changes=changes)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_classifier_drops_what_it_labels(prepared, raw, tmp_path, several):
+    import torch
+
+    from gptcore import GPTConfig, GPTForSequenceClassification
+
+    tokenizer = Tokenizer.from_pretrained(prepared[0] / "tokenizer")
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    kind = "multi_label_classification" if several else None
+    model = GPTForSequenceClassification(config, id2label=["good", "toxic"], problem_type=kind).eval()
+    torch.nn.init.normal_(model.score.weight, std=0.2)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    def probability(text: str) -> float:
+        """Return that of the worse of the first two windows."""
+        ids = tokenizer.encode(text)[:64]
+        with torch.no_grad():
+            logits = torch.cat([model(torch.tensor([ids[i : i + 32]])).logits for i in (0, 32)])
+        return (logits.sigmoid() if several else logits.softmax(1))[:, 1].max().item()
+
+    limit = float(np.median([probability(document["text"]) for document in documents(prepared[0])])) + 1e-6
+    section = {"model": str(tmp_path / "model"), "label": "toxic", "max_windows": 2, "max_probability": limit}
+    report = run([raw], tmp_path / "out", changes=SMALL | {"classifier": section})
+    (step,) = [step for step in report["steps"] if step["step"] == "classifier"]
+    kept, dropped = documents(tmp_path / "out"), read_rejected(tmp_path / "out")
+    assert len(dropped) == step["dropped"]["classified_toxic"]["documents"]
+    assert 20 < len(dropped) < len(kept) + 20
+    for found in [*kept, *dropped]:
+        if "<EMAIL>" not in found["text"]:
+            assert found["metadata"]["probability"] == pytest.approx(probability(found["text"]), abs=1e-3)
+            assert (probability(found["text"]) <= limit) == (found in kept)
+    for rejected in dropped:
+        ((start, stop),) = rejected["spans"]
+        assert tokenizer.decode(tokenizer.encode(rejected["text"])[:64]).find(rejected["text"][start:stop]) == start
+    assert sum(report["distributions"]["after"]["probability of the unwanted label"]) == len(kept)
+    wrong = SMALL | {"classifier": section | {"label": "bad"}}
+    with pytest.raises(ValueError, match=r"\[classifier\] label is 'bad', expected one of .*: good, toxic"):
+        run([raw], tmp_path / "none", changes=wrong)

@@ -1,5 +1,6 @@
 """docs/data.md: its commands and its program run as written, its table of steps is that of the recipes."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import made_texts
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
+import zstandard
 
 from gptcore.cli import main
+from gptcore.prepare.pipeline import prepare
 from gptcore.prepare.recipe import FIRST, RECIPES, SECOND, make_recipe
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -27,10 +30,14 @@ def test_commands_and_config(tmp_path, monkeypatch, capsys):
     (config,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     Path("prepare.toml").write_text(config, encoding="utf-8")
     commands = re.findall(r"^gptcore .*$", PAGE, re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == 4
+    rows = [f'"{made_texts.text(seed, lines=1)}",{("clean", "toxic")[seed % 2]}' for seed in range(20)]
+    Path("labelled.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
     for command in commands:
         words = [str(path) for word in command.split()[1:] for path in _expanded(word)]
-        extra = SMALL_MODEL if words[0] == "train" else ["--workers", "1"]
+        extra = {"train": SMALL_MODEL, "finetune": SMALL_MODEL[8:10] + SMALL_MODEL[-3:]}.get(
+            words[0], ["--workers", "1"]
+        )
         assert main([*words, *extra]) == 0, (command, capsys.readouterr().err)
     shown = capsys.readouterr().out
     assert "source books: " in shown
@@ -44,16 +51,23 @@ def _expanded(word: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_filters_in_two_processes_of_datatrove(tmp_path, monkeypatch):
+def test_steps_in_two_processes_of_datatrove(tmp_path, monkeypatch):
+    """They keep the texts that gptcore prepare keeps, changed in the same way."""
     monkeypatch.chdir(tmp_path)
     Path("pages").mkdir()
-    for name in ("a", "b"):
-        texts = [made_texts.text(seed) for seed in range(3)]
+    mail = "Write to someone@example.org about the Work and the License."
+    for name, first in (("a", 0), ("b", 10)):
+        texts = [f"{made_texts.text(seed)}\n\n{mail} \r\n" for seed in range(first, first + 3)]
         parquet.write_table(pyarrow.table({"text": [*texts, "too short"]}), f"pages/{name}.parquet")
     (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     exec(program, {"__name__": "program"})
-    kept = [len(parquet.read_table(path)) for path in sorted(Path("kept").iterdir())]
-    assert kept == [3, 3]
+    kept = [parquet.read_table(path)["text"].to_pylist() for path in sorted(Path("kept").iterdir())]
+    assert list(map(len, kept)) == [3, 3]
+    changes = {"split": {"validation": 0.0, "test": 0.0}, "shards": {"vocab_size": 300}}
+    prepare(["pages"], "out", make_recipe("web", changes), log=lambda line: None)
+    lines = zstandard.ZstdDecompressor().stream_reader(Path("out/text/train-00000.jsonl.zst").read_bytes()).read()
+    assert {text for part in kept for text in part} == {json.loads(line)["text"] for line in lines.splitlines()}
+    assert all("<EMAIL>" in text and "\r" not in text for part in kept for text in part)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,16 +119,19 @@ def test_tensorboard_has_the_numbers_of_the_log(tmp_path: Path) -> None:
     assert points == [(entry["step"], pytest.approx(entry["loss"])) for entry in losses(tmp_path)]
 
 
-def test_wandb_gets_the_numbers_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-    run = types.SimpleNamespace(
-        log=lambda values, step: calls.append((step, values["loss"])), finish=lambda: calls.append("end")
-    )
-    fake = types.ModuleType("wandb")
-    fake.init = lambda **settings: (calls.append(settings["config"]["max_steps"]), run)[1]  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    tiny_trainer(tmp_path, report_to="wandb").train()
-    assert calls == [6, *((entry["step"], entry["loss"]) for entry in losses(tmp_path)), "end"]
+def test_wandb_has_the_numbers_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "SILENT": "true", "DISABLE_GIT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    try:
+        tiny_trainer(tmp_path, report_to="wandb", learning_rate=0.0123).train()
+    finally:
+        wandb.teardown()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    written = file.read_bytes()
+    for entry in losses(tmp_path):
+        assert b"loss\x82\x01" + bytes([len(repr(entry["loss"]))]) + repr(entry["loss"]).encode() in written
+    assert b"learning_rate\x82\x01\x060.0123" in written  # of the arguments
 
 
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])

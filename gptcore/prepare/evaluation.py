@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
+from gptcore.heads import GPTForSequenceClassification
+from gptcore.hf import pretrained
 from gptcore.model import GPT
 from gptcore.prepare.document import Document, Drop
 from gptcore.prepare.duplicates import Hashes, ngram_hashes, word_hashes, word_spans
@@ -99,25 +104,84 @@ class Perplexity:
 
 def perplexity(text: str, folder: str, max_windows: int) -> float:
     """Return exp of the mean loss a token; 1 for a text without two tokens."""
-    model, tokenizer = _model(folder)
+    model, tokenizer = _model(GPT, folder)
     size = model.config.n_positions
-    ids = tokenizer.encode(text[: 16 * size * max_windows], allowed_special=False)[: size * max_windows]
+    ids = _tokens(tokenizer, text, size * max_windows)
     if tokenizer.eos_token_id is not None:
         ids = [tokenizer.eos_token_id, *ids]
     total, count = 0.0, 0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # PyTorch's matrix products may round differently with others
-    with torch.no_grad():
+    with _one_thread():
         for start in range(0, len(ids) - 1, size):
             window = torch.tensor([ids[start : start + size]])
             if window.shape[1] > 1:
                 loss = model(window, labels=window, return_logits=False).loss
                 total += float(loss) * (window.shape[1] - 1)
                 count += window.shape[1] - 1
-    torch.set_num_threads(threads)
     return float(np.exp(min(700.0, total / count))) if count else 1.0
 
 
-@functools.lru_cache(maxsize=1)
-def _model(folder: str) -> tuple[GPT, Tokenizer]:
-    return GPT.from_pretrained(folder).eval(), Tokenizer.from_pretrained(folder)
+@dataclass(frozen=True)
+class Classifier:
+    """Drop documents of an unwanted label, as toxic ones, by a classifier of texts, as `gptcore finetune` makes them.
+
+    A document is read in windows, the first `max_windows` of them, one at a time and on one thread, as for perplexity;
+    the window in which the label is most probable decides.
+    """
+
+    model: str = ""  # folder of a GPTForSequenceClassification with its tokenizer
+    label: str = ""  # one of its labels
+    max_probability: float = 0.5
+    max_windows: int = 16
+
+    def __call__(self, document: Document) -> Drop | None:
+        if not self.model:
+            return None
+        value, span = classify(document.text, self.model, self.label, self.max_windows)
+        document.metadata["probability"] = round(value, 4)
+        if value > self.max_probability:
+            return Drop(f"classified_{self.label}", [span], f"{value:.4g}, at most {self.max_probability:g}")
+        return None
+
+
+def classify(text: str, folder: str, label: str, max_windows: int) -> tuple[float, tuple[int, int]]:
+    """Return the highest probability of a label in a window, and the characters of that window."""
+    model, tokenizer = _model(GPTForSequenceClassification, folder)
+    if label not in model.labels or model.num_labels == 1 or model.problem_type == "regression":
+        raise ValueError(f"[classifier] label is {label!r}, expected one of {folder}: {', '.join(model.labels)}")
+    settings = pretrained.read_config(folder).get("task_specific_params") or {}
+    settings = settings.get("gptcore", {})  # of gptcore finetune
+    gpt1 = settings.get("layout") == "gpt1"  # Radford et al. 2018, section 3.3
+    start, end = ([tokenizer.special_tokens[f"<|{name}|>"]] if gpt1 else [] for name in ("start", "extract"))
+    size = int(settings.get("max_length", model.config.n_positions)) - len(start) - len(end)
+    ids, number = _tokens(tokenizer, text, size * max_windows), model.labels.index(label)
+    best, place = 0.0, 0
+    with _one_thread():
+        for begin in range(0, len(ids), size):
+            logits = model(torch.tensor([[*start, *ids[begin : begin + size], *end]])).logits[0].float()
+            several = model.problem_type == "multi_label_classification"
+            found = float((logits.sigmoid() if several else logits.softmax(0))[number])
+            if found > best:
+                best, place = found, begin
+    edges = (len(tokenizer.decode(ids[:stop])) for stop in (place, place + size))
+    return best, (next(edges), next(edges))
+
+
+def _tokens(tokenizer: Tokenizer, text: str, count: int) -> list[int]:
+    """Return the first tokens of a text, without reading all of a long one."""
+    return tokenizer.encode(text[: 16 * count], allowed_special=False)[:count]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # PyTorch's matrix products may round differently with others
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@functools.lru_cache(maxsize=2)
+def _model(kind: Any, folder: str) -> tuple[Any, Tokenizer]:
+    return kind.from_pretrained(folder).eval(), Tokenizer.from_pretrained(folder)

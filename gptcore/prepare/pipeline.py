@@ -5,7 +5,7 @@ was killed is continued by the same command. The steps, of which those marked * 
 
     first*     records -> documents, normalised and filtered        OUT.partial/first/000000 ...
     exact      of equal texts one is kept
-    second*    repeated lines, contamination, perplexity, private data; n-grams   OUT.partial/second/000000 ...
+    second*    repeated lines, contamination, models, private data; n-grams   OUT.partial/second/000000 ...
     near       of similar texts one is kept; clusters
     shards*    split by cluster, mix, shuffle, tokenize             OUT.partial/result/train-00000.tokens ...
     report     report.json, report.html, README.md, rejected/
@@ -204,7 +204,7 @@ def _check(recipe: Recipe, sources: Sequence[str]) -> None:
         evaluation_ngrams(decontaminate)
     from gptcore.prepare.document import Document
 
-    for name in ("blocklist", "perplexity"):
+    for name in ("blocklist", "perplexity", "classifier"):
         if name in steps:
             steps[name](Document("a text"))
     mix = recipe.sections["mix"]
@@ -237,11 +237,12 @@ def _plan(files: Sequence[Input], recipe: Recipe, encoder: Tokenizer | None, kee
 
 
 def _given_files(recipe: Recipe) -> list[Input]:
-    """Return the files that steps read: word lists, evaluation files, and a model."""
+    """Return the files that steps read: word lists, evaluation files, and models."""
     steps = recipe.first | recipe.second
     paths = [Path(path) for path in getattr(steps.get("blocklist"), "files", [])]
-    if model := getattr(steps.get("perplexity"), "model", ""):
-        paths += sorted(path for path in Path(model).iterdir() if path.is_file())
+    for name in ("perplexity", "classifier"):
+        if model := getattr(steps.get(name), "model", ""):
+            paths += sorted(path for path in Path(model).iterdir() if path.is_file())
     found = [Input("", path, str(path)) for path in paths]
     evaluation = getattr(steps.get("decontaminate"), "files", [])
     return found + (find_inputs(evaluation) if evaluation else [])

@@ -17,7 +17,7 @@ from typing import Any
 from gptcore.files import PathLike, from_json, naming, open_file
 from gptcore.prepare.document import Step
 from gptcore.prepare.duplicates import NearDuplicates, RepeatedLines
-from gptcore.prepare.evaluation import Decontaminate, Perplexity
+from gptcore.prepare.evaluation import Classifier, Decontaminate, Perplexity
 from gptcore.prepare.filters import (
     Blocklist,
     C4Quality,
@@ -57,7 +57,12 @@ FIRST: dict[str, Any] = {
     "code_quality": CodeQuality,
     "blocklist": Blocklist,
 }
-SECOND: dict[str, Any] = {"decontaminate": Decontaminate, "perplexity": Perplexity, "private": Private}
+SECOND: dict[str, Any] = {
+    "decontaminate": Decontaminate,
+    "perplexity": Perplexity,
+    "classifier": Classifier,
+    "private": Private,
+}
 SETTINGS: dict[str, Any] = {
     "reading": Reading,
     "limits": Limits,
@@ -72,7 +77,9 @@ SECTIONS = SETTINGS | FIRST | SECOND
 # What each recipe switches on beside what all have, with the values that differ from the defaults
 _ALL: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("reading", "limits", "split", "mix", "shards", "normalise", "length", "near_duplicates")},
-    **{name: {} for name in ("origin", "blocklist", "decontaminate", "perplexity")},  # without files they keep all
+    **{
+        name: {} for name in ("origin", "blocklist", "decontaminate", "perplexity", "classifier")
+    },  # without files they keep all
 }
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "web": _ALL | {name: {} for name in ("language", "gopher_repetition", "gopher_quality", "c4_quality",
@@ -84,7 +91,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "code": _ALL | {"normalise": {"mojibake": False, "trailing_space": False}, "code_quality": {},
                     "private": {"kinds": ["email", "ip"]}},
     "none": {name: {} for name in ("reading", "limits", "length", "split", "mix", "shards")} | {
-        "near_duplicates": {"action": "keep"}, "origin": {}, "blocklist": {}, "decontaminate": {}, "perplexity": {}},
+        "near_duplicates": {"action": "keep"}, "origin": {}, "blocklist": {}, "decontaminate": {}, "perplexity": {},
+        "classifier": {}},
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ BINS: dict[str, list[float]] = {
     "compression ratio": [i / 20 for i in range(25)],
     "type-token ratio": [i / 20 for i in range(21)],
     "perplexity": [float(2**i) for i in range(21)],
+    "probability of the unwanted label": [i / 20 for i in range(21)],
 }
 MEASURES = list(BINS)
 
@@ -40,6 +41,7 @@ def measure(document: Document) -> list[float]:
         len(zlib.compress(data, 1)) / len(data) if data else float("nan"),
         len(document.word_counts) / words if words else float("nan"),
         float(document.metadata.get("perplexity", "nan")),
+        float(document.metadata.get("probability", "nan")),
     ]
 
 
