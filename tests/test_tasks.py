@@ -15,10 +15,10 @@ from gptcore import Tokenizer, cli
 from gptcore.heads import GPTForQuestionAnswering, GPTForTokenClassification
 from gptcore.tasks import TASKS, Answer, Entities, Task
 from gptcore.tasks.entities import legal_path
-from gptcore.tasks.examples import Question, Sentence, words_of
+from gptcore.tasks.examples import Columns, Question, Sentence, Text, words_of
 from gptcore.tasks.pipelines import load
 from gptcore.tasks.recipe import FinetuneOptions, finetune
-from gptcore.tasks.task import settings_of
+from gptcore.tasks.task import GPT1_TOKENS, settings_of
 from gptcore.tensor_file import TensorFile
 from gptcore.training.callbacks import TrainerCallback
 from gptcore.training.trainer import Trainer
@@ -95,17 +95,11 @@ def test_from_file_to_model_to_prediction(base: Path, tmp_path: Path, task: str)
     assert ("<svg" in page) == (task != "answer")
     made, model = load(tmp_path / "out")
     assert type(made) is TASKS[task]
-    examples = made.read(tmp_path / f"{task}.jsonl", made_columns()).examples
+    examples = made.read(tmp_path / f"{task}.jsonl", Columns()).examples
     predictions = made.predict(model, examples)
     assert made.score(examples, predictions).metrics == result.metrics
     for example, prediction in list(zip(examples, predictions, strict=True))[:6]:
         assert made.predict(model, [example], 1) == [prediction], "a prediction has other bits in a batch"
-
-
-def made_columns() -> Any:
-    from gptcore.tasks.examples import Columns
-
-    return Columns()
 
 
 class Killed(Exception):
@@ -304,6 +298,31 @@ def test_commands(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ):
         assert cli.main(wrong) == 1
         assert expected in capsys.readouterr().err
+
+
+def test_the_layout_of_gpt1(base: Path, tmp_path: Path) -> None:
+    """Pairs with start, delimiter and extract tokens, in both orders, with the language-model loss; and with LoRA."""
+    rows = [
+        {"text": a, "text_pair": b, "label": str(a == b).lower()} for a in ANIMALS for b in ANIMALS for _ in range(3)
+    ]
+    settings = {"rows": rows, "layout": "gpt1", "both_orders": True, "lm_coef": 0.5, "num_train_epochs": 2}
+    report = run(base, tmp_path, "classify", **settings, lora=2)
+    task, model = load(tmp_path / "out")
+    start, delimiter, extract = (task.tokenizer.special_tokens[name] for name in GPT1_TOKENS)
+    assert model.config.vocab_size == task.tokenizer.vocab_size == Tokenizer.from_pretrained(base).vocab_size + 3
+    cat, dog = (task.tokenizer.encode(text) for text in ("cat", "dog"))
+    assert task.windows(Text("here", "cat", "dog"))[0].input_ids == [
+        [start, *cat, delimiter, *dog, extract],
+        [start, *dog, delimiter, *cat, extract],
+    ]
+    found = [task.predict(model, [Text("here", *pair)])[0]["scores"] for pair in (("cat", "dog"), ("dog", "cat"))]
+    assert found[0] == pytest.approx(found[1])
+    new = model.transformer.wte.weight[start : extract + 1]
+    assert not torch.equal(new[0], new[1])
+    assert (tmp_path / "out/adapter/tokenizer.json").exists()
+    assert report.options["lm_coef"] == 0.5
+    with pytest.raises(ValueError, match="has one text, but the model reads pairs"):
+        task.predict(model, [Text("here", "cat")])
 
 
 def test_long_texts_are_cut_at_the_longer_part(base: Path) -> None:

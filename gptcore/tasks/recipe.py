@@ -142,7 +142,7 @@ def finetune(
     if training.get("packing") and not task_class.packs:
         raise ValueError(f"packing is for the tasks {', '.join(TEXT_TASKS)}, not for {options.task}; leave it out")
     before = Tokenizer.from_pretrained(model_folder)
-    tokenizer = task_class.prepare_tokenizer(before, options.chat_template)
+    tokenizer = task_class.prepare_tokenizer(before, options.chat_template, options.layout)
     torch.manual_seed(seed)
     model = task_class.load(model_folder, head, options.lm_coef, options.head_dropout).to(device)
     task = task_class(tokenizer, getattr(model, "labels", []), settings_for(options, model, head))
@@ -172,7 +172,7 @@ def finetune(
     task.attach(model)
     if options.lora is not None:
         save_adapter(model, out / "adapter", base_model_name_or_path=str(model_folder))
-        if options.task in TEXT_TASKS:
+        if new or options.task in TEXT_TASKS:
             tokenizer.save_pretrained(out / "adapter")
         merge_adapter(model, keep_original=False)
     trainer.save_model()

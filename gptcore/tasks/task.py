@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from gptcore.data.collator import DataCollatorForTasks
 from gptcore.files import PathLike
+from gptcore.heads import TaskModel
 from gptcore.modes import module_mode
 from gptcore.tasks.examples import Columns, Read
 from gptcore.tasks.metrics import Scores
+from gptcore.tasks.vocabulary import add_tokens
+from gptcore.text.chat import with_special_tokens
 from gptcore.text.tokenizer import Tokenizer
 from gptcore.training.batches import move
 
@@ -145,13 +148,24 @@ class Task(ABC, Generic[E]):
     # ---- the model and the tokenizer
 
     @classmethod
-    def prepare_tokenizer(cls, tokenizer: Tokenizer, chat_template: str | None) -> Tokenizer:
+    def prepare_tokenizer(cls, tokenizer: Tokenizer, chat_template: str | None, layout: str) -> Tokenizer:
         """Return the tokenizer to fine-tune with, to which special tokens may have been added."""
-        return tokenizer
+        return with_special_tokens(tokenizer, GPT1_TOKENS) if layout == "gpt1" else tokenizer
 
     def prepare_model(self, model: nn.Module, tokens: int) -> list[int]:
-        """Give the model the tokens that its tokenizer has beyond the first `tokens`; returns their ids."""
-        return []
+        """Give the model the tokens that its tokenizer has beyond the first `tokens`; returns their ids.
+
+        Their rows are drawn from N(0, initializer_range), as in GPT-1: equal rows would not tell them apart.
+        """
+        assert isinstance(model, TaskModel)
+        body = model.transformer
+        if new := add_tokens(body, tokens, self.tokenizer.vocab_size):
+            model.config = body.config
+            with torch.no_grad():
+                for layer in (body.wte, body.lm_head):
+                    if layer is not None:
+                        nn.init.normal_(layer.weight[new[0] : new[-1] + 1], std=body.config.initializer_range)
+        return new
 
     @classmethod
     def load(cls, folder: PathLike, head: Mapping[str, Any], lm_coef: float, head_dropout: float | None) -> nn.Module:

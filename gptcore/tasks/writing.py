@@ -55,7 +55,7 @@ class Write(Task[Target]):
         return model
 
     @classmethod
-    def prepare_tokenizer(cls, tokenizer: Tokenizer, chat_template: str | None) -> Tokenizer:
+    def prepare_tokenizer(cls, tokenizer: Tokenizer, chat_template: str | None, layout: str) -> Tokenizer:
         return tokenizer if tokenizer.eos_token is not None else with_special_tokens(tokenizer, [END_OF_TEXT])
 
     def prepare_model(self, model: nn.Module, tokens: int) -> list[int]:
@@ -151,7 +151,7 @@ class Chat(Write):
         return read_targets(path, columns, chat=True, labelled=labelled)
 
     @classmethod
-    def prepare_tokenizer(cls, tokenizer: Tokenizer, chat_template: str | None) -> Tokenizer:
+    def prepare_tokenizer(cls, tokenizer: Tokenizer, chat_template: str | None, layout: str) -> Tokenizer:
         """Return the tokenizer with a template: the one of this name, else its own, else chatml."""
         template = template_of(tokenizer) if chat_template is None else find_template(chat_template)
         return with_template(tokenizer, template or find_template("chatml"))
