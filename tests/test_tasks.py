@@ -291,10 +291,13 @@ def test_commands(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["label"] for line in lines] == [row["label"] for row in rows[:5]] + ["is blue"]
     for wrong, expected in (
-        (["predict", str(base), "x"], "holds a language model, without a head"),
+        (["predict", str(base), "x", "--with", "y"], "--with has 1 texts"),
         (["predict", str(out), "none.csv"], "none.csv does not exist"),
         (["evaluate", str(out), str(unseen), "--block-size", "8"], "--block-size would have no effect"),
-        (["evaluate", str(base), str(unseen), "--text-column", "text"], "--text-column would have no effect"),
+        (
+            ["evaluate", str(base), str(base / "text.txt"), "--text-column", "text"],
+            "--text-column would have no effect",
+        ),
     ):
         assert cli.main(wrong) == 1
         assert expected in capsys.readouterr().err

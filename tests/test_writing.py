@@ -71,11 +71,26 @@ def test_from_file_to_reply(base: Path, tmp_path: Path, task: str, changes: Any,
     right = "".join(f"{pair['prompt'] if task == 'text' else ''}{pair['completion']}\n" for pair in PAIRS)
     equal = sum(a.strip() == b.strip() for a, b in zip(replies[0].splitlines(), right.splitlines(), strict=True))
     assert 100 * equal / len(PAIRS) == report.result.metrics["exact"]
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps(_asked(row)) + "\n" for row in ROWS[task]), encoding="utf-8")
+    assert main(["predict", str(out), str(asked), "--max-new-tokens", "16"]) == 0
+    written = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert written == [line.split("=")[-1].strip() for line in replies[0].splitlines()]
+    assert main(["predict", str(out), PAIRS[5]["prompt"], "--max-new-tokens", "16"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"text": written[5]}
+    assert main(["evaluate", str(out), str(tmp_path / f"{task}.jsonl"), "--batch-size", "5"]) == 0
+    names, numbers = capsys.readouterr().out.splitlines()[-2:]
+    measured = dict(zip(names.split(), map(float, numbers.split()[1:]), strict=True))
+    assert measured == pytest.approx({name: report.result.metrics[name] for name in measured}, abs=1e-4)
     if task == "chat":
         template = template_of(out)
         assert template is not None
         assert template.name == changes.get("chat_template", "chatml")
         assert GPT.from_pretrained(out).config.eos_token_id == template.stop_token(Tokenizer.from_pretrained(out))
+
+
+def _asked(row: Any) -> Any:
+    return {"messages": row["messages"][:1]} if "messages" in row else {"prompt": row["prompt"]}
 
 
 def test_resumes_bit_exactly(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from gptcore.cli.options import add_adapter, add_data, add_machine, load_model, refuse_without_effect
+from torch import nn
+
+from gptcore.cli.options import add_adapter, add_data, add_machine, load_head, load_model, refuse_without_effect
 from gptcore.data.datasets import TextDataset
 from gptcore.tasks.examples import Columns
-from gptcore.tasks.pipelines import load, task_name
+from gptcore.tasks.pipelines import task_name
+from gptcore.tasks.records import SUFFIXES
 from gptcore.tasks.report import class_lines, metric_lines
+from gptcore.tasks.task import Task
+from gptcore.tasks.writing import Write, writing_task
 from gptcore.training.arguments import TrainingArguments
 from gptcore.training.trainer import Trainer
 
@@ -39,9 +45,12 @@ def columns_of(args: argparse.Namespace) -> Columns:
 def run(args: argparse.Namespace) -> int:
     """Print the mean loss over all tokens but the first of each example, or the metrics of the task."""
     if task_name(args.model) is not None:
-        return _evaluate_task(args)
-    refuse_without_effect(args, "the model is a language model", *(f"{name}_column" for name in Columns._fields))
+        return _evaluate_task(args, *load_head(args))
     model, tokenizer = load_model(args)
+    if all(Path(file).suffix.lower() in SUFFIXES for file in args.files):
+        return _evaluate_task(args, writing_task(model, tokenizer), model)
+    names = (f"{name}_column" for name in Columns._fields)
+    refuse_without_effect(args, f"the files are not examples ({' '.join(SUFFIXES)})", *names)
     block_size = model.config.n_positions if args.block_size is None else args.block_size
     dataset = TextDataset(tokenizer, args.files, block_size, cache_dir=args.cache_dir)
     options = TrainingArguments(
@@ -52,14 +61,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate_task(args: argparse.Namespace) -> int:
-    refuse_without_effect(args, "the model is for a task", "block_size", "cache_dir", "bf16")
-    task, model = load(args.model, args.device)
+def _evaluate_task(args: argparse.Namespace, task: Task, model: nn.Module) -> int:
+    refuse_without_effect(args, "the files are examples", "block_size", "cache_dir", "bf16")
     examples = []
     for file in args.files:
         found = task.read(file, columns_of(args))
         print(*found.notes, sep="\n")
         examples += found.examples
+    if isinstance(task, Write):
+        task.features(examples)  # which tells how long a text may become
     result = task.score(examples, task.predict(model, examples, args.batch_size))
     print(*metric_lines({task.name: result.metrics}), *class_lines(result), sep="\n")
     return 0

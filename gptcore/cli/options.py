@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
+from torch import nn
 
 from gptcore import ops
+from gptcore.lora import load_adapter
 from gptcore.model import GPT
 from gptcore.ops.registry import BACKENDS
+from gptcore.tasks.pipelines import load
+from gptcore.tasks.task import Task
 from gptcore.tasks.vocabulary import use_adapter
 from gptcore.text.chat import TEMPLATES, Template, find_template, template_of
 from gptcore.text.tokenizer import Tokenizer
@@ -212,6 +216,14 @@ def load_model(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
     if args.adapter is not None:
         tokenizer = use_adapter(model, tokenizer, args.adapter)
     return model, tokenizer
+
+
+def load_head(args: argparse.Namespace) -> tuple[Task, nn.Module]:
+    """Return the model with a head for a task in the folder MODEL, on --device, with --adapter, and its task."""
+    task, model = load(args.model, args.device)
+    if args.adapter is not None:
+        load_adapter(model, args.adapter)
+    return task, model
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:

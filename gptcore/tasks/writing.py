@@ -162,6 +162,12 @@ class Chat(Write):
         return self.template.stop_token(self.tokenizer)
 
 
+def writing_task(model: GPT, tokenizer: Tokenizer, max_new_tokens: int | None = None) -> Write:
+    """Return the task of a language model: Chat if it has a chat template, else Write."""
+    kind = Write if template_of(tokenizer) is None else Chat
+    return kind(tokenizer, [], {"max_length": model.config.n_positions, "max_new_tokens": max_new_tokens})
+
+
 def write(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], new: int, stop: int, batch_size: int
 ) -> list[list[int]]:
