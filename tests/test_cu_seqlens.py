@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from grid import SLOW, randn
+from grid import DTYPES, SLOW, randn, running
 
 from gptcore import _C, GPT, GPTConfig, ops
 from gptcore.generation import Batch, Settings
@@ -23,6 +23,25 @@ def test_boundaries_of_one_row_hold_for_every_row(backend: str) -> None:
     assert torch.equal(out, ops.attention(q, k, v, cu_seqlens=(one.int(), every[:4]), backend=backend))
     strided = torch.stack((every, -every), dim=1)[:, 0]
     assert torch.equal(out, ops.attention(q, k, v, cu_seqlens=strided, backend=backend))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", _C.supported_isas())
+def test_a_document_has_the_bits_that_it_has_alone(isa: str, dtype: torch.dtype) -> None:
+    """Short documents take the decoding kernel, others that of many queries, whatever is beside them."""
+    q, k, v, grad = (4 * randn(2, 128, 16, seed=s).to(dtype) for s in range(4))
+    lengths = [1, 90, 8, 9, 20]
+
+    def run(*tensors: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        inputs = [tensor[None].requires_grad_() for tensor in tensors[:3]]
+        out = ops.attention(*inputs, cu_seqlens=cu_seqlens, backend="cpu")
+        return (out.detach(), *torch.autograd.grad(out, inputs, tensors[3][None]))
+
+    with running(f"cpu-{isa}"):
+        packed = run(q, k, v, grad, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
+        alone = [run(*parts) for parts in zip(*(t.split(lengths, dim=1) for t in (q, k, v, grad)), strict=True)]
+    for ours, others in zip(packed, zip(*alone, strict=True), strict=True):
+        assert torch.equal(ours, torch.cat(others, dim=2))
 
 
 @pytest.mark.parametrize(

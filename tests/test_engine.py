@@ -18,7 +18,9 @@ from test_decode_step import VARIANTS, small
 from torch import nn
 
 from gptcore import _C
+from gptcore.config import GPTConfig
 from gptcore.generation import step
+from gptcore.heads import GPTForTokenClassification
 from gptcore.lora import add_adapter, merge_adapter
 from gptcore.lora.layers import LoRA
 from gptcore.model import GPT
@@ -425,3 +427,32 @@ def test_calls_run_between_steps_with_their_adapter() -> None:
         with pytest.raises(ValueError, match="there is no adapter 'three'; there are one, two"):
             engine.call(lambda: 1, "three")
         assert len(list(ticket)) == 100
+
+
+def test_heads_run_in_batches_with_the_bits_of_each_text_alone() -> None:
+    torch.manual_seed(1)
+    shape = {"vocab_size": 97, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+    model = GPTForTokenClassification(GPTConfig(**shape), 3).eval()  # type: ignore[arg-type]
+    batches: list[int] = []
+
+    def logits_of(texts: list[list[int]]) -> list[torch.Tensor]:
+        batches.append(len(texts))
+        mask = torch.tensor([[1] * len(text) + [0] * (64 - len(text)) for text in texts])
+        ids = torch.tensor([text + [0] * (64 - len(text)) for text in texts])
+        return [row[: len(text)] for row, text in zip(model(ids, mask).logits, texts, strict=True)]
+
+    texts = [TEXT[:length] for length in (60, 5, 8, 33, 9, 1)]
+    with Engine(model, max_batch=4) as engine:
+        with Held(engine):
+            futures = [engine.batch(logits_of, text) for text in texts]
+            wrong = engine.batch(logits_of, [97])
+        together = [future.result(20) for future in futures]
+        alone = [engine.batch(logits_of, text).result(20) for text in texts]
+        with pytest.raises(ValueError, match="token 97 is outside the vocabulary"):
+            wrong.result(20)
+        with pytest.raises(ValueError, match=r"a GPTForTokenClassification does not continue texts; use Engine\.batch"):
+            engine.submit(ask([1]))
+        with pytest.raises(ValueError, match="the function returned 0 results for 1 items"):
+            engine.batch(lambda items: [], 1).result(20)
+    assert all(map(torch.equal, together, alone))
+    assert batches[:5] == [4, 3, 1, 1, 1]

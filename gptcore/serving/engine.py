@@ -8,7 +8,6 @@ methods may be called from any thread.
 from __future__ import annotations
 
 import contextvars
-import secrets
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -18,15 +17,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gptcore.generation.sampling import limit_repetition, sample, whole_number
+from gptcore.generation.sampling import whole_number
 from gptcore.generation.slots import Slots
 from gptcore.lora import set_adapter
 from gptcore.model import GPT
-from gptcore.serving.prefix import BLOCK, Block, PrefixCache
-from gptcore.serving.requests import EngineClosed, EngineFull, Request, Ticket, Token
+from gptcore.serving.prefix import BLOCK, PrefixCache
+from gptcore.serving.requests import EngineClosed, EngineFull, Request, Ticket
+from gptcore.serving.rows import Row, described
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
-Part = tuple["_Row", int]  # so many tokens of a row, which a pass reads
+Part = tuple[Row, int]  # so many tokens of a row, which a pass reads
 
 COUNTED = ("steps", "prompt_tokens", "cached_tokens", "generated_tokens", "stop", "length", "cancelled", "error")
 IDLE_CHUNKS = 8  # prefill_chunks that a step reads while no request is running
@@ -35,7 +36,7 @@ IDLE_CHUNKS = 8  # prefill_chunks that a step reads while no request is running
 class Engine:
     """Answers requests to a model, which it uses alone until it is closed.
 
-    model: a GPT, in eval mode from now on; or a model with a head for a task, which `call` runs.
+    model: a GPT, in eval mode from now on; or a model with a head for a task, for `call` and `batch`.
     max_batch: requests that run at once. Each has memory for the keys and values of all positions of the model.
     max_waiting: requests that may wait beside them.
     prefill_chunk: tokens of prompts that a step reads beside running requests: more of them delay the tokens of those,
@@ -74,9 +75,9 @@ class Engine:
             if self.vocab_size > limit:
                 raise ValueError(f"vocab_size {vocab_size} should be between 1 and the model's {limit} tokens")
             self._slots, self._ends = Slots(self._gpt, max_batch), [self._gpt.config.eos_token_id]
-        self._rows: list[_Row] = []  # in the order in which they joined
+        self._rows: list[Row] = []  # in the order in which they joined
         self._waiting: deque[Ticket] = deque()
-        self._calls: deque[tuple[Future[Any], Callable[[], Any], str | None]] = deque()
+        self._calls: deque[_Call] = deque()
         self._counts: Counter[str] = Counter()
         self._changed = threading.Condition()
         self._closing = self._aborted = False
@@ -106,15 +107,27 @@ class Engine:
 
         Raises ValueError for an adapter that the model lacks, EngineFull if too many calls wait, and EngineClosed.
         """
-        self._check_adapter(adapter)
-        future: Future[Result] = Future()
+        return self._queue(_Call(lambda items: [function()], None, adapter))
+
+    def batch(
+        self, function: Callable[[list[Item]], Sequence[Result]], item: Item, adapter: str | None = None
+    ) -> Future[Result]:
+        """Run a function between two steps, as `call` does, for all items that wait for it; return this one's result.
+
+        function: takes up to max_batch items and returns as many results, such as a model with a head. An exception is
+            that of one item: if it raises for several, it is called with each alone.
+        """
+        return self._queue(_Call(function, item, adapter))
+
+    def _queue(self, call: _Call) -> Future[Any]:
+        self._check_adapter(call.adapter)
         with self._changed:
             self._check_open()
             if len(self._calls) > self.max_waiting:
                 raise EngineFull(f"{len(self._calls)} calls wait; try again later")
-            self._calls.append((future, function, adapter))
+            self._calls.append(call)
             self._changed.notify_all()
-        return future
+        return call.future
 
     def stats(self) -> dict[str, int]:
         """Return what there is now, and sums since the start: steps, tokens, requests by how they ended."""
@@ -150,7 +163,7 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         if self._gpt is None:
-            raise ValueError(f"a {type(self.model).__name__} does not continue texts; use Engine.call")
+            raise ValueError(f"a {type(self.model).__name__} does not continue texts; use Engine.batch")
         self._check_adapter(request.adapter)
         config, prompt = self._gpt.config, request.prompt
         if (highest := max(prompt)) >= config.vocab_size:
@@ -189,8 +202,9 @@ class Engine:
             self._waiting.clear()
         for ticket in tickets:
             self._finish(ticket, reason, failure)
-        for future, _, _ in self._calls:
-            future.set_exception(failure or EngineClosed("the engine was closed"))
+        for call in self._calls:
+            if call.future.set_running_or_notify_cancel():
+                call.future.set_exception(failure or EngineClosed("the engine was closed"))
 
     def _wait(self) -> bool:
         """Wait for work; return False at the end."""
@@ -199,15 +213,32 @@ class Engine:
             return not self._aborted and bool(self._rows or self._waiting or self._calls)
 
     def _make_call(self) -> None:
-        if not self._calls:
+        """Make the call that has waited longest, with all that can be made with it."""
+        with self._changed:
+            first = self._calls.popleft() if self._calls else None
+            if first is None:
+                return
+            others = [call for call in self._calls if call.function == first.function and call.adapter == first.adapter]
+            calls = [first, *others[: self.max_batch - 1]]
+            self._calls = deque(call for call in self._calls if call not in calls)
+        self._make([call for call in calls if call.future.set_running_or_notify_cancel()])
+
+    def _make(self, calls: list[_Call]) -> None:
+        if not calls:
             return
-        future, function, adapter = self._calls.popleft()
-        if future.set_running_or_notify_cancel():
-            try:
-                self._select(adapter)
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
+        try:
+            self._select(calls[0].adapter)
+            results = calls[0].function([call.item for call in calls])
+            if len(results) != len(calls):
+                raise ValueError(f"the function returned {len(results)} results for {len(calls)} items")
+        except Exception as error:
+            if len(calls) == 1:
+                return calls[0].future.set_exception(error)
+            for call in calls:
+                self._make([call])
+        else:
+            for call, result in zip(calls, results, strict=True):
+                call.future.set_result(result)
 
     def _admit(self) -> None:
         """Drop cancelled requests, and let waiting ones take the free slots."""
@@ -218,7 +249,7 @@ class Engine:
             self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
             free = sorted({*range(self.max_batch)} - {row.slot for row in self._rows})
             for slot in free[: len(self._waiting)]:
-                self._rows.append(_Row(self._waiting.popleft(), slot, self._slots.memory.device))
+                self._rows.append(Row(self._waiting.popleft(), slot, self._slots.memory.device))
         for ticket in gone:
             self._finish(ticket, "cancelled")
 
@@ -277,7 +308,7 @@ class Engine:
             except Exception as error:
                 self._drop(row, "error", error)
 
-    def _continue(self, row: _Row, logits: Tensor, scores: Tensor, finite: Tensor) -> None:
+    def _continue(self, row: Row, logits: Tensor, scores: Tensor, finite: Tensor) -> None:
         """Take the logits and log-probabilities (outputs, V) of the tokens that were read last."""
         request, first = row.request, row.done - len(logits) + 1
         if not finite.all():
@@ -297,7 +328,7 @@ class Engine:
         if row.new >= request.max_tokens:
             self._drop(row, "length")
 
-    def _drop(self, row: _Row, reason: str, error: Exception | None = None) -> None:
+    def _drop(self, row: Row, reason: str, error: Exception | None = None) -> None:
         with self._changed:
             self._rows = [other for other in self._rows if other is not row]
         self._finish(row.ticket, reason, error)
@@ -313,14 +344,14 @@ class Engine:
 
     # ---- the prefix cache --------------------------------------------------------------------------------------------
 
-    def _next_key(self, row: _Row) -> Any:
+    def _next_key(self, row: Row) -> Any:
         """Return the key of a row's next block; None if it may not take it, or no token would remain to be read."""
         end = row.kept + BLOCK
         if self._prefix.limit < BLOCK or end >= len(row.tokens) or row.request.prompt_logprobs:
             return None
         return PrefixCache.key(row.root, row.block, row.tokens[row.kept : end])
 
-    def _take_prefix(self, row: _Row) -> None:
+    def _take_prefix(self, row: Row) -> None:
         """Copy blocks of the prefix cache into the slot of a row, as far as its next tokens are there."""
         while row.unread > 1 and (block := self._prefix.get(self._next_key(row))) is not None:
             self._slots.memory[:, :, row.slot, :, row.kept : row.kept + BLOCK] = block.memory
@@ -330,7 +361,7 @@ class Engine:
             self._counts["cached_tokens"] += new
             row.done += new
 
-    def _keep_prefix(self, row: _Row) -> None:
+    def _keep_prefix(self, row: Row) -> None:
         """Copy whole blocks of a row into the prefix cache."""
         while self._prefix.limit >= BLOCK and row.kept + BLOCK <= row.done:
             key = PrefixCache.key(row.root, row.block, row.tokens[row.kept : row.kept + BLOCK])
@@ -339,50 +370,9 @@ class Engine:
             row.kept += BLOCK
 
 
-class _Row:
-    """A request in a slot."""
+class _Call:
+    """A function that waits to be called with its item, or with those of several calls."""
 
-    def __init__(self, ticket: Ticket, slot: int, device: torch.device) -> None:
-        self.request = request = ticket.request
-        self.ticket, self.slot, self.tokens = ticket, slot, list(request.prompt)
-        self.done = 0  # tokens that are read
-        self.root = request.owner, request.adapter
-        self.block: Block | None = None  # the last of its blocks in the prefix cache
-        self.kept = 0  # tokens up to the end of that block
-        self.generator = torch.Generator(device)
-        self.generator.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
-
-    @property
-    def unread(self) -> int:
-        return len(self.tokens) - self.done
-
-    @property
-    def new(self) -> int:
-        return len(self.tokens) - self.ticket.prompt_tokens
-
-    def outputs(self, count: int) -> int:
-        """Return for how many of the next `count` tokens logits are needed: the last ones."""
-        return count if self.request.prompt_logprobs and not self.new else int(self.unread == count)
-
-    def choose(self, logits: Tensor) -> int:
-        """Return the next token, given logits (V,)."""
-        request = self.request
-        if request.repetition_penalty != 1.0:
-            logits = limit_repetition(logits, torch.tensor(self.tokens, device=logits.device), request.settings)
-        changes = dict(request.logit_bias)
-        if request.presence_penalty or request.frequency_penalty:
-            for token, count in Counter(self.tokens[self.ticket.prompt_tokens :]).items():
-                penalty = request.presence_penalty + request.frequency_penalty * count
-                changes[token] = changes.get(token, 0.0) - penalty
-        if changes:
-            values = torch.tensor(list(changes.values()), dtype=logits.dtype, device=logits.device)
-            logits = logits.index_add(0, torch.tensor(list(changes), device=logits.device), values)
-        if request.temperature == 0:
-            return int(logits.argmax())
-        return int(sample(logits[None], [self.generator], [request.temperature], request.top_k, [request.top_p]))
-
-
-def described(token: int, scores: Tensor, top: int) -> Token:
-    """Return a token with its log-probability and the `top` likeliest, given log-probabilities (V,)."""
-    best = [values.tolist() for values in scores.topk(top)] if top else [[], []]
-    return Token(token, float(scores[token]), list(zip(best[1], best[0], strict=True)))
+    def __init__(self, function: Callable[[list[Any]], Sequence[Any]], item: Any, adapter: str | None) -> None:
+        self.function, self.item, self.adapter = function, item, adapter
+        self.future: Future[Any] = Future()

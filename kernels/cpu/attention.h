@@ -146,7 +146,7 @@ auto with_types(DType dtype, F f) {  // calls f with the Types of dtype
 
 // ---- decoding: attention_decode.cpp ---------------------------------------------------------------------------------
 
-bool is_decode(const AttentionArgs& args);
+bool is_decode(const AttentionArgs& args, const Segment& segment);
 size_t attention_decode_workspace(const AttentionArgs& args);
 void attention_decode(const AttentionArgs& args);
 

@@ -197,7 +197,7 @@ void backward_block(const AttentionArgs& args, const BackwardScratch<T>& scratch
 template <class S, class T>
 void backward(Types<S, T>, const AttentionArgs& args) {
   const Sizes<T> size(args);
-  const bool decoded = is_decode(args), masked = is_masked(args);
+  const bool masked = is_masked(args);
   const size_t bytes = BackwardScratch<T>(args, nullptr).bytes;
   const int64_t pairs = args.num_segments * args.kv_heads, group = args.query_heads / args.kv_heads;
 #pragma omp parallel num_threads(args.num_threads) if (args.num_threads > 1 && pairs > 1)
@@ -225,7 +225,7 @@ void backward(Types<S, T>, const AttentionArgs& args) {
           const bool of_queries = pack_panel<S, T>(args, scratch, segment, head, panel);
           memset(scratch.grad_query, 0, kPanel * size.width * sizeof(float));
           for (int64_t block = panel.key_begin / kBlockN * kBlockN; block < panel.key_end; block += kBlockN)
-            backward_block<S, T>(args, scratch, segment, head, panel, block, decoded, dropout);
+            backward_block<S, T>(args, scratch, segment, head, panel, block, is_decode(args, segment), dropout);
           if (of_keys || of_queries)
             add_nonfinite_rows<S>(args, scratch, segment, head, panel, of_keys, of_queries);
           for (int64_t i = 0; i < panel.rows; ++i)

@@ -98,6 +98,7 @@ void decode(const AttentionArgs& args) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < pairs; ++task) {
       const Segment& segment = args.segments[task / args.kv_heads];
+      if (!is_decode(args, segment)) continue;
       const int64_t kv_head = task % args.kv_heads, rows = segment.query_len * group;
       float row_max[kDecodeRows], row_sum[kDecodeRows];
       for (int64_t r = 0; r < rows; ++r) {  // row r: head r / query_len of the group, query r % query_len
@@ -145,11 +146,8 @@ void decode(const AttentionArgs& args) {
 
 }  // namespace
 
-bool is_decode(const AttentionArgs& args) {
-  const int64_t group = args.query_heads / args.kv_heads;
-  for (int64_t i = 0; i < args.num_segments; ++i)
-    if (args.segments[i].query_len * group > kDecodeRows) return false;
-  return args.dropout_p == 0;
+bool is_decode(const AttentionArgs& args, const Segment& segment) {
+  return args.dropout_p == 0 && segment.query_len * (args.query_heads / args.kv_heads) <= kDecodeRows;
 }
 
 size_t attention_decode_workspace(const AttentionArgs& args) {

@@ -147,7 +147,7 @@ void forward(Types<S, T>, const AttentionArgs& args) {
       const Segment& segment = args.segments[pair / args.kv_heads];
       const int64_t kv_head = pair % args.kv_heads;
       const int64_t begin = chunk * chunk_rows, end = smaller(segment.query_len, begin + chunk_rows);
-      if (begin >= end) continue;
+      if (begin >= end || is_decode(args, segment)) continue;
       const int64_t key_begin = attended(args, segment, begin).begin / kBlockN * kBlockN;
       const int64_t key_end = attended(args, segment, end - 1).end;
       const int64_t first = segment.key_begin + key_begin, count = larger(0, key_end - key_begin);
@@ -164,18 +164,25 @@ void forward(Types<S, T>, const AttentionArgs& args) {
   }
 }
 
+// Whether there are segments for the decoding kernel, or for that above. Each is computed as if it were alone.
+bool has_segments(const AttentionArgs& args, bool decode) {
+  for (int64_t i = 0; i < args.num_segments; ++i)
+    if (is_decode(args, args.segments[i]) == decode) return true;
+  return false;
+}
+
 }  // namespace
 
 size_t attention_forward_workspace(const AttentionArgs& args) {
-  if (is_decode(args)) return attention_decode_workspace(args);
-  return with_types(args.dtype, [&](auto types) {
+  const size_t decoding = has_segments(args, true) ? attention_decode_workspace(args) : 0;
+  return !has_segments(args, false) ? decoding : larger(decoding, with_types(args.dtype, [&](auto types) {
     return args.num_threads * ForwardScratch<typename decltype(types)::Operand>(args, nullptr).bytes;
-  });
+  }));
 }
 
 void attention_forward(const AttentionArgs& args) {
-  if (is_decode(args)) return attention_decode(args);
-  with_types(args.dtype, [&](auto types) { forward(types, args); });
+  if (has_segments(args, true)) attention_decode(args);
+  if (has_segments(args, false)) with_types(args.dtype, [&](auto types) { forward(types, args); });
 }
 
 }  // namespace GPTCORE_ISA
