@@ -13,7 +13,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptcore import ops
-from gptcore.cli import bench, evaluate, export, finetune, generate, info, plan, predict, prepare, quantize, train
+from gptcore.cli import (
+    bench,
+    evaluate,
+    export,
+    finetune,
+    generate,
+    info,
+    plan,
+    predict,
+    prepare,
+    quantize,
+    serve,
+    train,
+)
 from gptcore.cli.options import Parser, check_machine
 from gptcore.output import SteadyOutput
 from gptcore.training.checkpoint import CheckpointError
@@ -26,6 +39,7 @@ COMMANDS = {
     "generate": generate,
     "predict": predict,
     "evaluate": evaluate,
+    "serve": serve,
     "quantize": quantize,
     "export": export,
     "bench": bench,

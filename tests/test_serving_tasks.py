@@ -1,0 +1,124 @@
+"""/v1/classify, /v1/entities and /v1/answer: what the pipelines say, also for several requests at once."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from served import Running, serving, tiny_gpt, tiny_tokenizer
+
+from gptcore.heads import GPTForMultipleChoice, GPTForQuestionAnswering, GPTForSequenceClassification
+from gptcore.heads import GPTForTokenClassification as GPTForTokens
+from gptcore.serving.limits import MAX_TEXTS, Limits
+from gptcore.serving.load import load
+from gptcore.tasks.pipelines import pipeline
+
+TEXTS = ["the quick brown fox", "the lazy dog jumps over the fox", "héllo € wörld"]
+HEADS = {
+    "text-classification": (GPTForSequenceClassification, ["bad", "fine", "good"]),
+    "token-classification": (GPTForTokens, ["O", "B-PER", "I-PER"]),
+    "question-answering": (GPTForQuestionAnswering, None),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer, tmp_path_factory):
+    made = {}
+    for name, (head, labels) in HEADS.items():
+        made[name] = tmp_path_factory.mktemp("models") / name
+        torch.manual_seed(1)
+        head(tiny_gpt(tokenizer).config, id2label=labels).save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+    return made
+
+
+def started(folder):
+    served, routers = load(folder, "model", Limits())
+    return serving(served, routers, served.engine.model)
+
+
+def test_classify(folders):
+    expected = pipeline("text-classification", folders["text-classification"], top_k=None)(TEXTS)
+    with started(folders["text-classification"]) as server:
+        answer = server.request("POST", "/v1/classify", {"model": "model", "input": TEXTS})
+        assert answer.json["data"] == [{"index": i, "labels": row} for i, row in enumerate(expected)]
+        one = server.request("POST", "/v1/classify", {"model": "model", "input": TEXTS[1], "top_k": 2})
+        assert one.json["data"] == [{"index": 0, "labels": expected[1][:2]}]
+        (card,) = server.request("GET", "/v1/models").json["data"]
+        assert card["routes"] == ["/v1/classify"]
+        for path in ("/v1/completions", "/v1/embeddings", "/v1/entities"):
+            assert server.request("POST", path, {"model": "model", "prompt": "a"}).status == 404
+        assert server.request("POST", "/v1/classify", {"model": "other", "input": "a"}).status == 404
+        many = server.request("POST", "/v1/classify", {"model": "model", "input": ["a"] * (MAX_TEXTS + 1)})
+        assert (many.status, many.error["param"]) == (400, "input")
+
+
+def test_entities(folders):
+    expected = pipeline("token-classification", folders["token-classification"], aggregation_strategy="simple")(TEXTS)
+    assert any(expected)
+    with started(folders["token-classification"]) as server:
+        data = server.request("POST", "/v1/entities", {"model": "model", "input": TEXTS}).json["data"]
+    for i, row in enumerate(expected):
+        names = ("entity_group", "score", "word", "start", "end")
+        assert data[i] == {"index": i, "entities": [{name: entity[name] for name in names} for entity in row]}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_answer(folders, count, top_k):
+    questions = [{"question": "what jumps?", "context": text} for text in TEXTS[:count]]
+    asked = pipeline("question-answering", folders["question-answering"])
+    rows = [asked(question, top_k=top_k) for question in questions]
+    with started(folders["question-answering"]) as server:
+        body = {"model": "model", "input": questions if count > 1 else questions[0], "top_k": top_k}
+        data = server.request("POST", "/v1/answer", body).json["data"]
+        blank = server.request("POST", "/v1/answer", {"model": "model", "input": {"question": "a", "context": " "}})
+    names = ("answer", "score", "start", "end")
+    for i, row in enumerate(rows):
+        expected = [{name: answer[name] for name in names} for answer in ([row] if top_k == 1 else row)]
+        assert data[i] == {"index": i, "answers": expected}
+    assert (blank.status, blank.error["param"]) == (400, "input")
+
+
+def test_requests_that_wait_are_one_batch(folders):
+    """And one that fails is its own: the others get what they get alone."""
+    served, _ = load(folders["text-classification"], "model", Limits())
+    batches, real = [], pipeline("text-classification", served.engine.model, served.tokenizer)
+
+    def counting(texts, top_k):
+        batches.append(len(texts))
+        if any("fail" in text for text in texts):
+            raise ValueError("this text fails")
+        return real(texts, top_k=top_k)
+
+    from gptcore.serving import tasks
+
+    expected = [real([text], top_k=None)[0] for text in TEXTS]
+    with serving(served, [tasks.routes(served, "classify", counting)], served.engine.model) as server:
+
+        def ask(text: str) -> Running:
+            return server.request("POST", "/v1/classify", {"model": "model", "input": text})
+
+        busy = threading.Event()
+        served.engine.call(lambda: busy.wait(10))
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(ask, text) for text in (*TEXTS, "fail")]
+            while len(served.engine._calls) < 4:
+                pass
+            busy.set()
+            answers = [future.result() for future in asked]
+    assert [answer.json["data"][0]["labels"] for answer in answers[:3]] == expected
+    assert answers[3].status == 400
+    assert batches == [4, 1, 1, 1, 1]
+
+
+def test_a_model_without_a_route_is_refused(tokenizer, tmp_path):
+    GPTForMultipleChoice(tiny_gpt(tokenizer).config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a model for the task choice, which has no route here"):
+        load(tmp_path, "model", Limits())
