@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,13 @@ def write_examples() -> None:
     nothing = {"question": "Who ate?", "answers": []}
     paragraph = {"context": "Alice ran. Bob did not.", "qas": [question, nothing]}
     story = {"context": "Alice was hungry.", "choices": ["She ate.", "She ran."], "label": 0}
+    pairs = [{"prompt": "the cat =", "completion": " le chat"}, {"prompt": "a dog =", "completion": " un chien"}]
+    talk = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi!"}]
     for name, text in (
         ("reviews.csv", reviews), ("unseen.csv", reviews), ("tweets.conll", tags), ("more.conll", tags),
         ("squad.json", json.dumps({"data": [{"paragraphs": [paragraph] * 20}]})),
+        ("pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs * 8)),
+        ("talks.jsonl", (json.dumps({"messages": talk}) + "\n") * 16),
         ("stories.jsonl", (json.dumps(story) + "\n") * 20),
     ):  # fmt: skip
         Path(name).write_text(text, encoding="utf-8")
@@ -49,6 +55,7 @@ def test_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         if kind == "python":
             exec(block, names)
         for command in re.findall(r"(?m)^gptcore (.*)", block) if not kind else ():
+            monkeypatch.setattr(sys, "stdin", io.StringIO("Hello!\n"))  # for gptcore chat
             short = ["--num-train-epochs", "1"] if command.startswith("finetune") else []
             assert cli.main([*shlex.split(command), *short]) == 0, f"{command}\n{capsys.readouterr().err}"
     base = GPT.from_pretrained("gpt2").state_dict()

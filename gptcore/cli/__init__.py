@@ -15,6 +15,7 @@ from typing import Any
 from gptcore import ops
 from gptcore.cli import (
     bench,
+    chat,
     evaluate,
     export,
     finetune,
@@ -37,6 +38,7 @@ COMMANDS = {
     "finetune": finetune,
     "plan": plan,
     "generate": generate,
+    "chat": chat,
     "predict": predict,
     "evaluate": evaluate,
     "serve": serve,
