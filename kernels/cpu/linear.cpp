@@ -5,10 +5,12 @@
 //
 // With many rows, all of B is packed first, in panels of kWidth columns. Each thread then takes one band of rows of C
 // after the other, and multiplies it by panel after panel. With few rows, packing would take longer than multiplying:
-// each thread takes panels, and packs each block of it into the first-level cache just before it is multiplied.
+// each thread takes panels, and packs each block of it into the first-level cache just before it is multiplied. The rate
+// at which B is read from memory is then the limit; panels.h has the order.
 #include <omp.h>
 
 #include "kernels/cpu/linear_pack.h"
+#include "kernels/cpu/panels.h"
 
 namespace gptcore {
 namespace GPTCORE_ISA {
@@ -17,8 +19,11 @@ namespace {
 constexpr int64_t kSteps = 256;      // of a block: the fewer terms in a float32 sum, the more exact it is
 constexpr int64_t kMostTiles = 8;    // of a band, one above the other: a block of a panel stays in the cache for them
 constexpr int64_t kFewRows = 64;     // with up to so many, B is packed block by block
-constexpr int64_t kFused = 4;        // with up to so many, it is not even packed
+constexpr int64_t kFused = 8;        // with up to so many, it is not even packed
 constexpr int64_t kSerial = 1 << 17;  // multiplications that take less time than waking a thread
+
+// The vectors of columns that are multiplied at once: sums of all rows, and B, stay in registers.
+constexpr int fused_vectors(int rows) { return kLanes == 16 || rows <= 2 ? kVectors : 1; }
 
 template <class T>
 struct Product {
@@ -37,8 +42,13 @@ struct Product {
   bool few_rows() const { return b_transposed && rows <= kFewRows; }
   // B can be multiplied as it is transposed, in units of 32 bits.
   bool fused() const {
-    const int64_t numbers = b.dtype == DType::float32 ? 1 : 2;
+    const int64_t numbers = b.dtype == DType::bfloat16 ? 2 : 1;
     return rows <= kFused && depth % numbers == 0 && b.stride % numbers == 0 && numbers >= kStep<T>;
+  }
+  Prefetch prefetch(int64_t panel, int64_t next) const {
+    const int64_t number = b.dtype == DType::float32 ? 4 : 2;
+    const auto at = [&](int64_t i) { return i < panels() ? (const char*)b.data + i * kWidth * b.stride * number : nullptr; };
+    return {at(panel), at(next), kWidth, depth * number, b.stride * number};
   }
   int threads(int most) const { return rows * columns * depth < kSerial ? 1 : most; }
   // A can be read in place. Rows at such a stride would share the few ways of one set of the cache.
@@ -69,17 +79,16 @@ struct Product {
   }
 };
 
-// Packs the steps [step, end) of a panel. With few rows, prefetches the next block: of this panel, or of the next.
+// Packs the steps [step, end) of a panel.
 template <class T>
-void pack_right(const Product<T>& p, int64_t column, int64_t step, int64_t end, Wide<T>* to) {
+void pack_right(const Product<T>& p, int64_t column, int64_t step, int64_t end, Wide<T>* to, Prefetch& next) {
   const int64_t columns = smaller(kWidth, p.columns - column), k = step * kStep<T>;
   const int64_t depth = smaller(end * kStep<T>, p.depth) - k;
   with_type(p.b.dtype, [&](auto zero) {
     using S = decltype(zero);
     const S* source = (const S*)p.b.data;
-    const int64_t ahead = !p.few_rows() ? 0 : end < p.steps() ? kSteps * kStep<T> : kWidth * p.b.stride - k;
     if (p.b_transposed)
-      pack_from_columns<S, T>(to, source + column * p.b.stride + k, p.b.stride, columns, depth, ahead);
+      pack_from_columns<S, T>(to, source + column * p.b.stride + k, p.b.stride, columns, depth, next);
     else pack_from_rows<kWidth, S, T>(to, source + k * p.b.stride + column, p.b.stride, depth, p.columns - column);
   });
 }
@@ -195,51 +204,64 @@ GPTCORE_INLINE void multiply_panel(const Product<T>& p, const char* left, int64_
     }
 }
 
-// A panel of kLanes columns for up to kFused rows: B is multiplied as it is transposed, without a copy in memory.
+// Some columns of C for up to kFused rows: B is multiplied as it is transposed, without a copy in memory.
 template <int Rows, class S, class T>
-void multiply_fused(const Product<T>& p, Left<T> a, int64_t column) {
-  constexpr int64_t kNumbers = sizeof(float) / sizeof(S), kStepsOfUnit = kNumbers / kStep<T>;
-  const int64_t columns = smaller(kLanes, p.columns - column), units = p.depth / kNumbers;
+void multiply_fused(const Product<T>& p, Left<T> a, int64_t column, Prefetch& next) {
+  constexpr int kSome = fused_vectors(Rows);
+  using Unit = typename UnitOf<S>::Type;
+  constexpr int64_t kNumbers = sizeof(Unit) / sizeof(S), kStepsOfUnit = kNumbers / kStep<T>;
+  const int64_t columns = smaller(kSome * kLanes, p.columns - column), units = p.depth / kNumbers;
   const int64_t stride = p.b.stride / kNumbers, block = kSteps / kStepsOfUnit;
-  const float* source = (const float*)((const S*)p.b.data + column * p.b.stride);
-  Vec bias = {}, acc[Rows], sum[Rows];
-  if (p.bias) load_bias(p, column, columns, &bias);
-  for (int r = 0; r < Rows; ++r) acc[r] = bias;
+  const Unit* source = (const Unit*)((const S*)p.b.data + column * p.b.stride);
+  Vec bias[kSome] = {}, acc[Rows][kSome], sum[Rows][kSome];
+  if (p.bias) load_bias(p, column, columns, bias);
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < kSome; ++v) acc[r][v] = bias[v];
   for (int64_t k = 0; k < units; k += block) {
-    const int64_t end = smaller(k + block, units), ahead = end < units ? block : kLanes * stride - k;
-    for (int r = 0; r < Rows; ++r) sum[r] = kStep<T> == 2 ? acc[r] : Vec{};
-    transpose_units<kLanes>(source + k, stride, columns, end - k, ahead, [&](int64_t, int64_t unit, Vec v) {
+    GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
+      GPTCORE_UNROLL for (int v = 0; v < kSome; ++v) sum[r][v] = kStep<T> == 2 ? acc[r][v] : Vec{};
+    transpose_units<kSome>(source + k, stride, columns, smaller(block, units - k), next,
+                           [&](int64_t unit, const Vec (&b)[kSome]) {
       const Left<T> at = a.from_step((k + unit) * kStepsOfUnit);
       if constexpr (kStepsOfUnit == 2) {
-        Vec both[2];
-        split(bit_cast<UintVec>(v), both, S());
+        Vec both[kSome][2];
+        GPTCORE_UNROLL for (int v = 0; v < kSome; ++v) split(bit_cast<UintVec>(b[v]), both[v], S());
         GPTCORE_UNROLL for (int s = 0; s < 2; ++s)
-          GPTCORE_UNROLL for (int r = 0; r < Rows; ++r) sum[r] += splat(at.data[r * at.row + s]) * both[s];
+          GPTCORE_UNROLL for (int r = 0; r < Rows; ++r) {
+            const Vec number = splat(at.data[r * at.row + s]);
+            GPTCORE_UNROLL for (int v = 0; v < kSome; ++v) sum[r][v] += number * both[v][s];
+          }
       } else {
-        GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
-          multiply_add(sum[r], splat_wide(at.data + r * at.row), bit_cast<decltype(splat_wide(at.data))>(v));
+        GPTCORE_UNROLL for (int r = 0; r < Rows; ++r) {
+          const auto number = splat_wide(at.data + r * at.row);
+          GPTCORE_UNROLL for (int v = 0; v < kSome; ++v)
+            multiply_add(sum[r][v], number, bit_cast<decltype(splat_wide(at.data))>(b[v]));
+        }
       }
     });
-    for (int r = 0; r < Rows; ++r) acc[r] = kStep<T> == 2 ? sum[r] : acc[r] + sum[r];
+    GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
+      GPTCORE_UNROLL for (int v = 0; v < kSome; ++v) acc[r][v] = kStep<T> == 2 ? sum[r][v] : acc[r][v] + sum[r][v];
   }
   with_type(p.c.dtype, [&](auto zero) {
     using C = decltype(zero);
-    for (int r = 0; r < Rows; ++r) store_up_to((C*)p.c.data + r * p.c.stride + column, acc[r], columns);
+    store_tile((C*)p.c.data + column, p.c.stride, acc, columns);
   });
 }
 
 // The same for the number of rows that there are, at most Rows.
 template <int Rows, class S, class T>
-GPTCORE_INLINE void multiply_fused_some(const Product<T>& p, Left<T> a, int64_t column) {
+GPTCORE_INLINE void multiply_fused_some(const Product<T>& p, Left<T> a, int64_t column, Prefetch& next) {
   if constexpr (Rows > 1)
-    if (p.rows < Rows) return multiply_fused_some<Rows - 1, S>(p, a, column);
-  multiply_fused<Rows, S>(p, a, column);
+    if (p.rows < Rows) return multiply_fused_some<Rows - 1, S>(p, a, column, next);
+  const int64_t end = smaller(column + kWidth, p.columns);
+  for (; column < end; column += fused_vectors(Rows) * kLanes) multiply_fused<Rows, S>(p, a, column, next);
 }
 
 template <class T>
 void multiply_few(const Product<T>& p, char* workspace, int num_threads) {
   const int64_t tiles = larger(1, (p.rows + kRows - 1) / kRows), tile_rows = larger(1, (p.rows + tiles - 1) / tiles);
   char* left = workspace + p.right_bytes(num_threads);
+  int64_t taken = 0;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
     Wide<T>* packed = (Wide<T>*)workspace + omp_get_thread_num() * kSteps * kWidth;
@@ -247,23 +269,19 @@ void multiply_few(const Product<T>& p, char* workspace, int num_threads) {
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < p.rows; ++row) pack_left(p, row, 1, 1, left + row * p.left_row() * sizeof(T));
     }
-    if (p.fused()) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t panel = 0; panel < p.panels(); ++panel)
-        with_type(p.b.dtype, [&](auto zero) {
-          using S = decltype(zero);
-          if constexpr (sizeof(S) <= sizeof(T) && (kStep<T> == 1 || kSame<S, T>))
-            for (int64_t j = panel * kWidth; j < smaller((panel + 1) * kWidth, p.columns); j += kLanes)
-              multiply_fused_some<kFused, S>(p, p.left(left, 0, 0, 1), j);
+    take_panels(taken, p.panels(), num_threads, [&](int64_t panel, int64_t next_panel) {
+      Prefetch next = p.prefetch(panel, next_panel);
+      if (!p.fused())
+        return multiply_panel(p, left, 0, p.rows, tile_rows, panel, [&](int64_t step, int64_t end) {
+          pack_right(p, panel * kWidth, step, end, packed, next);
+          return packed;
         });
-    } else {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t panel = 0; panel < p.panels(); ++panel)
-      multiply_panel(p, left, 0, p.rows, tile_rows, panel, [&](int64_t step, int64_t end) {
-        pack_right(p, panel * kWidth, step, end, packed);
-        return packed;
+      with_type(p.b.dtype, [&](auto zero) {
+        using S = decltype(zero);
+        if constexpr (sizeof(S) <= sizeof(T) && (kStep<T> == 1 || kSame<S, T>))
+          multiply_fused_some<kFused, S>(p, p.left(left, 0, 0, 1), panel * kWidth, next);
       });
-    }
+    });
   }
 }
 
@@ -277,9 +295,10 @@ void multiply_many(const Product<T>& p, char* workspace, int num_threads) {
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
     char* left = workspace + p.right_bytes(num_threads) + omp_get_thread_num() * p.left_bytes();
+    Prefetch none;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t panel = 0; panel < p.panels(); ++panel)
-      pack_right(p, panel * kWidth, 0, p.steps(), right + panel * p.panel_size());
+      pack_right(p, panel * kWidth, 0, p.steps(), right + panel * p.panel_size(), none);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t begin = 0; begin < p.rows; begin += band) {
       const int64_t end = smaller(begin + band, p.rows);

@@ -1,6 +1,7 @@
 // Packing of the operands of linear layers: into panels whose rows are steps of the sum.
 #pragma once
 
+#include "kernels/cpu/panels.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/tiles.h"
 
@@ -49,73 +50,96 @@ void pack_from_rows(Wide<T>* to, const S* source, int64_t stride, int64_t rows, 
   for (; k < rows; k += kStep<T>) pack(smaller(kStep<T>, rows - k), some);
 }
 
-// As transpose() of tiles.h, without vpermt2ps, which takes longer.
-GPTCORE_INLINE void transpose_square(Vec (&v)[kLanes]) {
+// The units of a row that are transposed: floats, pairs of bfloat16, or float16, which are converted when loaded.
+template <class S> struct UnitOf { using Type = float; };
+template <> struct UnitOf<float16> { using Type = float16; };
+
+// Returns four units each of rows 0, 4, 8 and so on up to kLanes, side by side.
+GPTCORE_INLINE Vec load_quads(const float* p, int64_t stride) {
 #if defined(__AVX512F__)
-  __m512 t[16];
-  _Pragma("GCC unroll 16") for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
-  }
-  _Pragma("GCC unroll 16") for (int i = 0; i < 16; i += 4)
-    _Pragma("GCC unroll 16") for (int j = 0; j < 2; ++j) {
-      const __m512d a = (__m512d)t[i + j], b = (__m512d)t[i + j + 2];
-      v[i + 2 * j] = (Vec)_mm512_unpacklo_pd(a, b);
-      v[i + 2 * j + 1] = (Vec)_mm512_unpackhi_pd(a, b);
-    }
-  _Pragma("GCC unroll 16") for (int i = 0; i < 4; ++i) {  // a lane of 128 bits of row i, i + 4, i + 8, i + 12
-    const __m512 a = _mm512_shuffle_f32x4((__m512)v[i], (__m512)v[i + 4], 0x88);
-    const __m512 b = _mm512_shuffle_f32x4((__m512)v[i], (__m512)v[i + 4], 0xdd);
-    const __m512 c = _mm512_shuffle_f32x4((__m512)v[i + 8], (__m512)v[i + 12], 0x88);
-    const __m512 d = _mm512_shuffle_f32x4((__m512)v[i + 8], (__m512)v[i + 12], 0xdd);
-    v[i] = (Vec)_mm512_shuffle_f32x4(a, c, 0x88);
-    v[i + 8] = (Vec)_mm512_shuffle_f32x4(a, c, 0xdd);
-    v[i + 4] = (Vec)_mm512_shuffle_f32x4(b, d, 0x88);
-    v[i + 12] = (Vec)_mm512_shuffle_f32x4(b, d, 0xdd);
-  }
+  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+  const float* q = p + 8 * stride;
+  const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(q)), _mm_loadu_ps(q + 4 * stride), 1);
+  return (Vec)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
 #else
-  transpose(v);
+  return load(p);
+#endif
+}
+GPTCORE_INLINE Vec load_quads(const float16* p, int64_t stride) {
+#if defined(__AVX2__)
+  const auto pair = [&](const float16* row) {
+    const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)row));
+    return _mm_castps_si128(_mm_loadh_pi(low, (const __m64*)(row + 4 * stride)));
+  };
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(pair(p)), pair(p + 8 * stride), 1));
+#else
+  return (Vec)_mm256_cvtph_ps(pair(p));
+#endif
+#else
+  return load(p);
 #endif
 }
 
-// Transposes up to Width rows of 32-bit units in blocks of kLanes x kLanes and calls emit(column of the panel, unit,
-// vector), units in order. `ahead` units further lies what is read next; it is prefetched.
-template <int Width, class Emit>
-GPTCORE_INLINE void transpose_units(const float* source, int64_t stride, int64_t rows, int64_t units, int64_t ahead,
+// Transposes each square of 4 vectors x 4 lanes.
+GPTCORE_INLINE void transpose_quads(Vec (&v)[4]) {
+  const IntVec lane = lane_index(), quad = lane & ~3, odd = lane & 1, upper = lane >> 1 & 1;
+  const IntVec ones = quad + upper + odd * kLanes, pairs = quad + odd + upper * kLanes;
+  const Vec a = __builtin_shuffle(v[0], v[1], ones), b = __builtin_shuffle(v[0], v[1], ones + 2);
+  const Vec c = __builtin_shuffle(v[2], v[3], ones), d = __builtin_shuffle(v[2], v[3], ones + 2);
+  v[0] = __builtin_shuffle(a, c, pairs), v[1] = __builtin_shuffle(a, c, pairs + 2);
+  v[2] = __builtin_shuffle(b, d, pairs), v[3] = __builtin_shuffle(b, d, pairs + 2);
+}
+
+// Transposes up to Vectors * kLanes rows of units and calls emit(unit, vectors), units in order. Prefetches as much.
+template <int Vectors, class Unit, class Emit>
+GPTCORE_INLINE void transpose_units(const Unit* source, int64_t stride, int64_t rows, int64_t units, Prefetch& next,
                                     Emit emit) {
-  for (int64_t i = 0; i < Width; i += kLanes)
-    for (int64_t j = 0; j < units; j += kLanes) {
-      Vec v[kLanes];
-      const float* from = source + i * stride + j;
-      if (rows - i >= kLanes && units - j >= kLanes) {
-        for (int r = 0; r < kLanes; ++r) v[r] = load(from + r * stride);
-        transpose_square(v);
-        for (int r = 0; r < kLanes; ++r) __builtin_prefetch((const char*)(uintptr_t(from + r * stride) + ahead * 4));
-        for (int c = 0; c < kLanes; ++c) emit(i, j + c, v[c]);
-      } else {
-        load_square(v, from, stride, rows - i, units - j);
-        transpose_square(v);
-        for (int c = 0; c < smaller(kLanes, units - j); ++c) emit(i, j + c, v[c]);
+  constexpr int64_t kRowsAtOnce = Vectors * kLanes, kStaged = 128, kPitch = kStaged + 64 / sizeof(Unit);
+  auto transpose = [&](const Unit* from, int64_t pitch, int64_t begin, int64_t end, int64_t bytes) {
+    for (int64_t k = begin; k < end; k += 4, from += 4) {
+      Vec v[Vectors][4];
+      GPTCORE_UNROLL for (int u = 0; u < Vectors; ++u) {
+        GPTCORE_UNROLL for (int i = 0; i < 4; ++i) v[u][i] = load_quads(from + (u * kLanes + i) * pitch, pitch);
+        transpose_quads(v[u]);
+      }
+      next.fetch(bytes);
+      GPTCORE_UNROLL for (int i = 0; i < 4; ++i) {
+        Vec of_unit[Vectors];
+        GPTCORE_UNROLL for (int u = 0; u < Vectors; ++u) of_unit[u] = v[u][i];
+        if (i == 0 || k + i < units) emit(k + i, of_unit);
       }
     }
+  };
+  // Rows at such strides share few sets of the first-level cache, and would evict one another.
+  if (rows >= kRowsAtOnce && units % 4 == 0 && stride * (int64_t)sizeof(Unit) % 2048 != 0)
+    return transpose(source, stride, 0, units, kRowsAtOnce * 4 * sizeof(Unit));
+  Unit staged[kRowsAtOnce * kPitch];
+  for (int64_t k = 0; k < units; k += kStaged) {
+    const int64_t here = smaller(kStaged, units - k), all = round_up(here, 4);
+    for (int64_t r = 0; r < kRowsAtOnce; ++r) {
+      pack_rows(staged + r * kPitch, all, source + smaller(r, rows - 1) * stride + k, stride, 1, here);
+      next.fetch(here * sizeof(Unit) / 2);
+    }
+    transpose(staged, kPitch, k, k + all, kRowsAtOnce * 2 * sizeof(Unit));
+  }
 }
 
 // The two numbers of each 32-bit unit.
 GPTCORE_INLINE void split(UintVec pairs, Vec (&v)[2], bfloat16) {
   v[0] = bit_cast<Vec>(pairs << 16), v[1] = bit_cast<Vec>(pairs & 0xffff0000u);
 }
-GPTCORE_INLINE void split(UintVec pairs, Vec (&v)[2], float16) {
-  const HalfBits halves[2] = {__builtin_convertvector(pairs & 0xffffu, HalfBits),
-                              __builtin_convertvector(pairs >> 16, HalfBits)};
-  v[0] = load((const float16*)&halves[0]), v[1] = load((const float16*)&halves[1]);
-}
-GPTCORE_INLINE void split(UintVec, Vec (&)[2], float) {}
+template <class S>
+GPTCORE_INLINE void split(UintVec, Vec (&)[2], S) {}  // not called
 
-// Packs rows of a source side by side, up to kWidth: depth runs along its columns. `ahead`: see transpose_units.
+// Packs rows of a source side by side, up to kWidth: depth runs along its columns.
 template <class S, class T>
-void pack_from_columns(Wide<T>* to, const S* source, int64_t stride, int64_t rows, int64_t columns, int64_t ahead) {
-  const float* units = (const float*)source;
-  const bool pairs = columns % 2 == 0 && stride % 2 == 0;
+void pack_from_columns(Wide<T>* to, const S* source, int64_t stride, int64_t rows, int64_t columns, Prefetch& next) {
+  auto store_unit = [&](int64_t k, const Vec (&v)[kVectors]) {
+    for (int u = 0; u < kVectors; ++u) store((float*)to + k * kWidth + u * kLanes, v[u]);
+  };
   if constexpr (sizeof(S) > sizeof(T)) {
     for (int64_t k = 0; k < columns; k += kStretch, source += kStretch, to += kStretch / kStep<T> * kWidth) {
       T narrow[kWidth * kStretch];
@@ -123,20 +147,21 @@ void pack_from_columns(Wide<T>* to, const S* source, int64_t stride, int64_t row
       pack_rows(narrow, kStretch, source, stride, rows, here);
       pack_panel_columns<T, T, kWidth>(to, narrow, kStretch, rows, round_up(here, kStep<T>), 1.0f);
     }
-  } else if (kSame<S, float>) {
-    transpose_units<kWidth>(units, stride, rows, columns, ahead,
-                    [&](int64_t i, int64_t k, Vec v) { store((float*)to + k * kWidth + i, v); });
-  } else if (!pairs) {
+  } else if constexpr (!kSame<S, bfloat16>) {
+    transpose_units<kVectors>(source, stride, rows, columns, next, store_unit);
+  } else if (columns % 2 != 0 || stride % 2 != 0) {
     pack_panel_columns<S, T, kWidth>(to, source, stride, rows, columns, 1.0f);
-  } else if (kStep<T> == 2) {
-    transpose_units<kWidth>(units, stride / 2, rows, columns / 2, ahead / 2,
-                    [&](int64_t i, int64_t k, Vec v) { store((float*)to + k * kWidth + i, v); });
+  } else if constexpr (kStep<T> == 2) {
+    transpose_units<kVectors>((const float*)source, stride / 2, rows, columns / 2, next, store_unit);
   } else {
-    transpose_units<kWidth>(units, stride / 2, rows, columns / 2, ahead / 2, [&](int64_t i, int64_t k, Vec v) {
-      Vec both[2];
-      split(bit_cast<UintVec>(v), both, S());
-      store((float*)to + 2 * k * kWidth + i, both[0]);
-      store((float*)to + (2 * k + 1) * kWidth + i, both[1]);
+    transpose_units<kVectors>((const float*)source, stride / 2, rows, columns / 2, next,
+                              [&](int64_t k, const Vec (&v)[kVectors]) {
+      for (int u = 0; u < kVectors; ++u) {
+        float* at = (float*)to + 2 * k * kWidth + u * kLanes;
+        Vec both[2];
+        split(bit_cast<UintVec>(v[u]), both, S());
+        store(at, both[0]), store(at + kWidth, both[1]);
+      }
     });
   }
 }
