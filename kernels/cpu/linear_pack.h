@@ -55,19 +55,8 @@ template <class S> struct UnitOf { using Type = float; };
 template <> struct UnitOf<float16> { using Type = float16; };
 
 // Returns four units each of rows 0, 4, 8 and so on up to kLanes, side by side.
-GPTCORE_INLINE Vec load_quads(const float* p, int64_t stride) {
-#if defined(__AVX512F__)
-  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
-  const float* q = p + 8 * stride;
-  const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(q)), _mm_loadu_ps(q + 4 * stride), 1);
-  return (Vec)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
-#elif defined(__AVX2__)
-  return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
-#else
-  return load(p);
-#endif
-}
-GPTCORE_INLINE Vec load_quads(const float16* p, int64_t stride) {
+GPTCORE_INLINE Vec load_units(const float* p, int64_t stride) { return load_quads(p, stride * sizeof *p); }
+GPTCORE_INLINE Vec load_units(const float16* p, int64_t stride) {
 #if defined(__AVX2__)
   const auto pair = [&](const float16* row) {
     const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)row));
@@ -83,16 +72,6 @@ GPTCORE_INLINE Vec load_quads(const float16* p, int64_t stride) {
 #endif
 }
 
-// Transposes each square of 4 vectors x 4 lanes.
-GPTCORE_INLINE void transpose_quads(Vec (&v)[4]) {
-  const IntVec lane = lane_index(), quad = lane & ~3, odd = lane & 1, upper = lane >> 1 & 1;
-  const IntVec ones = quad + upper + odd * kLanes, pairs = quad + odd + upper * kLanes;
-  const Vec a = __builtin_shuffle(v[0], v[1], ones), b = __builtin_shuffle(v[0], v[1], ones + 2);
-  const Vec c = __builtin_shuffle(v[2], v[3], ones), d = __builtin_shuffle(v[2], v[3], ones + 2);
-  v[0] = __builtin_shuffle(a, c, pairs), v[1] = __builtin_shuffle(a, c, pairs + 2);
-  v[2] = __builtin_shuffle(b, d, pairs), v[3] = __builtin_shuffle(b, d, pairs + 2);
-}
-
 // Transposes up to Vectors * kLanes rows of units and calls emit(unit, vectors), units in order. Prefetches as much.
 template <int Vectors, class Unit, class Emit>
 GPTCORE_INLINE void transpose_units(const Unit* source, int64_t stride, int64_t rows, int64_t units, Prefetch& next,
@@ -102,7 +81,7 @@ GPTCORE_INLINE void transpose_units(const Unit* source, int64_t stride, int64_t 
     for (int64_t k = begin; k < end; k += 4, from += 4) {
       Vec v[Vectors][4];
       GPTCORE_UNROLL for (int u = 0; u < Vectors; ++u) {
-        GPTCORE_UNROLL for (int i = 0; i < 4; ++i) v[u][i] = load_quads(from + (u * kLanes + i) * pitch, pitch);
+        GPTCORE_UNROLL for (int i = 0; i < 4; ++i) v[u][i] = load_units(from + (u * kLanes + i) * pitch, pitch);
         transpose_quads(v[u]);
       }
       next.fetch(bytes);

@@ -35,6 +35,31 @@ GPTCORE_INLINE void exchange(Vec (&v)[kLanes]) {
 // Transposes kLanes vectors in registers, by recursive exchange of halves.
 GPTCORE_INLINE void transpose(Vec (&v)[kLanes]) { exchange<kLanes / 2>(v); }
 
+// Returns 16 bytes each of rows 0, 4, 8 and so on up to kLanes, side by side. `stride` is in bytes.
+GPTCORE_INLINE Vec load_quads(const void* p, int64_t stride) {
+#if defined(__AVX512F__)
+  const auto at = [&](int64_t row) { return _mm_loadu_ps((const float*)((const char*)p + row * stride)); };
+  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(at(0)), at(4), 1);
+  const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(at(8)), at(12), 1);
+  return (Vec)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+#elif defined(__AVX2__)
+  const auto at = [&](int64_t row) { return _mm_loadu_ps((const float*)((const char*)p + row * stride)); };
+  return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(at(0)), at(4), 1);
+#else
+  return load((const float*)p);
+#endif
+}
+
+// Transposes each square of 4 vectors x 4 lanes.
+GPTCORE_INLINE void transpose_quads(Vec (&v)[4]) {
+  const IntVec lane = lane_index(), quad = lane & ~3, odd = lane & 1, upper = lane >> 1 & 1;
+  const IntVec ones = quad + upper + odd * kLanes, pairs = quad + odd + upper * kLanes;
+  const Vec a = __builtin_shuffle(v[0], v[1], ones), b = __builtin_shuffle(v[0], v[1], ones + 2);
+  const Vec c = __builtin_shuffle(v[2], v[3], ones), d = __builtin_shuffle(v[2], v[3], ones + 2);
+  v[0] = __builtin_shuffle(a, c, pairs), v[1] = __builtin_shuffle(a, c, pairs + 2);
+  v[2] = __builtin_shuffle(b, d, pairs), v[3] = __builtin_shuffle(b, d, pairs + 2);
+}
+
 // ---- the matrix product ---------------------------------------------------------------------------------------------
 //
 // C = A B or C += A B in T, with A (rows x depth), B (depth x width), C (rows x width). An element of B is a Wide<T>: a
