@@ -33,7 +33,7 @@ constexpr bool kUnsigned = true;  // weights are stored with an offset
 constexpr bool kUnsigned = false;
 #endif
 #if defined(__AVX2__)
-constexpr int64_t kFused = 3;  // with up to so many rows of x, weights are not packed
+constexpr int64_t kFused = 4;  // with up to so many rows of x, weights are not packed
 #else
 constexpr int64_t kFused = 0;
 #endif
@@ -81,11 +81,38 @@ GPTCORE_INLINE void load_numbers(IntVec (&v)[kUnits], const uint8_t* block, int6
   }
 }
 
-// Collects the scales of `blocks` blocks of kLanes rows; a vector of each block.
-template <BlockType Type>
-GPTCORE_INLINE void load_scales(HalfBits* to, const uint8_t* block, int64_t stride, int64_t blocks) {
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int i = 0; i < kLanes; ++i) memcpy((uint16_t*)(to + b) + i, block + i * stride + b * block_bytes(Type), 2);
+// Returns the scales of a block of kLanes rows, without a copy in memory: that would wait for 2-byte stores.
+GPTCORE_INLINE Vec load_scales(const uint8_t* block, int64_t stride) {
+  HalfBits scales;
+#if defined(__AVX2__)
+  __m128i eights[kLanes / 8];
+  GPTCORE_UNROLL for (int i = 0; i < kLanes / 8; ++i) {
+    const auto at = [&](int64_t row) {
+      uint16_t scale;
+      memcpy(&scale, block + (8 * i + row) * stride, sizeof scale);
+      return scale;
+    };
+    __m128i v = _mm_cvtsi32_si128(at(0));
+    v = _mm_insert_epi16(v, at(1), 1), v = _mm_insert_epi16(v, at(2), 2), v = _mm_insert_epi16(v, at(3), 3);
+    v = _mm_insert_epi16(v, at(4), 4), v = _mm_insert_epi16(v, at(5), 5), v = _mm_insert_epi16(v, at(6), 6);
+    eights[i] = _mm_insert_epi16(v, at(7), 7);
+  }
+  memcpy(&scales, eights, sizeof scales);
+#else
+  for (int i = 0; i < kLanes; ++i) memcpy((uint16_t*)&scales + i, block + i * stride, sizeof(uint16_t));
+#endif
+  return load((const float16*)&scales);
+}
+
+// Returns 16 bytes in each lane of 128 bits.
+GPTCORE_INLINE IntVec splat_quad(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (IntVec)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (IntVec)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+#else
+  return bit_cast<IntVec>(load((const float*)p));
+#endif
 }
 
 // Calls body(source, stride) for blocks [begin, end) of kLanes rows. Rows beyond the last are copies of it.
@@ -104,20 +131,19 @@ GPTCORE_INLINE void with_rows(const QuantizedLinearArgs& args, int64_t column, i
 // Packs blocks [begin, end) of a panel, vectors of a block side by side.
 template <BlockType Type>
 void pack_panel(const QuantizedLinearArgs& args, int64_t column, int64_t begin, int64_t end, IntVec* to) {
-  HalfBits scales[kChunk];
   for (int v = 0; v < kVectors && column + v * kLanes < args.out_features; ++v)
     with_rows<Type>(args, column + v * kLanes, begin, end, [&](const uint8_t* source, int64_t stride) {
-      load_scales<Type>(scales, source, stride, end - begin);
       for (int64_t b = 0; b < end - begin; ++b) {
+        const uint8_t* block = source + b * block_bytes(Type);
         IntVec numbers[kUnits], *packed = to + (b * kVectors + v) * kPacked;
-        load_numbers<Type>(numbers, source + b * block_bytes(Type), stride);
+        load_numbers<Type>(numbers, block, stride);
         for (int half = 0; half < kUnits; half += 4) {
           Vec quads[4];
           for (int i = 0; i < 4; ++i) quads[i] = bit_cast<Vec>(numbers[half + i]);
           transpose_quads(quads);
           for (int i = 0; i < 4; ++i) packed[half + i] = bit_cast<IntVec>(quads[i]);
         }
-        packed[kUnits] = bit_cast<IntVec>(load((const float16*)&scales[b]));
+        packed[kUnits] = bit_cast<IntVec>(load_scales(block, stride));
       }
     });
 }
@@ -270,19 +296,17 @@ void multiply_fused(const QuantizedLinearArgs& args, const Activations& x, int64
   Vec acc[Rows][1] = {};
   load_bias(args, column, columns, acc[0]);
   GPTCORE_UNROLL for (int r = 1; r < Rows; ++r) acc[r][0] = acc[0][0];
-  HalfBits scales[kChunk];
   for (int64_t begin = 0; begin < blocks; begin += kChunk) {
     const int64_t end = smaller(begin + kChunk, blocks);
     with_rows<Type>(args, column, begin, end, [&](const uint8_t* source, int64_t stride) {
-      load_scales<Type>(scales, source, stride, end - begin);
-      for (int64_t b = begin; b < end; ++b) {
+      for (int64_t b = begin; b < end; ++b, source += block_bytes(Type)) {
         IntVec weights[kUnits];
-        load_numbers<Type>(weights, source + (b - begin) * block_bytes(Type), stride);
-        const Vec scale = load((const float16*)&scales[b - begin]);
+        load_numbers<Type>(weights, source, stride);
+        const Vec scale = load_scales(source, stride);
         next.fetch(kLanes * block_bytes(Type));
         GPTCORE_UNROLL for (int r = 0; r < Rows; ++r) {
           const int64_t at = r * blocks + b;
-          const IntVec low = bit_cast<IntVec>(load_quads(x.numbers + at * kBlock, 0)), high = bit_cast<IntVec>(load_quads(x.numbers + at * kBlock + 16, 0));
+          const IntVec low = splat_quad(x.numbers + at * kBlock), high = splat_quad(x.numbers + at * kBlock + 16);
           IntVec sums[4] = {};
           GPTCORE_UNROLL for (int i = 0; i < 4; ++i) add_products(sums[i], weights[i], low);
           GPTCORE_UNROLL for (int i = 0; i < 4; ++i) add_products(sums[i], weights[i + 4], high);
