@@ -36,7 +36,7 @@ asan: .venv/installed
 sweep: .venv/installed
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -e ".[test,tf]" xllamacpp
 	$(BIN)/python -m pytest tests/sweep/*.py
-	$(BIN)/python -m benchmarks -k bench_llama --output out/llama
+	$(BIN)/python -m benchmarks -k "bench_llama or bench_serving" --output out/llama
 	$(BIN)/python -m tools.mutants
 
 .venv/installed: $(SOURCES)

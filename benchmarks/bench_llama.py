@@ -29,23 +29,34 @@ MOST_ROWS = 8
 CASES = [(size, kind) for size in [*SIZES][pick(1, 0) :] for kind in ("f32", "bf16", "q8_0", "q4_0")]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=", ".join)
-def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, GPT, Any]:
-    """Return the name of a case, our model and llama.cpp's server, both from one file."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed (make sweep installs it)")
+def write_model(size: str, kind: str, folder: Path) -> Path:
+    """Write a GGUF file of a model with random weights; return its path. Skips the benchmark without gguf."""
     pytest.importorskip("gguf", reason='gguf is not installed (pip install "gptcore[export]")')
-    size, kind = request.param
-    folder = tmp_path_factory.mktemp("llama")
     (folder / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(folder / "text.txt", vocab_size=300)
-    path = folder / "model.gguf"
-    export_gguf(GPT(SIZES[size]), tokenizer, path, kind)
+    export_gguf(GPT(SIZES[size]), tokenizer, folder / "model.gguf", kind)
+    return folder / "model.gguf"
+
+
+def llama_server(path: Path, rows: int, length: int) -> Any:
+    """Return llama.cpp's server for texts of up to `length` tokens. Skips the benchmark without xllamacpp."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed (make sweep installs it)")
     options = xllamacpp.CommonParams()
     options.model.path, options.warmup, options.verbosity = str(path), True, 0
-    options.n_ctx, options.n_parallel = MOST_ROWS * (PREFILL + NEW), MOST_ROWS
+    options.n_ctx, options.n_parallel = rows * length, rows
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = torch.get_num_threads()
-    return f"{size}, {kind}", GPT.from_pretrained(path).eval(), xllamacpp.Server(options)
+    return xllamacpp.Server(options)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=", ".join)
+def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, GPT, Any]:
+    """Return the name of a case, our model and llama.cpp's server, both from one file."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed (make sweep installs it)")
+    size, kind = request.param
+    path = write_model(size, kind, tmp_path_factory.mktemp("llama"))
+    server = llama_server(path, MOST_ROWS, PREFILL + NEW)
+    return f"{size}, {kind}", GPT.from_pretrained(path).eval(), server
 
 
 def prompts(rows: int, length: int) -> list[list[int]]:

@@ -48,6 +48,9 @@ GOALS = [
     Goal(r"peak memory of a GPT-2 124M step .*", ratio=1),
     Goal(r"against llama\.cpp, prefill .*", ratio=1.3),
     Goal(r"against llama\.cpp, decoding .*", ratio=1),
+    Goal(r"against llama\.cpp, serving 8 requests at once .*", ratio=1),
+    Goal(r"serving 8 requests at once .*", ratio=4),
+    Goal(r"serving, time between tokens while a prompt .*", ratio=0.5),
 ]  # fmt: skip
 
 
