@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -456,3 +457,12 @@ def test_heads_run_in_batches_with_the_bits_of_each_text_alone() -> None:
             engine.batch(lambda items: [], 1).result(20)
     assert all(map(torch.equal, together, alone))
     assert batches[:5] == [4, 3, 1, 1, 1]
+
+
+def test_the_program_of_the_docs_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    section = (Path(__file__).parents[1] / "docs/serving.md").read_text(encoding="utf-8").split("## The engine")[1]
+    monkeypatch.setattr(GPT, "from_pretrained", lambda folder: small(n_positions=128))
+    exec(section.split("```python")[1].split("```")[0], {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(line.endswith("] length") and line.count(",") == 19 for line in lines)
