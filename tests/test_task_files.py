@@ -315,7 +315,7 @@ def options(tmp_path: Path, train: list[Any], validation: list[Any] | None, task
             "classify",
             [{"text": "a", "label": ["x"]}],
             [{"text": "b", "label": "x"}],
-            "but the training examples have a list",
+            "expected a list of labels",
         ),
         (
             "entities",

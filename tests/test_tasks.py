@@ -298,6 +298,14 @@ def test_commands(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
             ["evaluate", str(base), str(base / "text.txt"), "--text-column", "text"],
             "--text-column would have no effect",
         ),
+        (
+            ["evaluate", str(out), str(write(tmp_path / "odd.jsonl", [{"text": "a", "label": "z"}]))],
+            "odd.jsonl, line 1: the label 'z' is not one of the model's; there are 'is blue'",
+        ),
+        (
+            ["evaluate", str(out), str(write(tmp_path / "list.jsonl", [{"text": "a", "label": ["z"]}]))],
+            "list.jsonl, line 1: the label is ('z',), expected one label",
+        ),
     ):
         assert cli.main(wrong) == 1
         assert expected in capsys.readouterr().err

@@ -70,6 +70,7 @@ def _evaluate_task(args: argparse.Namespace, task: Task, model: nn.Module) -> in
         examples += found.examples
     if isinstance(task, Write):
         task.features(examples)  # which tells how long a text may become
+    examples = task.check(examples)
     result = task.score(examples, task.predict(model, examples, args.batch_size))
     print(*metric_lines({task.name: result.metrics}), *class_lines(result), sep="\n")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -35,26 +36,22 @@ class Classify(Task[Text]):
     @classmethod
     def settle(cls, train: list[Text], validation: list[Text]) -> dict[str, Any]:
         kinds = {type(e.label) for e in train}
-        if float in kinds:
-            for i, example in enumerate(validation):  # a small file may hold whole numbers alone
-                try:
-                    validation[i] = example._replace(label=float(example.label))  # type: ignore[arg-type]
-                except (TypeError, ValueError):
-                    raise ValueError(f"{example.place}: the label is {example.label!r}, expected a number") from None
+        problem = REGRESSION if float in kinds else SEVERAL if tuple in kinds else SINGLE
+        validation[:] = [_as(problem, example) for example in validation]
+        if problem == REGRESSION:
             return {"num_labels": 1, "problem_type": REGRESSION}
-        several = tuple in kinds
-        if odd := next((e for e in validation if isinstance(e.label, tuple) != several), None):
-            wanted = "a list" if several else "one label"
-            raise ValueError(f"{odd.place}: the label is {odd.label!r}, but the training examples have {wanted}")
         names = sorted(labels_of(cls, train, validation), key=_by_number)
         if len(names) < 2:
             raise ValueError(f"{train[0].place} and all others have the label {names}; expected two labels or more")
-        return {"id2label": names, "problem_type": SEVERAL if several else SINGLE}
+        return {"id2label": names, "problem_type": problem}
 
     @classmethod
     def names(cls, example: Text) -> tuple[str, ...]:
         label = example.label
         return label if isinstance(label, tuple) else () if isinstance(label, float) else (str(label),)
+
+    def check(self, examples: list[Text]) -> list[Text]:
+        return super().check([_as(self.problem, example) for example in examples])
 
     @property
     def problem(self) -> str:
@@ -157,3 +154,14 @@ class Classify(Task[Text]):
 def _by_number(name: str) -> tuple[int, int, str]:
     """Sort whole numbers by value, before other names."""
     return (0, int(name), name) if name.isascii() and name.isdigit() else (1, 0, name)
+
+
+def _as(problem: str, example: Text) -> Text:
+    """Return an example with a label for the problem. Raises ValueError for a label of another kind."""
+    label, wanted = example.label, {REGRESSION: "a number", SEVERAL: "a list of labels", SINGLE: "one label"}[problem]
+    if problem == REGRESSION and isinstance(label, str):  # a small file may hold whole numbers alone
+        with contextlib.suppress(ValueError):
+            return example._replace(label=float(label))
+    if isinstance(label, {REGRESSION: float, SEVERAL: tuple, SINGLE: str}[problem]):
+        return example
+    raise ValueError(f"{example.place}: the label is {label!r}, expected {wanted}, as the model learns")

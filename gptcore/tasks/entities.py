@@ -49,6 +49,10 @@ class Entities(Task[Sentence]):
             raise ValueError(f"{train[0].place} and all others have no entity; expected tags such as B-PERSON")
         return {"id2label": ["O", *(f"{mark}-{name}" for name in sorted(types) for mark in "BI")]}
 
+    @property
+    def known(self) -> set[str]:
+        return _types(self.labels)
+
     @classmethod
     def names(cls, example: Sentence) -> set[str]:
         return _types(example.tags or ())

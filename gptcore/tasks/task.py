@@ -136,10 +136,20 @@ class Task(ABC, Generic[E]):
         """Return lines about the labels of examples."""
         return []
 
+    @property
+    def known(self) -> set[str]:
+        """Return the labels of the model, as `names` has them."""
+        return set(self.labels)
+
     @classmethod
     def names(cls, example: E) -> Collection[str]:
         """Return the labels of an example, which every split of the data must keep in its training part."""
         return ()
+
+    def check(self, examples: list[E]) -> list[E]:
+        """Return examples to score, their labels as the model has them. Raises ValueError for a label that it lacks."""
+        refuse_unknown(self, examples, self.known, "one of the model's", "correct it, or fine-tune with it")
+        return examples
 
     def tune(self, examples: Sequence[E], predictions: list[Prediction]) -> list[Prediction]:
         """Choose settings by predictions of the validation set, and return them as predicted with these."""
@@ -274,11 +284,16 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
 def labels_of(task: type[Task[E]], train: Sequence[E], validation: Sequence[E]) -> set[str]:
     """Return the labels in the training set. Raises ValueError for one that only the validation set has."""
     known = {name for example in train for name in task.names(example)}
-    for example in validation:
+    advice = "no model can learn it: correct the label, or add training examples"
+    refuse_unknown(task, validation, known, "in the training examples", advice)
+    return known
+
+
+def refuse_unknown(
+    task: Task[E] | type[Task[E]], examples: Sequence[E], known: Collection[str], where: str, advice: str
+) -> None:
+    for example in examples:
         if missing := [name for name in task.names(example) if name not in known]:
             listed = ", ".join(map(repr, sorted(known)[:20]))
-            raise ValueError(
-                f"{example.place}: the label {missing[0]!r} is not in the training examples, which have {listed}; "  # type: ignore[attr-defined]
-                "no model can learn it: correct the label, or add training examples"
-            )
-    return known
+            place = example.place  # type: ignore[attr-defined]
+            raise ValueError(f"{place}: the label {missing[0]!r} is not {where}; there are {listed}; {advice}")
