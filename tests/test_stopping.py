@@ -68,6 +68,7 @@ def test_patience_counts_evaluations_across_a_resume(tmp_path: Path) -> None:
     trainer.args.max_steps = 10
     with pytest.warns(UserWarning, match="total_steps 7 -> 10"):
         assert trainer.train(resume_from_checkpoint=True).global_step == 8
+    assert trainer.train(resume_from_checkpoint=True).global_step == 8, "it has ended, unless patience is raised"
 
 
 def test_an_unknown_metric_is_named(tmp_path: Path) -> None:

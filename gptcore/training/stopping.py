@@ -29,14 +29,22 @@ class Stopping:
 
         Raises ValueError if there is no metric_for_best_model.
         """
-        name, state, patience = self.args.metric_for_best_model, self.state, self.args.early_stopping_patience
+        name, state = self.args.metric_for_best_model, self.state
         if name not in metrics:
             raise ValueError(f"metric_for_best_model is {name!r}, but an evaluation has {', '.join(metrics)}")
         if self._is_better(metrics[name], state.best_evaluated):
             state.best_evaluated, state.evaluations_since = metrics[name], 0
         else:
             state.evaluations_since += 1
-        return STOP if patience is not None and state.evaluations_since >= patience else 0
+        return STOP if self._is_out_of_patience() else 0
+
+    def end(self, total_steps: int) -> int:
+        """Return the step at which training ends: the current one if the run that is resumed ended early."""
+        return self.state.global_step if self._is_out_of_patience() else total_steps
+
+    def _is_out_of_patience(self) -> bool:
+        patience = self.args.early_stopping_patience
+        return patience is not None and self.state.evaluations_since >= patience
 
     def note_checkpoint(self, metrics: Mapping[str, Any]) -> None:
         """Note that the checkpoint of this step is the best so far, if its metrics say so."""

@@ -186,7 +186,7 @@ class Trainer:
         args, state, optimizer, unread, gradients = self.args, self.state, self.optimizer, self.unread, self.gradients
         scaler, stopping = self.precision.scaler, self.stopping  # the former does nothing without fp16
         first, following = self.gradients.block.start, self._prepare(state.global_step)
-        for step in range(state.global_step, self.total_steps):
+        for step in range(state.global_step, stopping.end(self.total_steps)):
             unread.start()
             lr = lr_at(step - state.overflow_steps, args, self.total_steps)
             for group in optimizer.param_groups:
