@@ -33,7 +33,8 @@ def write_examples() -> None:
     pairs = [{"prompt": "the cat =", "completion": " le chat"}, {"prompt": "a dog =", "completion": " un chien"}]
     talk = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi!"}]
     for name, text in (
-        ("pairs.csv", pairs), ("reviews.csv", reviews), ("unseen.csv", reviews), ("tweets.conll", tags), ("more.conll", tags),
+        ("pairs.csv", pairs), ("reviews.csv", reviews), ("unseen.csv", reviews), ("tweets.conll", tags),
+        ("more.conll", tags),
         ("squad.json", json.dumps({"data": [{"paragraphs": [paragraph] * 20}]})),
         ("pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs * 8)),
         ("talks.jsonl", (json.dumps({"messages": talk}) + "\n") * 16),
