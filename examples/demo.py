@@ -51,7 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     if chosen["bf16"]:
         command += ["--bf16"]
     print(f"command           gptcore {shlex.join(command)}\n")
-    return cli.main(command, resume_command="make demo")
+    status = cli.main(command, resume_command="make demo")
+    if status == 0 and (OUT / "model" / "config.json").exists():
+        program = Path(sys.executable).with_name("gptcore")
+        print(f"\nserve it: {program} serve {OUT / 'model'}    then open http://127.0.0.1:8000/ in a browser")
+    return status
 
 
 def make_plan(seconds: float) -> dict[str, str | int | bool]:

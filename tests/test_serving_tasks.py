@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from served import Running, serving, tiny_gpt, tiny_tokenizer
+from served import Answer, serving, tiny_gpt, tiny_tokenizer
 
 from gptcore.heads import GPTForMultipleChoice, GPTForQuestionAnswering, GPTForSequenceClassification
 from gptcore.heads import GPTForTokenClassification as GPTForTokens
@@ -101,7 +101,7 @@ def test_requests_that_wait_are_one_batch(folders):
     expected = [real([text], top_k=None)[0] for text in TEXTS]
     with serving(served, [tasks.routes(served, "classify", counting)], served.engine.model) as server:
 
-        def ask(text: str) -> Running:
+        def ask(text: str) -> Answer:
             return server.request("POST", "/v1/classify", {"model": "model", "input": text})
 
         busy = threading.Event()
@@ -114,7 +114,7 @@ def test_requests_that_wait_are_one_batch(folders):
             answers = [future.result() for future in asked]
     assert [answer.json["data"][0]["labels"] for answer in answers[:3]] == expected
     assert answers[3].status == 400
-    assert batches == [4, 1, 1, 1, 1]
+    assert batches == [4, 1, 1, 1, 1]  # together, and then each alone
 
 
 def test_a_model_without_a_route_is_refused(tokenizer, tmp_path):

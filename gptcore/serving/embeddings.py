@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from gptcore.model import GPT
 from gptcore.serving.errors import responses
-from gptcore.serving.generate import called
+from gptcore.serving.generate import taken
 from gptcore.serving.schema import Embedding, EmbeddingRequest, Embeddings, EmbeddingUsage
 from gptcore.serving.served import Served
 
@@ -29,7 +30,10 @@ def routes(served: Served, model: GPT) -> APIRouter:
         """
         adapter = served.adapter_of(body.model)
         prompts = await run_in_threadpool(served.prompts, body.input, "input")
-        rows = [await called(served, lambda: embed(model, prompt), adapter) for prompt in prompts]  # noqa: B023 - awaited
+        rows = []
+        for prompt in prompts:
+            call = functools.partial(served.engine.call, functools.partial(embed, model, prompt), adapter)
+            rows.append(await taken(call))
         data = [
             Embedding(index=index, embedding=_as_base64(row) if body.encoding_format == "base64" else row.tolist())
             for index, row in enumerate(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -203,10 +204,10 @@ def refusal(error: Exception) -> Problem:
     return Problem(503 if isinstance(error, EngineClosed) else 400, str(error))
 
 
-async def called(served: Served, function: Callable[[], Result], adapter: str | None) -> Result:
-    """Return what a function of the model returns, which the engine runs between two steps."""
+async def taken(ask: Callable[[], Future[Result]]) -> Result:
+    """Return the result of a call that the engine is asked to make. Raises Problem if it does not take it."""
     try:
-        future = served.engine.call(function, adapter)
+        future = ask()
     except (EngineFull, EngineClosed) as error:
         raise refusal(error) from None
     return await asyncio.wrap_future(future)
