@@ -129,8 +129,8 @@ class TaskModel(nn.Module):
     ) -> Self:
         """Return a model with the weights of a folder, in eval mode (see GPT.from_pretrained).
 
-        The folder may hold the same head, by gptcore or transformers, with its labels; or a language model: then the
-        head is drawn from N(0, initializer_range) by PyTorch's global generator.
+        The folder may hold the same head, by gptcore or transformers, with its labels. From a language model, in a
+        folder or GGUF file, the head is drawn from N(0, initializer_range) by PyTorch's global generator.
         """
         found = pretrained.read_config(name_or_path)
         if num_labels is None and id2label is None:
@@ -146,8 +146,8 @@ class TaskModel(nn.Module):
         model.settings = dict(found.get("task_specific_params") or {})
         head = getattr(model, cls.head)
         if any(parameter.is_meta for parameter in head.parameters()):
-            body = model.transformer.wte.weight
-            head.to(body.dtype).to_empty(device=body.device)
+            body = next(model.transformer.parameters())  # the embedding may be in blocks
+            head.to(body.dtype).to_empty(device=body.device).requires_grad_(True)
             model.init_head()
         return model
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 from test_export import TEXT, make, read
 
-from gptcore import GPT, TextDataset, Tokenizer, Trainer, TrainingArguments, cli
+from gptcore import GPT, GPTForSequenceClassification, TextDataset, Tokenizer, Trainer, TrainingArguments, cli
 from gptcore.hf.gguf import export_gguf
 from gptcore.hf.pretrained import load_config
 from gptcore.ops.quantized_linear import dequantize
@@ -105,6 +105,35 @@ def test_gradients_pass_through_quantized_layers(files: Path) -> None:
     ours, theirs = (part.wpe.weight.grad for part in (model, plain))  # type: ignore[union-attr]
     assert float((ours - theirs).norm() / theirs.norm()) < 0.05
     assert model.h[0].mlp.c_fc.bias.grad is None
+
+
+@pytest.mark.parametrize("kind", ["bf16", *KINDS])
+def test_a_head_starts_from_a_gguf_file(files: Path, kind: str) -> None:
+    """Its body is that of the language model; of a quantized one, only the head is trained."""
+    model = GPTForSequenceClassification.from_pretrained(files / f"{kind}.gguf", num_labels=3, pad_token_id=0)
+    body = GPT.from_pretrained(files / f"{kind}.gguf")
+    assert kinds_of(model.transformer) == {
+        name: found for name, found in kinds_of(body).items() if "lm_head" not in name
+    }
+    for name, tensor in model.transformer.state_dict().items():
+        assert torch.equal(tensor, body.state_dict()[name]), name
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == ({"score.weight"} if kind in KINDS else {name for name, _ in model.named_parameters()})
+    ids = torch.arange(48).view(2, 24)
+    loss = model(ids, labels=torch.tensor([0, 2])).loss
+    loss.backward()
+    assert model.score.weight.dtype == body.wpe.weight.dtype  # type: ignore[union-attr]
+    assert model.score.weight.grad is not None
+    assert model.score.weight.grad.any()
+
+
+def test_the_padding_token_is_exported(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    tokenizer = Tokenizer.train(tmp_path / "text.txt", vocab_size=285, special_tokens=["<|endoftext|>", "<|pad|>"])
+    tokenizer.pad_token = "<|pad|>"
+    export_gguf(make(), tokenizer, tmp_path / "a.gguf")
+    assert Tokenizer.from_pretrained(tmp_path / "a.gguf").pad_token == "<|pad|>"
+    assert read(tmp_path / "a.gguf")[0]["tokenizer.ggml.padding_token_id"] == tokenizer.pad_token_id
 
 
 def test_generation_from_a_quantized_model(files: Path) -> None:

@@ -81,6 +81,8 @@ def export_gguf(
         writer.add_token_merges(words["merges"])
         writer.add_bos_token_id(words["end"] if config.bos_token_id is None else config.bos_token_id)
         writer.add_eos_token_id(words["end"])
+        if tokenizer.pad_token is not None:
+            writer.add_pad_token_id(tokenizer.special_tokens[tokenizer.pad_token])
         writer.add_add_bos_token(False)
         if tokenizer.chat_template is not None:
             writer.add_chat_template(tokenizer.chat_template)

@@ -158,8 +158,8 @@ def _build(
             model = make(config)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{where}: no tensor can have these sizes: {config}") from error
-    known = model.state_dict()
-    kinds = {name: kind for file in files for name, kind in getattr(file, "kinds", {}).items() if name in known}
+    known = {name.removeprefix(PREFIX): name for name in model.state_dict()}
+    kinds = {known[name]: kind for file in files for name, kind in getattr(file, "kinds", {}).items() if name in known}
     quantize_modules(model, kinds)
     state = _state_dict(model, where, files, dtype, may_lack=_head(model))
     model.load_state_dict(state, strict=False, assign=True)  # names were checked
@@ -188,7 +188,9 @@ def load_config(name_or_path: PathLike, **overrides: Any) -> GPTConfig:
 
 
 def read_config(name_or_path: PathLike) -> dict[str, Any]:
-    """Return the contents of config.json in a model folder, or of a name on the Hub; of OpenAI's folders, nothing."""
+    """Return the contents of config.json in a model folder, or of a name on the Hub; of other files, nothing."""
+    if is_gguf(name_or_path):
+        return {}
     path = find_folder(name_or_path, ["config.json"]) / "config.json"
     return read_json(path) if os.path.lexists(path) else {}
 
@@ -279,7 +281,7 @@ def _tensors(
             if shape != tuple(expected[name].shape)
         ),
     )
-    quantized = kinds_of(model)  # stay as they are
+    quantized = {name.removeprefix(PREFIX) for name in kinds_of(model)}  # stay as they are
     dtypes = {name: file.entries[on_disk].dtype for name, (file, on_disk) in sources.items() if name not in quantized}
     _refuse(
         f"{where}: weights that are not floating-point numbers of 16, 32 or 64 bits",
