@@ -140,11 +140,16 @@ def _own_dtype(model: GPT, quantized: Mapping[str, str]) -> str:
 def _check_model(config: GPTConfig, dtype: str) -> None:
     if dtype not in (*DTYPES, *BLOCK_KINDS):
         raise ValueError(f"dtype {dtype!r} is not supported; it should be f32, f16, bf16, q8_0 or q4_0")
-    if difference := _difference(config):
-        raise ValueError(f"llama.cpp's gpt2 would compute something else from this model: {difference}")
+    check_published(config)
     for name, width in (("n_embd", config.n_embd), ("n_inner", config.n_inner or 4 * config.n_embd)):
         if dtype in BLOCK_KINDS and width % BLOCK != 0:
             raise ValueError(f"{dtype} packs {BLOCK} numbers of a row together, but {name} is {width}; use f16 or bf16")
+
+
+def check_published(config: GPTConfig) -> None:
+    """Raise ValueError for a model that is not a GPT-2 as llama.cpp computes it."""
+    if difference := _difference(config):
+        raise ValueError(f"llama.cpp's gpt2 would compute something else from this model: {difference}")
 
 
 def _difference(config: GPTConfig) -> str:

@@ -147,7 +147,7 @@ class LoRA(nn.Module):
     def forward(self, module: Any, x: Tensor, out: Tensor) -> Tensor:
         """Return the output of the layer with this adapter, given that without it."""
         A: Tensor = self.A
-        B = self._rows()
+        B = self.rows()
         if not torch.is_autocast_enabled(x.device.type):
             A, B = A.to(x.dtype), B.to(x.dtype)
         delta = ops.linear(ops.linear(F.dropout(x, self.dropout, self.training), A) * self.scale, B)
@@ -170,14 +170,14 @@ class LoRA(nn.Module):
 
     def stored(self, transposed: Mapping[str, bool]) -> dict[str, Tensor]:
         """Return the tensors of peft's file, in which parts of c_attn are blocks of one matrix B."""
-        tensors = {"lora_A.weight": self.A, "lora_B.weight": self._rows()}
+        tensors = {"lora_A.weight": self.A, "lora_B.weight": self.rows()}
         return tensors | ({} if self.magnitude is None else {"lora_magnitude_vector": self.magnitude})
 
     def read(self, tensors: Mapping[str, Tensor], transposed: Mapping[str, bool]) -> None:
         self.A.data.copy_(tensors["lora_A.weight"])
         B = tensors["lora_B.weight"]
         self.B.data.copy_(torch.cat([B[rows, columns] for rows, columns in self._blocks()]) if self.parts else B)
-        if not torch.equal(self._rows().to(B.dtype), B):
+        if not torch.equal(self.rows().to(B.dtype), B):
             raise ValueError(f"lora_B has numbers outside of the blocks of {self.parts}, or that {self.B.dtype} lacks")
         if self.magnitude is not None:
             self.magnitude.data.copy_(tensors["lora_magnitude_vector"])
@@ -187,7 +187,7 @@ class LoRA(nn.Module):
         starts = [width * PARTS.index(part) for part in self.parts]
         return [(slice(start, start + width), slice(i * r, i * r + r)) for i, start in enumerate(starts)]
 
-    def _rows(self) -> Tensor:
+    def rows(self) -> Tensor:
         """Return B (out_features, rows of A)."""
         if not self.parts:
             return self.B
@@ -199,7 +199,7 @@ class LoRA(nn.Module):
     def _sum(self, weight: Tensor) -> Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
-            return weight.to(wide) + self.scale * (self._rows().to(wide) @ self.A.to(wide))
+            return weight.to(wide) + self.scale * (self.rows().to(wide) @ self.A.to(wide))
 
     @torch.no_grad()  # the paper's section 4.3: the norm is a constant in the backward pass
     def _norm(self, weight: Tensor) -> Tensor:
