@@ -1,4 +1,5 @@
 # make demo    train a small GPT for three minutes, and show what it writes
+# make tasks   fine-tune small GPTs on data in packages of PyPI, beside baselines
 # make quick   a sample of the tests, between edits: does not rebuild the native modules
 # make test    the whole test suite
 # make check   style and types
@@ -12,9 +13,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/*.* kernels/*/*.*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo quick test check bench bench-full fuzz asan sweep clean
+.PHONY: demo tasks quick test check bench bench-full fuzz asan sweep clean
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
+tasks: .venv/installed
+	$(BIN)/python examples/translation.py
 quick:
 	@test -x $(BIN)/pytest || $(MAKE) .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal --quick
