@@ -251,29 +251,67 @@ def _attention_torch(q: Tensor, k: Tensor | None, v: Tensor | None, settings: Se
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     keys, values = (tensor.to(wide).repeat_interleave(group, dim=1) for tensor in (k, v))
-    scores = settings.scale * (q.to(wide) @ keys.transpose(-2, -1))  # (B, H, Tq, Tk)
     allowed = _mask(q, k, settings)
+    scores = settings.scale * _product(_Scores, q.to(wide), keys, allowed)  # (B, H, Tq, Tk)
     scores = scores.masked_fill(~allowed, -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
     no_keys = ~allowed.any(dim=-1, keepdim=True)  # queries whose output is 0, where softmax would give NaN
-    probs = scores.masked_fill(no_keys, 0.0).softmax(dim=-1).masked_fill(no_keys, 0.0)
+    probs = scores.masked_fill(no_keys, 0.0).softmax(dim=-1).masked_fill(~allowed, 0.0)
     if settings.seed is not None:
         keep = dropout_keep(scores.shape, settings.seed.to(q.device), settings.dropout_p, q.device)
         probs = probs * keep / (1.0 - settings.dropout_p)
     # Copies, because a view that was made without grad mode could not be modified in place with it
-    out = _weighted_sum(probs, values, allowed).transpose(1, 2)
+    out = _product(_WeightedSum, probs, values, allowed).transpose(1, 2)
     out = out.to(q.dtype, copy=True, memory_format=torch.contiguous_format)
     return out if packed else out.transpose(1, 2).clone(), lse.to(torch.float32)
 
 
-def _weighted_sum(probs: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
-    """Return probs @ values, in which values that are not finite reach only the queries that may attend to them."""
-    eager = type(values) is Tensor and values.is_cpu and not torch.compiler.is_compiling()
-    if eager and not registry.is_transformed() and values.isfinite().all():
-        return probs @ values
-    nonfinite = ~values.isfinite()  # left out of the product: a masked weight of 0 times NaN is NaN
-    reached = allowed.to(values.dtype) @ nonfinite.to(values.dtype) > 0
-    return probs @ values.masked_fill(nonfinite, 0.0) * torch.where(reached, math.nan, 1.0).to(values.dtype)
+def _product(kind: Any, a: Tensor, b: Tensor, allowed: Tensor) -> Tensor:
+    """Return _Scores or _WeightedSum of a and b; `allowed` says which elements of the scores or weights matter."""
+    a, b = arguments.cast_for_autocast(a, b)
+    result: Tensor = (kind.forward if registry.is_transformed() else kind.apply)(a, b, allowed)
+    return result
+
+
+class _Scores(torch.autograd.Function):
+    """a @ b.mT, with the gradients of the allowed elements only: a masked one of 0 times a NaN in a or b is NaN."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, allowed: Tensor) -> Tensor:
+        return a @ b.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, b, allowed = ctx.saved_tensors
+        return _product(_WeightedSum, grad, b, allowed), _product(_WeightedSum, grad.mT, a, allowed.mT), None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """a @ b, where a is 0 unless allowed; a row of b that is not finite reaches only the rows of a that allow it."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, allowed: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and type(b) is Tensor and b.is_cpu and not registry.is_transformed():
+            batched = torch._C._functorch.is_legacy_batchedtensor(b)  # by autograd.grad(..., is_grads_batched=True)
+            if not batched and b.isfinite().all():
+                return a @ b
+        nonfinite = ~b.isfinite()  # left out of the product
+        reached = allowed.to(b.dtype) @ nonfinite.to(b.dtype) > 0
+        return a @ b.masked_fill(nonfinite, 0.0) * torch.where(reached, math.nan, 1.0).to(b.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, b, allowed = ctx.saved_tensors
+        grad_a = _product(_Scores, grad, b, allowed).masked_fill(~allowed, 0.0)
+        return grad_a, _product(_WeightedSum, a.mT, grad, allowed.mT), None
 
 
 # ---- the kernels -------------------------------------------------------------------------------------------------

@@ -38,6 +38,22 @@ CALL = [
 ]  # fmt: skip
 
 
+# ---- the tile of a program -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile(length, batch_heads, heads, heads_per_wave, LAST_FIRST: tl.constexpr, ROWS: tl.constexpr):
+    """Return batch x head, batch, head and first row of this program's tile.
+
+    LAST_FIRST takes the last tile first: of queries it has the most work if causal, of keys the first tile has.
+    """
+    tiles = tl.cdiv(length, ROWS)
+    batch_head, tile = head_and_tile(tl.program_id(0), tiles, batch_heads, heads_per_wave)
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    return batch_head, batch_head // heads, batch_head % heads, tile * ROWS
+
+
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
@@ -89,10 +105,7 @@ def _forward_kernel(
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(query_len, QUERIES)
-    batch_head, tile = head_and_tile(tl.program_id(0), tiles, batch_heads, heads_per_wave)
-    first_query = (tiles - 1 - tile) * QUERIES  # the last tiles take longest if causal
-    batch, head = batch_head // query_heads, batch_head % query_heads
+    batch_head, batch, head, first_query = _tile(query_len, batch_heads, query_heads, heads_per_wave, True, QUERIES)
     if spans is not None:
         spans += batch.to(tl.int64) * query_len * 2
     side = spans, query_len, kv_len, window_left, window_right
@@ -200,10 +213,7 @@ def _dq_kernel(
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(query_len, QUERIES)
-    batch_head, tile = head_and_tile(tl.program_id(0), tiles, batch_heads, heads_per_wave)
-    first_query = (tiles - 1 - tile) * QUERIES
-    batch, head = batch_head // query_heads, batch_head % query_heads
+    batch_head, batch, head, first_query = _tile(query_len, batch_heads, query_heads, heads_per_wave, True, QUERIES)
     if spans is not None:
         spans += batch.to(tl.int64) * query_len * 2
     side = spans, query_len, kv_len, window_left, window_right
@@ -294,9 +304,9 @@ def _dkdv_kernel(
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    batch_head, tile = head_and_tile(tl.program_id(0), tl.cdiv(kv_len, KEYS), batch_heads // group, heads_per_wave)
-    batch, kv_head = batch_head // (query_heads // group), batch_head % (query_heads // group)
-    first_key = tile * KEYS  # the first tiles take longest if causal
+    _, batch, kv_head, first_key = _tile(
+        kv_len, batch_heads // group, query_heads // group, heads_per_wave, False, KEYS
+    )
     if spans is not None:
         spans += batch.to(tl.int64) * kv_len * 2
     side = spans, kv_len, query_len, window_right, window_left

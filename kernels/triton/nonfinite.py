@@ -19,7 +19,8 @@ COLUMNS = tl.constexpr(16)  # in one step: bounds the registers
 
 @triton.jit
 def any_nonfinite(tile):
-    return tl.sum(tl.sum(tile * 0.0, 1), 0) != 0.0  # x * 0 is 0 or NaN
+    # Over both axes at once: Triton 3.7 cannot compile two sums, one after the other, of a tile in tensor memory.
+    return tl.sum(tile * 0.0) != 0.0  # x * 0 is 0 or NaN
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def sum_nonfinite(
             stats = (batch_head + i).to(tl.int64) * (other if KEY_ROWS else length)
             b1_rows, b2_rows = head_rows(b1, batch, column_head + i), head_rows(b2, batch, column_head + i)
             column = first
-            while (column < end) & (tl.max(tl.max((lost & (total == total)).to(tl.int32), 1), 0) > 0):
+            while (column < end) & (tl.max((lost & (total == total)).to(tl.int32)) > 0):
                 columns = column + tl.arange(0, COLUMNS)
                 queries, keys = (columns, row) if KEY_ROWS else (row, columns)
                 inside = columns < end
