@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 Part = tuple[Row, int]  # so many tokens of a row, which a pass reads
 
 COUNTED = ("steps", "prompt_tokens", "cached_tokens", "generated_tokens", "stop", "length", "cancelled", "error")
-IDLE_CHUNKS = 8  # prefill_chunks that a step reads while no request is running
+IDLE_CHUNKS = 16  # prefill_chunks that a step reads while no request is running
 
 
 class Engine:
@@ -52,7 +52,7 @@ class Engine:
         *,
         max_batch: int = 8,
         max_waiting: int = 64,
-        prefill_chunk: int = 16,
+        prefill_chunk: int = 8,
         prefix_tokens: int = 4096,
         adapters: Sequence[str] | None = None,
         vocab_size: int | None = None,
