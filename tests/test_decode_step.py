@@ -10,6 +10,7 @@ import pytest
 import torch
 from grid import DTYPES, running, threads
 from test_generation import PROMPTS
+from test_native_calls import decode_arguments
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptcore import _C, ops
 from gptcore.config import GPTConfig
 from gptcore.generation.cache import KVCache
+from gptcore.generation.slots import Slots
 from gptcore.generation.step import next_logits
 from gptcore.model import GPT, Attention, Linear
 from gptcore.ops.quantized_linear import quantize
@@ -115,6 +117,43 @@ def test_a_large_model_splits_over_threads_with_the_same_bits(native: list[int])
             results.append(next_logits(model, [1, 2], filled(model, PROMPTS[:2])))
     assert torch.equal(*results)
     assert native == [2, 2]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_parts_of_prompts_beside_single_tokens_have_the_bits_of_the_page(variant: str, native: list[int]) -> None:
+    model = small(torch.bfloat16, **VARIANTS[variant])
+    passes = [
+        ([*range(20), 5, 6], [1] * 20 + [0] * 2, [*range(20), 0, 1], [19, 3, 21]),
+        ([7, 8, *range(9)], [0, 1, *[2] * 9], [2, 20, *range(9)], []),
+        ([9, 1, 2], [2, 2, 0], [9, 10, 3], [0, 1, 2]),
+    ]
+    ours, page = Slots(model, 3), Slots(model, 3)
+    for tokens, rows, places, kept in passes:
+        logits = ours.read(model, tokens, rows, places, kept)
+        assert len(native) > 0
+        with page_alone():
+            assert torch.equal(logits, page.read(model, tokens, rows, places, kept))
+        assert logits.shape == (len(kept), 97)
+    assert native == [22, 11, 3]
+    assert torch.equal(ours.memory, page.memory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": [3, 0]}, r"a token is in row 3, expected 0 to 2: caches\[0\] has 3"),
+        ({"rows": [-1, 0]}, "a token is in row -1, expected 0 to 2"),
+        ({"places": [5, 0], "positions": None}, "a row has 5 tokens, expected 0 to 4"),
+        ({"kept": [2]}, "kept has 2, expected 0 to 1"),
+        ({"kept": [-1]}, "kept has -1, expected 0 to 1"),
+        ({"rows": [0]}, "got 2 tokens, 1 rows and 2 places, expected as many"),
+        ({"kept": [1]}, r"out has shape \(2, 9\), expected 1 rows of 9"),
+    ],
+)
+def test_places_outside_of_the_caches_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _C.decode(**{**decode_arguments(), **change})
 
 
 def test_generate_takes_the_step_while_rows_come_and_go(native: list[int]) -> None:
