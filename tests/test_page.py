@@ -100,7 +100,7 @@ def test_stop_ends_the_text_and_frees_the_row(page, server):
         finished(page)
         assert 0 < page.locator("#output .token").count() < 100
         assert page.locator("#numbers").text_content().endswith("(stopped)")
-        server.until_idle(1.0)
+        server.until_idle()
 
 
 def test_settings_and_text_stay_after_a_reload(page):

@@ -9,6 +9,7 @@ from served import Answer, serving, tiny_gpt, tiny_tokenizer
 
 from gptcore.heads import GPTForMultipleChoice, GPTForQuestionAnswering, GPTForSequenceClassification
 from gptcore.heads import GPTForTokenClassification as GPTForTokens
+from gptcore.lora import add_adapter, save_adapter
 from gptcore.serving.limits import MAX_TEXTS, Limits
 from gptcore.serving.load import load
 from gptcore.tasks.pipelines import pipeline
@@ -115,6 +116,38 @@ def test_requests_that_wait_are_one_batch(folders):
     assert [answer.json["data"][0]["labels"] for answer in answers[:3]] == expected
     assert answers[3].status == 400
     assert batches == [4, 1, 1, 1, 1]  # together, and then each alone
+
+
+def test_adapters_are_models_by_their_name(tokenizer, tmp_path):
+    base = tiny_gpt(tokenizer)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    add_adapter(base, "poems", r=2)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "lora" in name.lower():
+                parameter.normal_()
+    save_adapter(base, tmp_path / "poems")
+    with pytest.raises(ValueError, match="--adapter base has the name of the model"):
+        load(tmp_path / "base", "base", Limits(), adapters={"base": tmp_path / "poems"})
+    served, routers = load(tmp_path / "base", "base", Limits(), adapters={"poems": tmp_path / "poems"})
+    with serving(served, routers, served.engine.model) as server:
+
+        def said(model: str) -> Answer:
+            body = {"model": model, "prompt": "the", "max_tokens": 12, "temperature": 0}
+            return server.request("POST", "/v1/completions", body)
+
+        texts = [said(model).json["choices"][0]["text"] for model in ["base", "poems"] * 2]
+        assert texts[:2] == texts[2:]
+        assert texts[0] != texts[1]
+        assert said("other").error["code"] == "model_not_found"
+        cards = server.request("GET", "/v1/models").json["data"]
+        assert [(card["id"], card["root"]) for card in cards] == [("base", "base"), ("poems", "base")]
+        rows = [
+            server.request("POST", "/v1/embeddings", {"model": name, "input": "the"}).json["data"][0]["embedding"]
+            for name in ("base", "poems", "base")
+        ]
+        assert rows[0] == rows[2] != rows[1]
 
 
 def test_a_model_without_a_route_is_refused(tokenizer, tmp_path):

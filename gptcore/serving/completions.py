@@ -18,7 +18,7 @@ from gptcore.serving.schema import Completion, CompletionChoice, CompletionLogpr
 from gptcore.serving.served import Served
 from gptcore.serving.text import spell
 
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 def routes(served: Served) -> APIRouter:
