@@ -82,7 +82,7 @@ class GradientSum:
                 alike.setdefault((there, like.dtype, like.device), []).append(i)
         summed: Leaf = [None] * len(shapes)
         for (there, _, _), indices in alike.items():
-            for bucket in _buckets(indices, shapes):
+            for bucket in buckets(indices, shapes):
                 likes = [shapes[i] for i in bucket]
                 rows = torch.cat([
                     torch.zeros_like(like).flatten() if tensor is None else tensor.flatten()
@@ -126,7 +126,7 @@ def _add(left: Leaf, right: Leaf) -> Leaf:
     return [b if a is None else a for a, b in zip(left, right, strict=True)]
 
 
-def _buckets(indices: Sequence[int], tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+def buckets(indices: Sequence[int], tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     """Yield the indices in groups whose tensors have BUCKET bytes at most, or one tensor."""
     bucket: list[int] = []
     size = 0

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from test_distributed import alone, check_kills
+from processes import alone
+from test_distributed import check_kills
 
 __all__ = ["alone"]
 

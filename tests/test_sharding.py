@@ -1,0 +1,238 @@
+"""FSDP over gloo: models built in parts, precisions, adapters, checkpoints as those of one process."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+import shutil
+import signal
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import NEW, alone, check_close, command, kill, processes, run, tensors
+from tiny_run import exact, losses, tiny_gpt, tiny_trainer
+
+from gptcore import GPT, GPTConfig
+from gptcore.cli import main
+from gptcore.lora import add_adapter
+from gptcore.tensor_file import load_tensors
+from gptcore.training.arguments import TrainingArguments
+from gptcore.training.callbacks import TrainerCallback
+from gptcore.training.checkpoint import list_checkpoints
+from gptcore.training.sharding import sharded_model
+from gptcore.training.trainer import Trainer
+
+__all__ = ["alone", "command"]
+
+
+def whole_tensors_one_by_one(rank: int, trainer: Trainer) -> None:
+    """Fail if a process holds two whole tensors at a time, as it would to hold the whole model; kill rank 1 later."""
+    from torch.distributed.tensor import DTensor
+
+    gather, held = DTensor.full_tensor, []
+
+    def full_tensor(self: DTensor) -> torch.Tensor:
+        assert not any(reference() is not None for reference in held)
+        found = gather(self)
+        held.append(weakref.ref(found))
+        return found
+
+    DTensor.full_tensor = full_tensor
+    assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    kill(rank, trainer, victim=1, step=7)
+
+
+def test_fsdp_is_killed_and_one_process_resumes(tmp_path: Path, alone: Path) -> None:
+    folder = tmp_path / "run"
+    codes, errors = run(folder, 2, whole_tensors_one_by_one, parallel="fsdp")
+    assert codes == [1, -signal.SIGKILL]
+    assert re.search(r"ProcessGroupError: .*rank 1 \(process \d+ on .* has ended", errors[0]), errors[0]
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-5"]
+    assert run(folder, 1, resume=True) == ([0], [""])
+    check_close(folder, alone, rel=1e-4)
+
+
+class Compiled(TrainerCallback):
+    def on_train_end(self, trainer: Trainer) -> None:
+        assert sum(torch._dynamo.utils.counters["frames"].values()) > 0
+
+
+def check_compiled(rank: int, trainer: Trainer) -> None:
+    trainer.callbacks.append(Compiled())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "rel"), [({"torch_compile": True}, 1e-4), ({"bf16": True}, 0.05), ({"fp16": True}, 0.02)]
+)
+def test_fsdp_resumes_what_one_process_began(tmp_path: Path, alone: Path, changes: dict[str, Any], rel: float) -> None:
+    """Mixed precision by FSDP's policy has 16 bits for weights and activations, and float32 for sums of gradients."""
+    folder = tmp_path / "run"
+    shutil.copytree(alone, folder)
+    for path in list_checkpoints(folder)[2:]:
+        shutil.rmtree(path)
+    prepare = check_compiled if "torch_compile" in changes else None
+    assert run(folder, 2, prepare, resume=True, parallel="fsdp", **changes) == ([0, 0], ["", ""])
+    check_close(folder, alone, rel)
+
+
+def overflow(rank: int, trainer: Trainer) -> None:
+    """Make the loss of the last process infinite in one step."""
+    if rank == trainer.processes.count - 1:
+        compute = trainer.loss_of
+        trainer.loss_of = lambda batch: compute(batch) * (math.inf if trainer.state.global_step == 6 else 1.0)
+
+
+@pytest.mark.parametrize("parallel", ["data", "fsdp"])
+def test_processes_agree_to_skip_an_overflow(tmp_path: Path, parallel: str) -> None:
+    settings = {"fp16": True, "max_steps": 9, "eval_steps": 9, "save_steps": 9}
+    for name, count, changes in (("one", 1, {}), ("two", 2, {"parallel": parallel})):
+        assert run(tmp_path / name, count, overflow, **settings, **changes) == ([0] * count, [""] * count)
+    one, two = (losses(tmp_path / name) for name in ("one", "two"))
+    assert [entry["overflow_steps"] for entry in two if "loss" in entry] == [0, 0, 1]
+    assert [entry["loss_scale"] for entry in two if "loss" in entry] == [65536.0, 65536.0, 32768.0]
+    if parallel == "data":
+        assert one == two
+        assert exact(tmp_path / "one" / "checkpoint-9") == exact(tmp_path / "two" / "checkpoint-9")
+
+
+def count_messages(rank: int, trainer: Trainer) -> None:
+    """Fail unless the sums of gradients are sent after the last micro-batch of a step only."""
+    sent: list[str] = []
+    at: list[int] = []  # when each micro-batch begins
+    for name in ("all_to_all_single", "reduce_scatter_tensor", "reduce_scatter_single"):
+        if (send := getattr(dist, name, None)) is not None:
+
+            def counted(*args: Any, send: Any = send, name: str = name, **options: Any) -> Any:
+                sent.append(name)
+                return send(*args, **options)
+
+            setattr(dist, name, counted)
+    compute = trainer.loss_of
+
+    def loss_of(batch: Any) -> torch.Tensor:
+        if trainer.model.training:
+            at.append(len(sent))
+        return compute(batch)
+
+    class Check(TrainerCallback):
+        def on_step_end(self, trainer: Trainer) -> None:
+            assert len(at) == 4  # of 8, for each of two processes
+            assert len(set(at)) == 1
+            assert len(sent) > at[0]
+            at.clear()
+
+    trainer.loss_of = loss_of
+    trainer.callbacks.append(Check())
+
+
+@pytest.mark.parametrize("parallel", ["data", "fsdp"])
+def test_accumulation_communicates_once_a_step(tmp_path: Path, parallel: str) -> None:
+    settings = {"parallel": parallel, "max_steps": 2, "eval_steps": 2, "save_steps": 2}
+    assert run(tmp_path / "run", 2, count_messages, **settings) == ([0, 0], ["", ""])
+
+
+def adapted(args: TrainingArguments) -> torch.nn.Module:
+    model = tiny_gpt()
+    add_adapter(model, r=2, dora=True, target_modules="all-linear", modules_to_save=["ln_f"],
+                trainable_token_indices=[1, 5])  # fmt: skip
+    return model
+
+
+class SaveAtEnd(TrainerCallback):
+    def on_train_end(self, trainer: Trainer) -> None:
+        trainer.save_model()
+
+
+def save_at_end(rank: int, trainer: Trainer) -> None:
+    trainer.callbacks.append(SaveAtEnd())
+
+
+@pytest.mark.slow
+def test_fsdp_trains_adapters(tmp_path: Path) -> None:
+    for name, count, changes in (("one", 1, {}), ("two", 2, {"parallel": "fsdp"})):
+        found = run(tmp_path / name, count, save_at_end, make=adapted, max_steps=6, **changes)
+        assert found == ([0] * count, [""] * count)
+    check_close(tmp_path / "two", tmp_path / "one", rel=1e-4)
+    mine, theirs = (load_tensors(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
+    assert mine.keys() == theirs.keys()
+    for key, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-4)
+
+
+def in_parts(args: TrainingArguments, weights: Path | None = None) -> torch.nn.Module:
+    """Build a model for FSDP, and compare its bits with those of one that was built whole."""
+    model = sharded_model(tiny_gpt, args, "cpu", weights)
+    torch.manual_seed(1)
+    expected = (tiny_gpt() if weights is None else GPT.from_pretrained(weights)).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.full_tensor(), expected[name])
+    return model
+
+
+def test_fsdp_builds_a_model_in_parts(tmp_path: Path, alone: Path) -> None:
+    folder = tmp_path / "run"
+    assert run(folder, 2, parallel="fsdp", make=in_parts) == ([0, 0], ["", ""])
+    check_close(folder, alone, rel=1e-4)
+    weights = functools.partial(in_parts, weights=alone / "checkpoint-5")
+    assert (
+        run(tmp_path / "other", 2, parallel="fsdp", max_steps=1, eval_steps=1, save_steps=0, make=weights)[0] == [0] * 2
+    )
+
+
+def peak() -> int:
+    """Return the most bytes of memory that this process has had."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def measured(args: TrainingArguments, weights: Path | None) -> torch.nn.Module:
+    config = GPTConfig(vocab_size=32, n_positions=8, n_embd=256, n_layer=12, n_head=2)
+    in_parts(args)  # loads what is imported when it is needed
+    before = peak()
+    sharded_model(lambda: GPT(config), args, "cpu", weights)
+    used, whole = peak() - before, 4 * config.num_parameters
+    assert used < 0.8 * whole, f"{used / 1e6:.1f} MB for a model of {whole / 1e6:.1f} MB"
+    os._exit(0)
+
+
+def test_no_process_holds_the_whole_model(tmp_path: Path) -> None:
+    assert run(tmp_path / "new", 2, parallel="fsdp", make=functools.partial(measured, weights=None)) == (
+        [0, 0],
+        ["", ""],
+    )
+    GPT(GPTConfig(vocab_size=32, n_positions=8, n_embd=256, n_layer=12, n_head=2)).save_pretrained(tmp_path / "model")
+    read = functools.partial(measured, weights=tmp_path / "model")
+    assert run(tmp_path / "read", 2, parallel="fsdp", make=read) == ([0, 0], ["", ""])
+
+
+def test_fsdp_needs_several_processes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="parallel is 'fsdp', but there is 1 process; start several with torchrun"):
+        tiny_trainer(tmp_path / "run", parallel="fsdp")
+
+
+def work_by_command(rank: int, folder: Path, options: list[str]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}", rank=rank, world_size=2)
+    os._exit(main([*options, "--gradient-accumulation-steps", "2"]))
+
+
+@pytest.mark.slow
+def test_the_command_line_shards_new_models_and_old_ones(tmp_path: Path, command: list[str]) -> None:
+    for name, options in (("new", NEW), ("old", ["--init-from", str(tmp_path / "new one")])):
+        one, two = ([*command, *options, "--output-dir", str(tmp_path / f"{name} {count}")] for count in ("one", "two"))
+        assert main([*one, "--gradient-accumulation-steps", "2"]) == 0
+        arguments = (tmp_path / f"{name} group", [*two, "--parallel", "fsdp"])
+        members = [processes.Process(target=work_by_command, args=(rank, *arguments)) for rank in range(2)]
+        for member in members:
+            member.start()
+        for member in members:
+            member.join(60)
+        assert [member.exitcode for member in members] == [0, 0]
+        mine, theirs = (tensors(tmp_path / f"{name} {count}" / "checkpoint-2") for count in ("two", "one"))
+        for key, tensor in theirs.items():
+            torch.testing.assert_close(mine[key], tensor, rtol=1e-3, atol=1e-5)
