@@ -17,6 +17,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/*.* kernels/*/*.*) CMakeLists.
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
 tasks: .venv/installed
+	$(BIN)/python examples/tasks.py
 	$(BIN)/python examples/translation.py
 quick:
 	@test -x $(BIN)/pytest || $(MAKE) .venv/installed

@@ -42,7 +42,7 @@ RUN: dict[str, Any] = {
     "save_total_limit": 1,
     "group_by_length": True,
     "load_best_model_at_end": True,
-    "early_stopping_patience": 3,
+    "early_stopping_patience": 4,
 }
 DERIVED = ("learning_rate", "eval_steps", "save_steps", "metric_for_best_model", "greater_is_better")
 EVALUATIONS = 2  # in an epoch
