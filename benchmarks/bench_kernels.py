@@ -22,6 +22,7 @@ from benchmarks import measure
 from benchmarks.measure import PYTORCH, name_of, pick, reference
 from gptcore import _C, ops
 from gptcore.ops.attention import Settings
+from gptcore.ops.quantized_linear import BYTES, quantize
 from gptcore.ops.registry import OPERATIONS
 
 Compare = Callable[..., None]
@@ -267,6 +268,39 @@ def bench_linear(shape: tuple[int, int, int], compare: Compare) -> None:
     compare(
         "linear layer forward + backward bfloat16 autocast", f"{rows} x {inner} to {outer}", ours, theirs,
         against=PYTORCH, limit=measure.matmul(torch.bfloat16), flops=6 * rows * inner * outer,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["memory", "the cache"])
+@pytest.mark.parametrize("rows", pick([1], [1, 2, 4, 8, 16]))
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", *BYTES])
+@torch.no_grad()
+def bench_few_rows(kind: str, rows: int, place: str, compare: Compare) -> None:
+    """Multiply few rows by matrices larger than all caches, or by one that stays there: the arithmetic alone."""
+    inner, outer = pick((32, 16), (768, 3072 if place == "memory" else 512))
+    dtype = torch.float32 if kind in BYTES else getattr(torch, kind)
+    weight = torch.randn(outer, inner).to(dtype)
+    packed = quantize(weight, kind) if kind in BYTES else weight
+    copies = packed.repeat(math.ceil(pick(1, 2**27) / packed.nbytes) if place == "memory" else 1, 1, 1)
+    x, out, threads = torch.randn(rows, inner).to(dtype), torch.empty(rows, outer, dtype=dtype), torch.get_num_threads()
+
+    def ours() -> None:
+        for matrix in copies:
+            if kind in BYTES:
+                _C.quantized_linear_forward(x, matrix, kind, None, out, threads)
+            else:
+                _C.linear_forward(x, matrix, None, out, threads)
+
+    plain = weight.expand(len(copies), -1, -1) if kind in BYTES else copies
+
+    def theirs() -> None:
+        for matrix in plain:
+            F.linear(x, matrix)
+
+    compare(
+        f"linear layer of few rows, weights in {place}, {kind}", f"{rows} x {inner} to {outer}", ours, theirs,
+        against=f"{PYTORCH}, {'float32 in the cache' if kind in BYTES else kind}", limit=measure.read(),
+        bytes=copies.nbytes,
     )  # fmt: skip
 
 

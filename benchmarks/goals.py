@@ -44,6 +44,10 @@ GOALS = [
         r"small model training step (bfloat16(?: \w+)?) against ops\.use\(\"torch\"\)", ratio=2.5,
         stops=r"small model step with parts removed \1 ",
     ),
+    Goal(
+        r"linear layer of few rows, weights in memory, (\w+ \d+ x) .*", percent=85,
+        stops=r"linear layer of few rows, weights in the cache, \1 ",
+    ),
     Goal(r"GPT-2 124M LoRA step .*", ratio=1),
     Goal(r"peak memory of a GPT-2 124M step .*", ratio=1),
     Goal(r"against llama\.cpp, prefill .*", ratio=1.3),
