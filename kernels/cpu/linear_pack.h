@@ -57,19 +57,9 @@ template <> struct UnitOf<float16> { using Type = float16; };
 // Returns four units each of rows 0, 4, 8 and so on up to kLanes, side by side.
 GPTCORE_INLINE Vec load_units(const float* p, int64_t stride) { return load_quads(p, stride * sizeof *p); }
 GPTCORE_INLINE Vec load_units(const float16* p, int64_t stride) {
-#if defined(__AVX2__)
-  const auto pair = [&](const float16* row) {
-    const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)row));
-    return _mm_castps_si128(_mm_loadh_pi(low, (const __m64*)(row + 4 * stride)));
-  };
-#if defined(__AVX512F__)
-  return (Vec)_mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(pair(p)), pair(p + 8 * stride), 1));
-#else
-  return (Vec)_mm256_cvtph_ps(pair(p));
-#endif
-#else
-  return load(p);
-#endif
+  float16 quads[kLanes];
+  for (int i = 0; i < kLanes; i += 4) memcpy(quads + i, p + i * stride, 4 * sizeof *quads);
+  return load(quads);
 }
 
 // Transposes up to Vectors * kLanes rows of units and calls emit(unit, vectors), units in order. Prefetches as much.
