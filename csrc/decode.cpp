@@ -244,8 +244,10 @@ class Step {
           std::memcpy(to, from, head_dim * bytes);
           std::memcpy(to + values, from + width_ * bytes, head_dim * bytes);
         }
-    const auto keys = [&](size_t offset) {  // of row 0; those of others are at an index beyond
-      return heads_view(cache.as<char>() + offset, {1, heads, end, head_dim}, {0, capacity * head_dim, head_dim, 1});
+    // Of row 0; those of others are at an index beyond, for which the length must be at least 2: one key has no stride.
+    const auto keys = [&](size_t offset) {
+      return heads_view(cache.as<char>() + offset, {1, heads, std::min(capacity, std::max<int64_t>(end, 2)), head_dim},
+                        {0, capacity * head_dim, head_dim, 1});
     };
     const AttentionSettings settings{{}, {}, {}, scale, true, window, window < 0 ? -1 : 0, 0.0};
     AttentionArgs args = attention_forward_args(

@@ -21,6 +21,7 @@ from torch import nn
 from gptcore import _C
 from gptcore.config import GPTConfig
 from gptcore.generation import step
+from gptcore.generation.slots import Slots
 from gptcore.heads import GPTForTokenClassification
 from gptcore.lora import add_adapter, merge_adapter
 from gptcore.lora.layers import LoRA
@@ -466,3 +467,13 @@ def test_the_program_of_the_docs_runs(monkeypatch: pytest.MonkeyPatch, capsys: p
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert all(line.endswith("] length") and line.count(",") == 19 for line in lines)
+
+
+def test_a_first_token_alone_in_a_later_row_reads_its_own_keys():
+    """One key in the whole pass: its length has no stride, by which another row could be found."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2)).eval()
+    with torch.no_grad():
+        logits = [Slots(model, 3).read(model, [5], [row], [0], [0]) for row in range(3)]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])

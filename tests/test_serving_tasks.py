@@ -137,8 +137,9 @@ def test_adapters_are_models_by_their_name(tokenizer, tmp_path):
             body = {"model": model, "prompt": "the", "max_tokens": 12, "temperature": 0}
             return server.request("POST", "/v1/completions", body)
 
-        texts = [said(model).json["choices"][0]["text"] for model in ["base", "poems"] * 2]
-        assert texts[:2] == texts[2:]
+        with ThreadPoolExecutor(4) as pool:
+            texts = [answer.json["choices"][0]["text"] for answer in pool.map(said, ["base", "poems"] * 2)]
+        assert texts[:2] == texts[2:] == [said(model).json["choices"][0]["text"] for model in ("base", "poems")]
         assert texts[0] != texts[1]
         assert said("other").error["code"] == "model_not_found"
         cards = server.request("GET", "/v1/models").json["data"]
