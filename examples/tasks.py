@@ -1,7 +1,7 @@
 """Fine-tunes a small GPT for sentiment, entities and answers, on data in packages of PyPI: `make tasks` runs this.
 
-The base is pre-trained on film reviews once, in 2.6 minutes of one processor. Its files and the data stay in out/tasks. Each task
-ends with its metrics beside those of the baselines, on the same validation examples.
+The base is pre-trained on film reviews once, in 2.6 minutes of one processor. Its files and the data stay in out/tasks.
+Each task ends with its metrics beside those of the baselines, on the same validation examples.
 """
 
 from __future__ import annotations
