@@ -24,7 +24,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text(encoding
 def write_examples() -> None:
     """Write the files that the page names."""
     reviews = "text,label\n" + 'A fine film.,positive\n"Dull, and far too long.",negative\n' * 20
-    pairs = "text,text_pair,label\n" + "Bob ran.,Bob was running.,same\nBob ran.,Bob sat.,other\n" * 20
+    two = "text,text_pair,label\n" + "Bob ran.,Bob was running.,same\nBob ran.,Bob sat.,other\n" * 20
     tags = "Alice B-PER\nlives O\nin O\nNew B-LOC\nYork I-LOC\n\n" * 20
     question = {"question": "Who ran?", "answers": [{"text": "Alice", "answer_start": 0}]}
     nothing = {"question": "Who ate?", "answers": []}
@@ -33,7 +33,7 @@ def write_examples() -> None:
     pairs = [{"prompt": "the cat =", "completion": " le chat"}, {"prompt": "a dog =", "completion": " un chien"}]
     talk = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi!"}]
     for name, text in (
-        ("pairs.csv", pairs), ("reviews.csv", reviews), ("unseen.csv", reviews), ("tweets.conll", tags),
+        ("pairs.csv", two), ("reviews.csv", reviews), ("unseen.csv", reviews), ("tweets.conll", tags),
         ("more.conll", tags),
         ("squad.json", json.dumps({"data": [{"paragraphs": [paragraph] * 20}]})),
         ("pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs * 8)),
