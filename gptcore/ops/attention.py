@@ -266,14 +266,20 @@ def _attention_torch(q: Tensor, k: Tensor | None, v: Tensor | None, settings: Se
     return out if packed else out.transpose(1, 2).clone(), lse.to(torch.float32)
 
 
-def _product(kind: Any, a: Tensor, b: Tensor, allowed: Tensor) -> Tensor:
+def _product(kind: type[_Product], a: Tensor, b: Tensor, allowed: Tensor) -> Tensor:
     """Return _Scores or _WeightedSum of a and b; `allowed` says which elements of the scores or weights matter."""
     a, b = arguments.cast_for_autocast(a, b)
     result: Tensor = (kind.forward if registry.is_transformed() else kind.apply)(a, b, allowed)
     return result
 
 
-class _Scores(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+
+class _Scores(_Product):
     """a @ b.mT, with the gradients of the allowed elements only: a masked one of 0 times a NaN in a or b is NaN."""
 
     @staticmethod
@@ -281,16 +287,12 @@ class _Scores(torch.autograd.Function):
         return a @ b.mT
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         a, b, allowed = ctx.saved_tensors
         return _product(_WeightedSum, grad, b, allowed), _product(_WeightedSum, grad.mT, a, allowed.mT), None
 
 
-class _WeightedSum(torch.autograd.Function):
+class _WeightedSum(_Product):
     """a @ b, where a is 0 unless allowed; a row of b that is not finite reaches only the rows of a that allow it."""
 
     @staticmethod
@@ -302,10 +304,6 @@ class _WeightedSum(torch.autograd.Function):
         nonfinite = ~b.isfinite()  # left out of the product
         reached = allowed.to(b.dtype) @ nonfinite.to(b.dtype) > 0
         return a @ b.masked_fill(nonfinite, 0.0) * torch.where(reached, math.nan, 1.0).to(b.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -218,7 +218,6 @@ def _dq_kernel(
         spans += batch.to(tl.int64) * query_len * 2
     side = spans, query_len, kv_len, window_left, window_right
     dropout = None if seed is None else (seed, dropout_threshold, dropout_scale)
-    k_rows, v_rows = head_rows(k, batch, head // group), head_rows(v, batch, head // group)
 
     q_tile = load_tile(head_rows(q, batch, head), first_query, query_len, HEAD_DIM, True, QUERIES, BLOCK_D)
     grad_tile = load_tile(head_rows(grad_out, batch, head), first_query, query_len, HEAD_DIM, True, QUERIES, BLOCK_D)
@@ -236,7 +235,8 @@ def _dq_kernel(
     for masked in tl.static_range(2):
         for i in range(block_count(blocks, masked)):
             acc = _dq_block(
-                acc, q_tile, grad_tile, row_lse, row_delta, k_rows, v_rows, nth_block(i, blocks, masked),
+                acc, q_tile, grad_tile, row_lse, row_delta,
+                head_rows(k, batch, head // group), head_rows(v, batch, head // group), nth_block(i, blocks, masked),
                 first_query, side, dropout, batch_head, scale, HEAD_DIM, PRECISION, masked, QUERIES, KEYS, BLOCK_D,
             )  # fmt: skip
     store_tile(head_rows(dq, batch, head), acc * scale, first_query, query_len, HEAD_DIM, QUERIES, BLOCK_D)
