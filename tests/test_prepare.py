@@ -414,26 +414,36 @@ def test_perplexity_of_a_model(prepared, raw, tmp_path, monkeypatch):
         run([raw], tmp_path / "none", changes=changes)
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_a_classifier_drops_what_it_labels(prepared, raw, tmp_path, several):
+@pytest.mark.parametrize("kind", ["one label", "several labels", "gpt1"])
+def test_a_classifier_drops_what_it_labels(prepared, raw, tmp_path, kind):
     import torch
 
     from gptcore import GPTConfig, GPTForSequenceClassification
+    from gptcore.text.chat import with_special_tokens
 
-    tokenizer = Tokenizer.from_pretrained(prepared[0] / "tokenizer")
+    tokenizer, several = Tokenizer.from_pretrained(prepared[0] / "tokenizer"), kind == "several labels"
+    start, end = [], []
+    if kind == "gpt1":  # Radford et al. 2018: tokens around each window
+        tokenizer = with_special_tokens(tokenizer, ["<|start|>", "<|extract|>"])
+        start, end = ([tokenizer.special_tokens[name]] for name in ("<|start|>", "<|extract|>"))
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=tokenizer.vocab_size, n_positions=32, n_embd=16, n_layer=1, n_head=2)
-    kind = "multi_label_classification" if several else None
-    model = GPTForSequenceClassification(config, id2label=["good", "toxic"], problem_type=kind).eval()
+    problem = "multi_label_classification" if several else None
+    model = GPTForSequenceClassification(config, id2label=["good", "toxic"], problem_type=problem).eval()
+    if start:
+        model.settings = {"gptcore": {"layout": "gpt1", "max_length": 32}}
     torch.nn.init.normal_(model.score.weight, std=0.2)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
 
+    size = 32 - len(start) - len(end)
+
     def probability(text: str) -> float:
         """Return that of the worse of the first two windows."""
-        ids = tokenizer.encode(text)[:64]
+        ids = tokenizer.encode(text)[: 2 * size]
         with torch.no_grad():
-            logits = torch.cat([model(torch.tensor([ids[i : i + 32]])).logits for i in (0, 32)])
+            logits = [model(torch.tensor([[*start, *ids[i : i + size], *end]])).logits for i in (0, size)]
+        logits = torch.cat(logits)
         return (logits.sigmoid() if several else logits.softmax(1))[:, 1].max().item()
 
     limit = float(np.median([probability(document["text"]) for document in documents(prepared[0])])) + 1e-6
@@ -449,7 +459,8 @@ def test_a_classifier_drops_what_it_labels(prepared, raw, tmp_path, several):
             assert (probability(found["text"]) <= limit) == (found in kept)
     for rejected in dropped:
         ((start, stop),) = rejected["spans"]
-        assert tokenizer.decode(tokenizer.encode(rejected["text"])[:64]).find(rejected["text"][start:stop]) == start
+        read = tokenizer.decode(tokenizer.encode(rejected["text"])[: 2 * size])
+        assert read.find(rejected["text"][start:stop]) == start
     assert sum(report["distributions"]["after"]["probability of the unwanted label"]) == len(kept)
     wrong = SMALL | {"classifier": section | {"label": "bad"}}
     with pytest.raises(ValueError, match=r"\[classifier\] label is 'bad', expected one of .*: good, toxic"):

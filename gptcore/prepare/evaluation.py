@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from gptcore.heads import GPTForSequenceClassification
-from gptcore.hf import pretrained
 from gptcore.model import GPT
 from gptcore.prepare.document import Document, Drop
 from gptcore.prepare.duplicates import Hashes, ngram_hashes, word_hashes, word_spans
@@ -148,8 +147,7 @@ def classify(text: str, folder: str, label: str, max_windows: int) -> tuple[floa
     model, tokenizer = _model(GPTForSequenceClassification, folder)
     if label not in model.labels or model.num_labels == 1 or model.problem_type == "regression":
         raise ValueError(f"[classifier] label is {label!r}, expected one of {folder}: {', '.join(model.labels)}")
-    settings = pretrained.read_config(folder).get("task_specific_params") or {}
-    settings = settings.get("gptcore", {})  # of gptcore finetune
+    settings = model.settings.get("gptcore", {})  # of gptcore finetune
     gpt1 = settings.get("layout") == "gpt1"  # Radford et al. 2018, section 3.3
     start, end = ([tokenizer.special_tokens[f"<|{name}|>"]] if gpt1 else [] for name in ("start", "extract"))
     size = int(settings.get("max_length", model.config.n_positions)) - len(start) - len(end)
