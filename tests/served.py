@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from gptcore import GPT, GPTConfig
+from gptcore.heads import GPTForQuestionAnswering, GPTForSequenceClassification, GPTForTokenClassification
 from gptcore.serving import embeddings
 from gptcore.serving.guard import Guard
 from gptcore.serving.limits import Limits
-from gptcore.serving.load import serve
+from gptcore.serving.load import load, serve
 from gptcore.serving.served import Served
 from gptcore.serving.server import listen, make_app, make_server
 from gptcore.text.chat import TEMPLATES, with_template
@@ -25,6 +26,11 @@ from gptcore.text.tokenizer import Tokenizer
 
 MODEL = "tiny"
 POSITIONS = 128
+HEADS = {
+    "text-classification": (GPTForSequenceClassification, ["bad", "fine", "good"]),
+    "token-classification": (GPTForTokenClassification, ["O", "B-PER", "I-PER"]),
+    "question-answering": (GPTForQuestionAnswering, None),
+}
 
 
 class Answer(NamedTuple):
@@ -153,3 +159,17 @@ def running(tokenizer: Tokenizer, limits: Limits | None = None, **settings: Any)
     served = serve(model, tokenizer, MODEL, limits or Limits(client_seconds=5), template=TEMPLATES["chatml"])
     with serving(served, [embeddings.routes(served, model)], model, **settings) as started:
         yield started
+
+
+def save_head(task: str, tokenizer: Tokenizer, folder: Any) -> None:
+    """Save a tiny model with the head for a task of HEADS."""
+    head, labels = HEADS[task]
+    torch.manual_seed(1)
+    head(tiny_gpt(tokenizer).config, id2label=labels).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def serving_folder(folder: Any) -> contextlib.AbstractContextManager[Running]:
+    """Serve the model in a folder, as `gptcore serve` does."""
+    served, routers = load(folder, "model", Limits())
+    return serving(served, routers, served.engine.model)

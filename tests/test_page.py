@@ -1,12 +1,13 @@
 """The page in headless Chromium, against a server with a tiny model."""
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 
 import pytest
-from served import MODEL, running, slow_steps, tiny_tokenizer
+from served import HEADS, MODEL, running, save_head, serving_folder, slow_steps, tiny_tokenizer
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -31,8 +32,8 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def page(browser, server) -> Iterator["playwright.Page"]:
+@contextlib.contextmanager
+def opened_page(browser, server) -> Iterator["playwright.Page"]:
     """The page, freshly opened; nothing on it may fail, nor ask another address."""
     with browser.new_context() as context:
         opened = context.new_page()
@@ -44,6 +45,12 @@ def page(browser, server) -> Iterator["playwright.Page"]:
         opened.wait_for_selector("[role=tab]")
         yield opened
         assert [text for text in problems if "Failed to load resource" not in text] == []
+
+
+@pytest.fixture
+def page(browser, server) -> Iterator["playwright.Page"]:
+    with opened_page(browser, server) as opened:
+        yield opened
 
 
 def finished(page) -> None:
@@ -157,6 +164,39 @@ def test_an_error_is_a_sentence(page, server):
     page.fill("#prompt", "the")
     page.click("#run")
     error.filter(has_text="does not answer").wait_for()
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_a_model_with_a_head_shows_what_it_finds(browser, tmp_path, task):
+    text = "\U0001f98a the quick brown fox"  # one character, two of JavaScript's
+    save_head(task, tiny_tokenizer(tmp_path), tmp_path / "model")
+    with serving_folder(tmp_path / "model") as server, opened_page(browser, server) as page:
+        if task == "question-answering":
+            page.fill("#question", "who jumps?")
+        page.fill("#prompt", text)
+        page.click("#run")
+        finished(page)
+        output, marks = page.locator("#output"), page.locator("#output mark")
+        shown = [mark.evaluate("mark => mark.firstChild.textContent") for mark in marks.all()]
+        if task == "text-classification":
+            answer = server.request("POST", "/v1/classify", {"model": "model", "input": text})
+            labels = answer.json["data"][0]["labels"]
+            bars = output.locator(".bar").all_text_contents()
+            assert len(bars) == 3
+            assert all(label["label"] in bar for label, bar in zip(labels, bars, strict=True))
+            return
+        if task == "token-classification":
+            answer = server.request("POST", "/v1/entities", {"model": "model", "input": text})
+            found = [(entity["start"], entity["end"]) for entity in answer.json["data"][0]["entities"]]
+        else:
+            body = {"model": "model", "input": {"question": "who jumps?", "context": text}}
+            best = server.request("POST", "/v1/answer", body).json["data"][0]["answers"][0]
+            found = [(best["start"], best["end"])]
+        begins = [max([start, *(end for _, end in found[:i])]) for i, (start, _) in enumerate(found)]
+        assert shown == [text[begin:end] for begin, (_, end) in zip(begins, found, strict=True)]
+        assert "".join(shown)
+        parts = "place => [...place.childNodes].map(node => (node.firstChild ?? node).textContent).join('')"
+        assert output.evaluate(parts) == text  # without the names of the marks
 
 
 def test_it_fits_a_phone_and_follows_the_theme(browser, server):

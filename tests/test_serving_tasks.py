@@ -5,21 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from served import Answer, serving, tiny_gpt, tiny_tokenizer
+from served import HEADS, Answer, save_head, serving, serving_folder, tiny_gpt, tiny_tokenizer
 
-from gptcore.heads import GPTForMultipleChoice, GPTForQuestionAnswering, GPTForSequenceClassification
-from gptcore.heads import GPTForTokenClassification as GPTForTokens
+from gptcore.heads import GPTForMultipleChoice
 from gptcore.lora import add_adapter, save_adapter
 from gptcore.serving.limits import MAX_TEXTS, Limits
 from gptcore.serving.load import load
 from gptcore.tasks.pipelines import pipeline
 
 TEXTS = ["the quick brown fox", "the lazy dog jumps over the fox", "héllo € wörld"]
-HEADS = {
-    "text-classification": (GPTForSequenceClassification, ["bad", "fine", "good"]),
-    "token-classification": (GPTForTokens, ["O", "B-PER", "I-PER"]),
-    "question-answering": (GPTForQuestionAnswering, None),
-}
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +24,15 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folders(tokenizer, tmp_path_factory):
     made = {}
-    for name, (head, labels) in HEADS.items():
+    for name in HEADS:
         made[name] = tmp_path_factory.mktemp("models") / name
-        torch.manual_seed(1)
-        head(tiny_gpt(tokenizer).config, id2label=labels).save_pretrained(made[name])
-        tokenizer.save_pretrained(made[name])
+        save_head(name, tokenizer, made[name])
     return made
-
-
-def started(folder):
-    served, routers = load(folder, "model", Limits())
-    return serving(served, routers, served.engine.model)
 
 
 def test_classify(folders):
     expected = pipeline("text-classification", folders["text-classification"], top_k=None)(TEXTS)
-    with started(folders["text-classification"]) as server:
+    with serving_folder(folders["text-classification"]) as server:
         answer = server.request("POST", "/v1/classify", {"model": "model", "input": TEXTS})
         assert answer.json["data"] == [{"index": i, "labels": row} for i, row in enumerate(expected)]
         one = server.request("POST", "/v1/classify", {"model": "model", "input": TEXTS[1], "top_k": 2})
@@ -62,7 +49,7 @@ def test_classify(folders):
 def test_entities(folders):
     expected = pipeline("token-classification", folders["token-classification"], aggregation_strategy="simple")(TEXTS)
     assert any(expected)
-    with started(folders["token-classification"]) as server:
+    with serving_folder(folders["token-classification"]) as server:
         data = server.request("POST", "/v1/entities", {"model": "model", "input": TEXTS}).json["data"]
     for i, row in enumerate(expected):
         names = ("entity_group", "score", "word", "start", "end")
@@ -75,7 +62,7 @@ def test_answer(folders, count, top_k):
     questions = [{"question": "what jumps?", "context": text} for text in TEXTS[:count]]
     asked = pipeline("question-answering", folders["question-answering"])
     rows = [asked(question, top_k=top_k) for question in questions]
-    with started(folders["question-answering"]) as server:
+    with serving_folder(folders["question-answering"]) as server:
         body = {"model": "model", "input": questions if count > 1 else questions[0], "top_k": top_k}
         data = server.request("POST", "/v1/answer", body).json["data"]
         blank = server.request("POST", "/v1/answer", {"model": "model", "input": {"question": "a", "context": " "}})

@@ -236,7 +236,8 @@ async function answer(context, signal) {
   marked(context, best.answer === "" ? [] : [{ ...best, name: "answer" }]);
 }
 
-/** Show a text with parts marked. Offsets count characters, as Python does, and not UTF-16 units. */
+/** Show a text with parts marked. Offsets count characters, as Python does, and not UTF-16 units. Parts may overlap:
+ *  several tokens can belong to one character. */
 function marked(text, parts) {
   const characters = [...text];
   const slice = (from, to) => document.createTextNode(characters.slice(from, to).join(""));
@@ -246,9 +247,9 @@ function marked(text, parts) {
     const small = document.createElement("small");
     small.textContent = name;
     mark.title = percent(score);
-    mark.append(slice(start, end), small);
+    mark.append(slice(Math.max(at, start), end), small);
     $("output").append(slice(at, start), mark);
-    at = end;
+    at = Math.max(at, end);
   }
   $("output").append(slice(at));
 }
