@@ -49,6 +49,7 @@ def test_killed_and_resumed_by_fewer_processes(tmp_path: Path, alone: Path) -> N
     check_same(folder, alone)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_leaves_one_checkpoint(tmp_path: Path, alone: Path) -> None:
     folder = tmp_path / "run"
     interrupt = functools.partial(kill, victim=1, step=7, number=signal.SIGINT)

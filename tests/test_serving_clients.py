@@ -17,6 +17,8 @@ from served import MODEL, POSITIONS, Running, running, slow_steps, tiny_gpt, tin
 
 from gptcore.serving.limits import Limits
 
+pytestmark = pytest.mark.slow
+
 LONG = {"model": MODEL, "prompt": "the", "max_tokens": 100, "logit_bias": {"0": -100}, "seed": 1}
 
 

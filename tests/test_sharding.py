@@ -28,6 +28,8 @@ from gptcore.training.checkpoint import list_checkpoints
 from gptcore.training.sharding import sharded_model
 from gptcore.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["alone", "command"]
 
 
@@ -67,7 +69,6 @@ def check_compiled(rank: int, trainer: Trainer) -> None:
     trainer.callbacks.append(Compiled())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "rel"), [({"torch_compile": True}, 1e-4), ({"bf16": True}, 0.05), ({"fp16": True}, 0.02)]
 )
@@ -154,7 +155,6 @@ def save_at_end(rank: int, trainer: Trainer) -> None:
     trainer.callbacks.append(SaveAtEnd())
 
 
-@pytest.mark.slow
 def test_fsdp_trains_adapters(tmp_path: Path) -> None:
     for name, count, changes in (("one", 1, {}), ("two", 2, {"parallel": "fsdp"})):
         found = run(tmp_path / name, count, save_at_end, make=adapted, max_steps=6, **changes)
@@ -221,7 +221,6 @@ def work_by_command(rank: int, folder: Path, options: list[str]) -> None:
     os._exit(main([*options, "--gradient-accumulation-steps", "2"]))
 
 
-@pytest.mark.slow
 def test_the_command_line_shards_new_models_and_old_ones(tmp_path: Path, command: list[str]) -> None:
     for name, options in (("new", NEW), ("old", ["--init-from", str(tmp_path / "new one")])):
         one, two = ([*command, *options, "--output-dir", str(tmp_path / f"{name} {count}")] for count in ("one", "two"))

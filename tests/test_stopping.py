@@ -120,6 +120,7 @@ def test_tensorboard_has_the_numbers_of_the_log(tmp_path: Path) -> None:
     assert points == [(entry["step"], pytest.approx(entry["loss"])) for entry in losses(tmp_path)]
 
 
+@pytest.mark.slow
 def test_wandb_has_the_numbers_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     for name, value in {"MODE": "offline", "SILENT": "true", "DISABLE_GIT": "true"}.items():

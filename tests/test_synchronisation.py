@@ -78,6 +78,7 @@ FORWARD_BACKWARD = {
 CLIP_AND_UPDATE = 70  # with float32 master weights
 
 
+@pytest.mark.slow
 def test_launches_of_a_training_step(cuda_on_meta: None) -> None:
     model = gpt(12).bfloat16()
     ids = torch.zeros(8, 1024, dtype=torch.int64, device="meta")

@@ -158,6 +158,7 @@ def kernel() -> str:
     ],
     ids=grid.name_of,
 )
+@pytest.mark.slow
 def test_a_bad_row_reaches_only_what_attends_to_it(case: Attention) -> None:
     nonfinite.check_reach("triton", case)
 
