@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reply to the lines of stdin until its end. Ctrl-C ends a reply, and where there is none, the conversation."""
+    """Reply to each line of stdin. Ctrl-C ends a reply and, at the prompt, the conversation."""
     sampling = sampling_of(args)
     model, tokenizer = load_model(args)
     positions = model.config.n_positions

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_fields(group, FinetuneOptions, {})
     for action in group._group_actions:
         action.required = action.dest in ("task", "train")
-    group = parser.add_argument_group("training", "Where the default is none, it follows from the model and the data.")
+    group = parser.add_argument_group("training", "Options without a default are derived from the model and the data.")
     group.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in output_dir, if any")
     add_fields(group, TrainingArguments, {**RUN, **dict.fromkeys(DERIVED)}, skip=("parallel",))
     add_machine(parser.add_argument_group("machine"))

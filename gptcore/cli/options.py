@@ -237,7 +237,7 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen_template(args: argparse.Namespace, tokenizer: Tokenizer) -> Template | None:
-    """Return --chat-template, by default the model's own; None if there is none."""
+    """Return --chat-template, by default the model's own; None without either."""
     if args.chat_template is None:
         return template_of(tokenizer)
     return None if args.chat_template == "none" else find_template(args.chat_template)

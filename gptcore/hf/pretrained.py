@@ -161,7 +161,7 @@ def _build(
     known = {name.removeprefix(PREFIX): name for name in model.state_dict()}
     kinds = {known[name]: kind for file in files for name, kind in getattr(file, "kinds", {}).items() if name in known}
     quantize_modules(model, kinds)
-    state = _state_dict(model, where, files, dtype, may_lack=_head(model))
+    state = dict(_tensors(model, where, files, dtype, may_lack=_head(model)))
     model.load_state_dict(state, strict=False, assign=True)  # names were checked
     if not torch.cuda.is_available():  # where the model will compute is not known yet
         kind = next(iter(state.values())).dtype
@@ -197,7 +197,7 @@ def read_config(name_or_path: PathLike) -> dict[str, Any]:
 
 def read_state_dict(model: GPT | TaskModel, folder: PathLike, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Return the weights in a folder under the model's own names and in its own orientation, checked against it."""
-    return _state_dict(model, Path(folder), _open_weights(Path(folder)), dtype)
+    return dict(_tensors(model, Path(folder), _open_weights(Path(folder)), dtype))
 
 
 def read_tensors(model: GPT | TaskModel, name_or_path: PathLike, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -220,17 +220,6 @@ def _check_layers(config: GPTConfig, where: Path, files: list[WeightFile]) -> No
     if config.n_layer > max(100, count):
         source, place = (where / "config.json", "beside") if where.is_dir() else (where, "in")
         raise ValueError(f"{source} has n_layer {config.n_layer}, but the weights {place} it are {count} tensors")
-
-
-def _state_dict(
-    model: GPT | TaskModel,
-    folder: Path,
-    files: list[WeightFile],
-    dtype: torch.dtype | None = None,
-    may_lack: Set[str] = frozenset(),
-) -> dict[str, Tensor]:
-    """Return `_tensors` as a dict."""
-    return dict(_tensors(model, folder, files, dtype, may_lack))
 
 
 def _tensors(

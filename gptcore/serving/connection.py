@@ -77,7 +77,7 @@ class Server(uvicorn.Server):
         if self.guard.draining:
             self.should_exit = self.force_exit = True
         self.guard.draining = True
-        if sig == signal.SIGINT:  # uvicorn raises it again at the end, so that a shell knows of Ctrl-C
+        if sig == signal.SIGINT:  # uvicorn raises it again at the end, so that the exit status says Ctrl-C
             self._captured_signals.append(sig)
 
     async def on_tick(self, counter: int) -> bool:

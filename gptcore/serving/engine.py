@@ -103,7 +103,7 @@ class Engine:
         return ticket
 
     def call(self, function: Callable[[], Result], adapter: str | None = None) -> Future[Result]:
-        """Run a function that uses the model between two steps, with an adapter of the model selected, or none.
+        """Run a function that uses the model between two steps, with an adapter of the model, or the base alone.
 
         Raises ValueError for an adapter that the model lacks, EngineFull if too many calls wait, and EngineClosed.
         """

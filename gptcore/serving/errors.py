@@ -27,7 +27,7 @@ class ErrorBody(BaseModel):
 
 
 class Problem(Exception):
-    """An error that a client caused or should know of. param: the field of the request that is wrong."""
+    """An error that is reported to the client. param: the field of the request that is wrong."""
 
     def __init__(
         self,

@@ -143,7 +143,7 @@ def start(
     stops: Sequence[str],
     stop_tokens: Sequence[int],
 ) -> list[Choice]:
-    """Submit n texts for each prompt; all or none. They are cancelled when the request with this state ends.
+    """Submit n texts for each prompt. They are cancelled when the request with this state ends.
 
     Raises Problem where the model or the engine cannot take them.
     """

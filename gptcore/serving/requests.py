@@ -35,7 +35,7 @@ class Request:
     logprobs: how many of the likeliest tokens are returned with each token.
     prompt_logprobs: whether the log-probabilities of the prompt's own tokens are returned; its prefix is then read,
         never taken from the cache.
-    stop_tokens: a token that ends the answer, as its last; None for the model's end token, empty for none.
+    stop_tokens: a token that ends the answer, as its last; None for the model's end token, empty to ignore it.
     adapter: the name of an adapter of the model; None for the base.
     owner: requests of different owners never share a cached prefix.
 

@@ -94,6 +94,6 @@ class Served:
 
     @property
     def start(self) -> list[int]:
-        """Return the prompt that stands for an empty text: the start of a document."""
+        """Return the prompt for an empty text: the start of a document."""
         end = self.tokenizer.eos_token_id
         return [end] if end is not None else self.tokenizer.encode("\n")

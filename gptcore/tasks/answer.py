@@ -100,11 +100,11 @@ class Answer(Task[Question]):
     ) -> tuple[list[tuple[float, Span]], float, float]:
         """Return spans with their logits, the best 100; the logit of no answer; log of the sum of all exponentials."""
         found: list[tuple[float, Span]] = []
-        total, none = -np.inf, np.inf
+        total, null_score = -np.inf, np.inf
         for window, output in zip(windows, outputs, strict=True):
             part: Part = window.marks
             start, end = output[:, part.begin : part.begin + len(part.spans)].double().numpy()
-            none = min(none, float(output[0, -1] + output[1, -1]))  # a window without the answer has none of its own
+            null_score = min(null_score, float(output[0, -1] + output[1, -1]))  # low in a window with the answer
             begins, ends = (np.array(side) for side in zip(*part.spans, strict=True))
             first = np.arange(len(start))
             distance = first[None, :] - first[:, None]
@@ -117,7 +117,7 @@ class Answer(Task[Question]):
                     i, j = divmod(int(place), len(end))
                     found.append((float(scores[i, j]), (int(begins[i]), int(ends[j]))))
         found.sort(key=lambda candidate: (-candidate[0], candidate[1]))
-        return found[:100], none, float(np.logaddexp(total, none))
+        return found[:100], null_score, float(np.logaddexp(total, null_score))
 
     def decode(
         self,
@@ -128,18 +128,18 @@ class Answer(Task[Question]):
         longest: int = LONGEST_ANSWER,
         impossible: bool = True,
     ) -> Prediction:
-        """Return {"answer", "score", "start", "end", "no_answer", "candidates"}; the answer "" is none.
+        """Return {"answer", "score", "start", "end", "no_answer", "candidates"}, with "" for no answer.
 
-        no_answer: by how much the logit of none exceeds that of the best span.
-        candidates: the best top_k answers, none among them if `impossible`; their scores are of one softmax.
+        no_answer: by how much the null score exceeds that of the best span.
+        candidates: the best top_k answers, with the empty one if `impossible`; their scores are of one softmax.
         """
-        found, none, total = self.candidates(windows, outputs, longest)
+        found, null_score, total = self.candidates(windows, outputs, longest)
         listed: list[dict[str, Any]] = [
             {"score": float(np.exp(logit - total)), "start": a, "end": b, "answer": example.context[a:b]}
             for logit, (a, b) in found
         ]
-        no_answer = float(none - found[0][0]) if found else np.inf
-        empty: dict[str, Any] = {"score": float(np.exp(none - total)), "start": 0, "end": 0, "answer": ""}
+        no_answer = float(null_score - found[0][0]) if found else np.inf
+        empty: dict[str, Any] = {"score": float(np.exp(null_score - total)), "start": 0, "end": 0, "answer": ""}
         best = empty if (no_answer > self.threshold and impossible) or not listed else listed[0]
         listed += [empty] if impossible or not listed else []
         others = sorted((one for one in listed if one is not best), key=lambda one: -one["score"])
@@ -161,12 +161,12 @@ class Answer(Task[Question]):
         best = int(np.cumsum([0.0, *(gain for _, gain in gains)]).argmax())  # as many get no answer
         edges = [gains[0][0] + 1, *(score for score, _ in gains), gains[-1][0] - 1]
         self.settings["threshold"] = (edges[best] + edges[best + 1]) / 2
-        none = {"answer": "", "start": 0, "end": 0}
-        return [{**p, **(none if p["no_answer"] > self.threshold else p["span"])} for p in predictions]
+        no_span = {"answer": "", "start": 0, "end": 0}
+        return [{**p, **(no_span if p["no_answer"] > self.threshold else p["span"])} for p in predictions]
 
     def describe(self, examples: Sequence[Question]) -> list[str]:
-        none = sum(not e.answers for e in examples)
-        return [f"{none:,} questions without an answer ({none / len(examples):.1%})"]
+        count = sum(not e.answers for e in examples)
+        return [f"{count:,} questions without an answer ({count / len(examples):.1%})"]
 
     def score(self, examples: Sequence[Question], predictions: Sequence[Prediction]) -> Result:
         rows = [
