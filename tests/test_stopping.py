@@ -23,9 +23,12 @@ class Metrics(TrainerCallback):
 
     def __init__(self, values: Sequence[float]) -> None:
         self.values, self.weights = list(values), [{}]
+        self.losses: Sequence[float] = ()  # instead of the model's
 
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         metrics["score"] = self.values[trainer.state.global_step - 1]
+        if self.losses:
+            metrics["eval_loss"] = self.losses[trainer.state.global_step - 1]
         self.weights.append(weights(trainer.model))
 
 
@@ -69,6 +72,25 @@ def test_patience_counts_evaluations_across_a_resume(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="total_steps 7 -> 10"):
         assert trainer.train(resume_from_checkpoint=True).global_step == 8
     assert trainer.train(resume_from_checkpoint=True).global_step == 8, "it has ended, unless patience is raised"
+
+
+@pytest.mark.parametrize(
+    ("values", "losses", "end"),
+    [
+        ([0] * 6, [6, 5, 4, 3, 2, 1], 6),  # the model learns, which the metric does not show yet
+        ([0] * 6, [6, 5, 5, 5, 5, 4], 4),
+        ([0, 0, 0, 1, 0, 0], [6, 5, 4, 3, 2, 1], 6),
+        ([0, 0, 1, 1, 1, 1], [6, 5, 4, 3, 2, 1], 5),  # it has improved once, so that the loss has no say any more
+        ([1, 0, 0, 0, 0, 0], [3, 2, 1, 1, 1, 1], 5),
+    ],
+)
+def test_patience_begins_when_the_metric_or_the_loss_stops_improving(
+    tmp_path: Path, values: list[float], losses: list[float], end: int
+) -> None:
+    settings: Any = {"early_stopping_patience": 2, "greater_is_better": True}
+    trainer, seen = scored_trainer(tmp_path, values, **settings)
+    seen.losses = losses
+    assert trainer.train().global_step == end
 
 
 def test_an_unknown_metric_is_named(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from gptcore.training.state import TrainerState
 Description = dict[str, dict[str, Any]]
 NEWER: dict[str, Any] = {  # parts of TrainerState that older checkpoints lack
     "skipped_steps": 0, "overflow_steps": 0, "scaler": {}, "best_evaluated": None, "evaluations_since": 0,
+    "improved": True, "lowest_loss": None,
 }  # fmt: skip
 SAMPLED = 64  # examples that stand for a dataset without a fingerprint
 

@@ -50,6 +50,8 @@ class TrainerState:
     best_step: int | None = None
     best_evaluated: float | None = None  # of all evaluations, for early stopping
     evaluations_since: int = 0  # the one with that metric
+    improved: bool = False  # whether that metric is better than the first
+    lowest_loss: float | None = None  # of all evaluations
     skipped_steps: int = 0  # steps without a target, which update nothing
     overflow_steps: int = 0  # steps whose gradient overflowed float16: they update nothing and do not count for lr_at
     scaler: dict[str, Any] = field(default_factory=dict)  # of the loss, with fp16

@@ -27,13 +27,21 @@ class Stopping:
     def judge(self, metrics: Mapping[str, Any]) -> int:
         """Count evaluations since the best; return STOP out of patience, else 0.
 
+        A metric may stay at its first value while the model learns: an F1 of 0, the accuracy of the commonest label.
+        Until it improves for the first time, an evaluation with the lowest loss so far does not count.
         Raises ValueError if there is no metric_for_best_model.
         """
         name, state = self.args.metric_for_best_model, self.state
         if name not in metrics:
             raise ValueError(f"metric_for_best_model is {name!r}, but an evaluation has {', '.join(metrics)}")
+        loss = float(metrics["eval_loss"])
+        learns = math.isfinite(loss) and (state.lowest_loss is None or loss < state.lowest_loss)
+        state.lowest_loss = loss if learns else state.lowest_loss
         if self._is_better(metrics[name], state.best_evaluated):
+            state.improved = state.best_evaluated is not None
             state.best_evaluated, state.evaluations_since = metrics[name], 0
+        elif learns and not state.improved:
+            state.evaluations_since = 0
         else:
             state.evaluations_since += 1
         return STOP if self._is_out_of_patience() else 0
