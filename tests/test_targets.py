@@ -11,6 +11,7 @@ import torch
 from tiny import tiny_model
 
 from gptcore import DataCollatorForLanguageModeling, Tokenizer, TrainingArguments
+from gptcore.generation import Settings
 from gptcore.lora import add_adapter, save_adapter
 from gptcore.tasks.examples import Columns
 from gptcore.tasks.targets import Target, read_targets
@@ -215,11 +216,13 @@ def test_written_texts_are_those_of_generate(tokenizer: Tokenizer) -> None:
     model = tiny_model(vocab_size=tokenizer.vocab_size, n_positions=16).eval()
     prompts = [[1, 2, 3], [4], [5] * 15, [6, 7], [8] * 16]
     stop = tokenizer.special_tokens["<|endoftext|>"]
-    for prompt, found in zip(prompts, write(model, tokenizer, prompts, 6, stop, batch_size=2), strict=True):
-        new = model.generate([prompt], min(6, 17 - len(prompt)), eos_token_id=stop)[0, len(prompt) :].tolist()
-        assert found == new[: new.index(stop) if stop in new else None]
+    settings = [Settings(min(6, 17 - len(prompt)), eos_token_id=stop) for prompt in prompts]
+    written = write(model, tokenizer, prompts, settings, batch_size=2)
+    for prompt, setting, found in zip(prompts, settings, written, strict=True):
+        new = model.generate([prompt], setting.max_new_tokens, eos_token_id=stop)[0, len(prompt) :].tolist()
+        assert found == new[: new.index(stop) + 1 if stop in new else None]
     with pytest.raises(ValueError, match="17 tokens and 1 new"):
-        write(model, tokenizer, [[1] * 17], 1, stop, 1)
+        write(model, tokenizer, [[1] * 17], [Settings(1)], 1)
 
 
 def test_metrics_and_baselines() -> None:

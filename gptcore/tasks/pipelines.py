@@ -7,6 +7,7 @@ which "no answer" has a score of its own. A model of `gptcore finetune --task en
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from gptcore.tasks.entities import Entities, legal_path, merged
 from gptcore.tasks.examples import Choice, Question, Span, Text, trimmed, words_of
 from gptcore.tasks.table import TASKS
 from gptcore.tasks.task import SETTINGS, Task, settings_of
+from gptcore.tasks.text_pipelines import Summarization, Text2Text, TextGeneration, Translation
 from gptcore.text.tokenizer import Tokenizer
 
 Strategy = Literal["none", "simple", "first", "average", "max"]
@@ -283,6 +285,10 @@ PIPELINES: dict[str, type[Any]] = {
     "ner": TokenClassification,
     "question-answering": QuestionAnswering,
     "multiple-choice": MultipleChoice,
+    "text-generation": TextGeneration,
+    "text2text-generation": Text2Text,
+    "summarization": Summarization,
+    "translation": Translation,
 }
 
 
@@ -296,12 +302,14 @@ def pipeline(
 ) -> Any:
     """Return a function of texts for a task of PIPELINES.
 
+    task: also "translation_en_to_fr" and the like: what a model translates, its training has decided.
     model: a folder, a name on the Hub, or a model; then with its tokenizer.
     defaults: arguments of the calls, as top_k=None or aggregation_strategy="simple".
     """
-    if task not in PIPELINES:
+    name = "translation" if re.fullmatch(r"translation_\w+_to_\w+", task) else task
+    if name not in PIPELINES:
         raise ValueError(f"there is no pipeline {task!r}; there are {', '.join(PIPELINES)}")
-    made = PIPELINES[task]
+    made = PIPELINES[name]
     if not isinstance(model, nn.Module):
         tokenizer = Tokenizer.from_pretrained(model) if tokenizer is None else tokenizer
         model = made.kind.model_class.from_pretrained(model)

@@ -101,8 +101,12 @@ class Write(Task[Target]):
     def run(self, model: nn.Module, windows: Sequence[Window], batch_size: int) -> list[Tensor]:
         """Return the ids of the likeliest text after each prompt, without its end."""
         assert isinstance(model, GPT)
-        prompts = [window.input_ids for window in windows]
-        return list(map(torch.tensor, write(model, self.tokenizer, prompts, self.new_tokens, self.stop, batch_size)))
+        prompts, positions = [window.input_ids for window in windows], model.config.n_positions
+        settings = [
+            Settings(max(1, min(self.new_tokens, positions + 1 - len(ids))), eos_token_id=self.stop) for ids in prompts
+        ]
+        written = write(model, self.tokenizer, prompts, settings, batch_size)
+        return [torch.tensor(ids[:-1] if ids[-1] == self.stop else ids) for ids in written]
 
     def decode(self, example: Target, windows: Sequence[Window], outputs: Sequence[Tensor]) -> Prediction:
         return {"text": self.tokenizer.decode(outputs[0].tolist(), skip_special_tokens=True).strip()}
@@ -169,27 +173,36 @@ def writing_task(model: GPT, tokenizer: Tokenizer, max_new_tokens: int | None = 
 
 
 def write(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], new: int, stop: int, batch_size: int
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    settings: Sequence[Settings],
+    batch_size: int,
+    stops: Sequence[str] = (),
 ) -> list[list[int]]:
-    """Return the likeliest tokens after each prompt, up to the token `stop`, to `new` of them, or to the last position.
+    """Return the tokens after each prompt, to the end token or, with that token, to the first text of `stops`.
 
     Rows of similar lengths are in a batch; a row has the same text in any batch. Raises ValueError for a prompt that
-    leaves no position.
+    leaves too few positions.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     real = min(tokenizer.vocab_size, model.config.vocab_size)
     batch, rows = Batch(model, vocab_size=real), {}
     written: list[list[int]] = [[] for _ in prompts]
+    longest = max((len(text.encode()) for text in stops), default=0)  # tokens that a text of `stops` may be spread over
     while order or len(batch):
         while order and len(batch) < batch_size:
-            prompt = list(prompts[i := order.pop(0)])
-            room = max(1, min(new, model.config.n_positions + 1 - len(prompt)))
-            rows[batch.add(prompt, Settings(room, eos_token_id=stop))] = i
+            number = order.pop(0)
+            rows[batch.add(list(prompts[number]), settings[number])] = number
         for token in batch.step():
             if token.error is not None:
                 raise token.error
-            if token.finish_reason != "stop":
-                written[rows[token.row]].append(token.token)
+            ids = written[rows[token.row]]
+            ids.append(token.token)
+            if longest and token.finish_reason is None:
+                end = tokenizer.decode(ids[-longest:])
+                if any(text in end for text in stops):
+                    batch.drop(token.row)
     return written
 
 

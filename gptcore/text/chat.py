@@ -97,6 +97,11 @@ class Template:
             parts += self._split(self.turns["assistant"][0])
         return parts
 
+    def open_parts(self, messages: Sequence[Message]) -> list[Part]:
+        """Return the parts of a conversation up to the content of its last message, which is to be continued."""
+        parts = self.parts(messages)
+        return parts[: len(parts) - len(self._split(self.turns[messages[-1]["role"]][1]))]
+
     def _split(self, text: str) -> list[Part]:
         pieces = re.split(f"({'|'.join(map(re.escape, self.special_tokens))})", text)
         return [Part(piece, special=i % 2 == 1) for i, piece in enumerate(pieces) if piece]
