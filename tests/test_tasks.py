@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from processes import processes
 from tiny import tiny_model
 
 from gptcore import Tokenizer, cli
 from gptcore.heads import GPTForQuestionAnswering, GPTForTokenClassification
-from gptcore.tasks import TASKS, Answer, Entities, Task
+from gptcore.tasks import TASKS, Answer, Classify, Entities, Task, recipe
 from gptcore.tasks.entities import legal_path
 from gptcore.tasks.examples import Columns, Question, Sentence, Text, words_of
 from gptcore.tasks.pipelines import load
 from gptcore.tasks.recipe import FinetuneOptions, finetune
+from gptcore.tasks.report import Report, render
 from gptcore.tasks.task import GPT1_TOKENS, settings_of
 from gptcore.tensor_file import TensorFile
 from gptcore.training.callbacks import TrainerCallback
@@ -102,37 +108,75 @@ def test_from_file_to_model_to_prediction(base: Path, tmp_path: Path, task: str)
         assert made.predict(model, [example], 1) == [prediction], "a prediction has other bits in a batch"
 
 
-class Killed(Exception):
-    pass
-
-
 class Kill(TrainerCallback):
-    def on_save(self, trainer: Trainer, checkpoint: Path) -> None:
-        raise Killed
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("task", "changes"), [("classify", {"lora": 2}), ("answer", {})])
-def test_resumes_bit_exactly(
-    base: Path, tmp_path: Path, task: str, changes: Any, monkeypatch: pytest.MonkeyPatch
+def work(rank: int, count: int, command: list[str], output: Path, killed: bool) -> None:
+    """Run `gptcore finetune` as one of `count` processes; the output goes into a file."""
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(f"{output}.{rank}", "w")  # noqa: SIM115 (to the end of the process)
+    if count > 1:
+        dist.init_process_group("gloo", init_method=f"file://{output}.group", rank=rank, world_size=count)
+    if killed:
+        recipe.Trainer = lambda *args: Trainer(*args[:-1], [*args[-1], Kill()])  # type: ignore[assignment, misc]
+    status = cli.main(command)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def command_of(base: Path, folder: Path, task: str, *options: str) -> list[str]:
+    file = write(folder.parent / f"{task}.jsonl", examples_of(task))
+    command = ["finetune", str(base), "--task", task, "--train", str(file), "--validation", str(file), *options]
+    command += ["--num-train-epochs", "3", "--learning-rate", "5e-3", "--device", "cpu"]
+    return [*command, "--output-dir", str(folder / "out")]
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "count"),
+    [
+        ("classify", ["--lora", "2"], 1),
+        ("answer", ["--per-device-train-batch-size", "8", "--gradient-accumulation-steps", "2"], 2),
+    ],
+)
+def test_a_killed_run_resumes_with_the_bits_of_an_undisturbed_one_in_one_process(
+    base: Path, tmp_path: Path, task: str, options: list[str], count: int
 ) -> None:
-    from gptcore.tasks import recipe as module
-
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    settings = {**changes, "num_train_epochs": 3}
-    whole = run(base, tmp_path / "whole", task, **settings)
-    with monkeypatch.context() as patch:
-        original = module.Trainer
-        patch.setattr(module, "Trainer", lambda *args: original(*args[:-1], [*args[-1], Kill()]))
-        with pytest.raises(Killed):
-            run(base, tmp_path / "killed", task, True, **settings)
-    assert not (tmp_path / "killed/out/model.safetensors").exists()
-    torch.manual_seed(5)
-    resumed = run(base, tmp_path / "killed", task, True, **settings)
-    assert same_weights(tmp_path / "whole/out", tmp_path / "killed/out")
-    assert resumed.result.metrics == whole.result.metrics
-    if changes:
-        assert (tmp_path / "killed/out/adapter/adapter_model.safetensors").exists()
+    """SIGKILL comes between two checkpoints. Several processes write the files of one, and share its predictions."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    assert cli.main(command_of(base, whole, task, *options)) == 0
+    for number, deadly in enumerate((True, False)):
+        members = [
+            processes.Process(
+                target=work,
+                args=(rank, count, [*command_of(base, killed, task, *options), "--resume"],
+                      tmp_path / f"run{number}", deadly and rank == count - 1),
+            )
+            for rank in range(count)
+        ]  # fmt: skip
+        for member in members:
+            member.start()
+        for member in members:
+            member.join(120)
+        outputs = [(tmp_path / f"run{number}.{rank}").read_text() for rank in range(count)]
+        codes = [member.exitcode for member in members]
+        assert codes == [0] * count if not deadly else codes[-1] == -signal.SIGKILL, outputs
+        if deadly:
+            assert "checkpoint-6" in os.listdir(killed / "out")
+            assert "model.safetensors" not in os.listdir(killed / "out")
+    assert "baseline" in outputs[0]
+    assert ("trained parameters" in outputs[0]) == (task == "classify"), "memory with and without an adapter"
+    assert outputs[1:] == [""] * (count - 1), "one process prints"
+    assert same_weights(whole / "out", killed / "out")
+    reports = [json.loads((folder / "out/report.json").read_text()) for folder in (whole, killed)]
+    for name in ("metrics", "errors", "steps", "best_step"):
+        assert reports[0][name] == reports[1][name]
+    if task == "classify":
+        assert (killed / "out/adapter/adapter_model.safetensors").exists()
 
 
 def test_the_best_checkpoint_is_kept_and_training_stops_early(base: Path, tmp_path: Path) -> None:
@@ -140,6 +184,7 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(base: Path, tmp_pa
     log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     evaluated = {entry["step"]: entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry}
     assert report.steps < 400
+    assert (report.options["load_best_model_at_end"], recipe.RUN["early_stopping_patience"]) == (True, 4)
     assert report.best_step == max(evaluated, key=lambda step: (evaluated[step], -step))
     assert report.result.metrics["accuracy"] == evaluated[report.best_step]
 
@@ -246,16 +291,60 @@ def test_answers_of_all_windows_share_one_softmax(base: Path) -> None:
 
 
 def test_the_threshold_of_no_answer_is_the_best_of_the_validation_set(base: Path) -> None:
+    """The reported predictions are by thresholds of other contexts: own labels change nothing."""
     task = Answer(Tokenizer.from_pretrained(base), [], {"max_length": 16})
-    golds = [(("x", 0),), (), (("x", 0),), ()]
-    examples = [Question("here", "q", "x y", answers) for answers in golds]
+    there, none = (("x", 0),), ()
     span = {"answer": "x", "score": 0.5, "start": 0, "end": 1}
-    predictions = [{**span, "no_answer": score, "span": span} for score in (-2.0, 1.5, 1.0, 3.0)]
-    tuned = task.tune(examples, predictions)
+
+    def answers(golds: Any, scores: Any, contexts: Any) -> list[str]:
+        examples = [Question("here", "q", f"x {c}", gold) for gold, c in zip(golds, contexts, strict=True)]
+        return [p["answer"] for p in task.tune(examples, [{**span, "no_answer": s, "span": span} for s in scores])]
+
+    scores = [-2.0, 1.5, 1.0, 3.0, -1.0, 0.5, 0.2, 2.0]
+    golds, contexts = [there, none, there, none, there, none, there, none], [0, 0, 1, 1, 2, 2, 3, 3]
+    found = answers(golds, scores, contexts)
     assert task.settings["threshold"] == 1.25
-    assert [p["answer"] for p in tuned] == ["x", "", "x", ""]
-    task.tune(examples[:1], predictions[:1])
+    # Contexts 0 and 2 by the threshold (1 + 2) / 2 of contexts 1 and 3, and those by (-1 + 0.5) / 2
+    assert found == ["x", "x", "", "", "x", "x", "", ""]
+    for half in (0, 1):
+        other = [none if context % 2 == half else gold for gold, context in zip(golds, contexts, strict=True)]
+        again = answers(other, scores, contexts)
+        assert [a for a, c in zip(again, contexts, strict=True) if c % 2 == half] == [
+            a for a, c in zip(found, contexts, strict=True) if c % 2 == half
+        ]
+    answers([there], [-2.0], [0])
     assert task.settings["threshold"] is None, "every question has an answer"
+
+
+def test_batches_hold_texts_of_similar_lengths(base: Path) -> None:
+    task = Entities(Tokenizer.from_pretrained(base), ["O", "B-X", "I-X"], {"max_length": 48})
+    model = GPTForTokenClassification.from_pretrained(base, id2label=task.labels)
+    seen: list[list[int]] = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(sorted(kwargs["attention_mask"].sum(1).tolist())), with_kwargs=True
+    )
+    texts = ["a b " * (4 + 8 * (i % 2)) for i in range(6)]
+    task.predict(model, [Sentence("here", text, words_of(text)) for text in texts], batch_size=3)
+    assert len(seen) == 2
+    assert all(lengths[0] == lengths[-1] for lengths in seen)
+    assert seen[0] < seen[1]
+
+
+def test_the_report_shows_the_twenty_worst_errors() -> None:
+    """Those that the model was surest of come first; the matrix is drawn, row by row."""
+    task = Classify.__new__(Classify)
+    task.labels, task.settings = ["a", "b"], {}
+    examples = [Text("here", f"text {i}", label="a") for i in range(25)]
+    predictions: list[Any] = [{"label": "b", "score": i / 25} for i in range(24)] + [{"label": "a", "score": 1.0}]
+    result = task.score(examples, predictions)
+    report = Report("classify", "base", "accuracy", result, {}, {}, {"train": 1, "validation": 25}, 1, None)
+    saved, page = report.to_json(), render(report)
+    assert [error["text"] for error in saved["errors"]] == [f"text {i}" for i in range(23, 3, -1)]
+    assert (saved["number_of_errors"], saved["confusion"]) == (24, [[1, 24], [0, 0]])
+    assert "The worst errors: 20 of 24" in page
+    assert page.count(">text ") == 20
+    picture = page[page.index("<svg") : page.index("</svg>")]
+    assert [picture.count("<rect"), picture.count(">24</text>")] == [4, 1]
 
 
 def test_settings_are_checked(base: Path) -> None:

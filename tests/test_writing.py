@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_tasks import Kill, Killed, run, same_weights
+from test_tasks import run, same_weights
 from tiny import tiny_model
 
 from gptcore import GPT, Tokenizer
 from gptcore.cli import main
 from gptcore.tasks import recipe
 from gptcore.text.chat import template_of
+from gptcore.training.callbacks import TrainerCallback
 
 WORDS = {"one": "uno", "two": "dos", "three": "tres", "six": "seis"}
 PAIRS = [{"prompt": f"{a} {b} =", "completion": f" {WORDS[a]} {WORDS[b]}"} for a in WORDS for b in WORDS]
@@ -92,6 +93,15 @@ def test_from_file_to_reply(base: Path, tmp_path: Path, task: str, changes: Any,
 
 def _asked(row: Any) -> Any:
     return {"messages": row["messages"][:1]} if "messages" in row else {"prompt": row["prompt"]}
+
+
+class Killed(Exception):
+    pass
+
+
+class Kill(TrainerCallback):
+    def on_save(self, *_: Any) -> None:
+        raise Killed
 
 
 def test_resumes_bit_exactly(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

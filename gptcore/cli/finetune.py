@@ -10,7 +10,9 @@ from pathlib import Path
 from gptcore.cli.options import add_fields, add_machine, pick
 from gptcore.cli.train import check_unused, with_resume
 from gptcore.tasks.recipe import DERIVED, RUN, FinetuneOptions, finetune
+from gptcore.training import distributed
 from gptcore.training.arguments import TrainingArguments
+from gptcore.training.resume import restarted
 from gptcore.training.signals import TrainingInterrupted
 
 SUMMARY = "Fine-tune a model for a task on a file of examples, and report how good it is."
@@ -29,15 +31,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the data, the baselines and the metrics. Returns 130 if interrupted."""
+    """Print the data, the baselines and the metrics. Returns 130 if interrupted.
+
+    Under torchrun each process runs this; that of rank 0 prints and writes.
+    """
     options = FinetuneOptions(**pick(args, FinetuneOptions))
+    args.device = distributed.local_device(args.device)
+    processes = distributed.join(args.device)
+    with processes.one_speaks():
+        status = _run(args, options, processes)
+    distributed.leave()
+    return status
+
+
+def _run(args: argparse.Namespace, options: FinetuneOptions, processes: distributed.Processes) -> int:
     given = {
         field.name: getattr(args, field.name)
         for field in dataclasses.fields(TrainingArguments)
         if {f"--{no}{field.name.replace('_', '-')}" for no in ("", "no-")} & args.given
     }
     out = Path(given.get("output_dir", RUN["output_dir"]))
-    check_unused(out, args.resume, given.get("overwrite_output_dir", False))
+    args.resume = args.resume or processes.first(lambda: restarted(out))
+    processes.first(lambda: check_unused(out, args.resume, given.get("overwrite_output_dir", False)))
     try:
         report = finetune(args.model, options, args.resume, args.device, **given)
     except TrainingInterrupted as interrupt:

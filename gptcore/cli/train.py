@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import math
 import shlex
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -118,11 +116,7 @@ def run(args: argparse.Namespace) -> int:
     arguments = TrainingArguments(**pick(args, TrainingArguments))
     args.device = distributed.local_device(args.device)
     processes = distributed.join(args.device)
-    with contextlib.ExitStack() as stack:
-        if processes.rank > 0:
-            stack.enter_context(contextlib.redirect_stdout(None))
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")  # rank 0 warns of the same
+    with processes.one_speaks():
         status = _run(args, arguments, processes)
     distributed.leave()
     return status

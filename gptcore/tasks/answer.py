@@ -52,8 +52,7 @@ class Answer(Task[Question]):
 
     @property
     def threshold(self) -> float:
-        found = self.settings.get("threshold")
-        return np.inf if found is None else float(found)
+        return _limit(self.settings.get("threshold"))
 
     def windows(self, example: Question, labelled: bool = False) -> list[Window]:
         end = self.end or [
@@ -148,21 +147,17 @@ class Answer(Task[Question]):
         return {**shown, **best, "no_answer": no_answer, "span": span, "candidates": [best, *others][:top_k]}
 
     def tune(self, examples: Sequence[Question], predictions: list[Prediction]) -> list[Prediction]:
-        """Choose the threshold with the highest F1."""
-        self.settings["threshold"] = None
-        if all(e.answers for e in examples):
-            return predictions
-        gains = []
-        for e, p in zip(examples, predictions, strict=True):
-            golds = [text for text, _ in e.answers or ()]
-            empty, span = (metrics.answer_scores(text, golds)[1] for text in ("", p["span"]["answer"]))
-            gains.append((p["no_answer"], empty - span))
-        gains.sort(reverse=True)
-        best = int(np.cumsum([0.0, *(gain for _, gain in gains)]).argmax())  # as many get no answer
-        edges = [gains[0][0] + 1, *(score for score, _ in gains), gains[-1][0] - 1]
-        self.settings["threshold"] = (edges[best] + edges[best + 1]) / 2
+        """Choose the threshold with the highest F1; return predictions to report, by thresholds that did not see them.
+
+        Those of one half of the contexts are by the threshold that is the best for the other half.
+        """
+        contexts = {context: i % 2 for i, context in enumerate(dict.fromkeys(e.context for e in examples))}
+        halves = [contexts[e.context] if len(contexts) > 1 else i % 2 for i, e in enumerate(examples)]
+        rows = list(zip(examples, predictions, halves, strict=True))
+        limits = [_best_threshold([(e, p) for e, p, half in rows if half != number]) for number in (0, 1)]
+        self.settings["threshold"] = _best_threshold([(e, p) for e, p, _ in rows])
         no_span = {"answer": "", "start": 0, "end": 0}
-        return [{**p, **(no_span if p["no_answer"] > self.threshold else p["span"])} for p in predictions]
+        return [{**p, **(no_span if p["no_answer"] > _limit(limits[half]) else p["span"])} for _, p, half in rows]
 
     def describe(self, examples: Sequence[Question]) -> list[str]:
         count = sum(not e.answers for e in examples)
@@ -198,6 +193,25 @@ class Answer(Task[Question]):
         if not all(e.answers for e in validation):
             yield "no answer", [{"answer": ""}] * len(validation)
         yield "sentence with most words of the question", [{"answer": _sentence_like(e)} for e in validation]
+
+
+def _limit(threshold: float | None) -> float:
+    return np.inf if threshold is None else float(threshold)
+
+
+def _best_threshold(rows: Sequence[tuple[Question, Prediction]]) -> float | None:
+    """Return the threshold of `no_answer` with the highest F1; None if every question has an answer."""
+    if all(e.answers for e, _ in rows):
+        return None
+    gains = []
+    for e, p in rows:
+        golds = [text for text, _ in e.answers or ()]
+        empty, span = (metrics.answer_scores(text, golds)[1] for text in ("", p["span"]["answer"]))
+        gains.append((p["no_answer"], empty - span))
+    gains.sort(reverse=True)
+    best = int(np.cumsum([0.0, *(gain for _, gain in gains)]).argmax())  # as many get no answer
+    edges = [gains[0][0] + 1, *(score for score, _ in gains), gains[-1][0] - 1]
+    return float((edges[best] + edges[best + 1]) / 2)
 
 
 def _sentence_like(example: Question) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ from gptcore.text.tokenizer import Tokenizer
 from gptcore.training.arguments import TrainingArguments
 from gptcore.training.callbacks import TrainerCallback
 from gptcore.training.checkpoint import list_checkpoints
+from gptcore.training.distributed import Processes, join
+from gptcore.training.resume import restarted
 from gptcore.training.trainer import Trainer
 
 RATE = 6.25e-5 * 768  # learning rate times width: GPT-1's (Radford et al. 2018, section 4.1), for models of any width
@@ -107,16 +109,17 @@ class Scoring(TrainerCallback):
         self.task, self.validation = task, validation
 
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        result = scored(self.task, trainer.own_model, self.validation, trainer.args.per_device_eval_batch_size)[0]
+        result = scored(self.task, trainer, self.validation)
         metrics.update({f"eval_{name}": value for name, value in result.metrics.items()})
 
 
-def scored(
-    task: Task, model: nn.Module, examples: Sequence[Any], batch_size: int
-) -> tuple[Result, list[dict[str, Any]]]:
-    """Return how good the model is, with settings chosen for these examples, and its predictions."""
-    predictions = task.tune(examples, task.predict(model, examples, batch_size))
-    return task.score(examples, predictions), predictions
+def scored(task: Task, trainer: Trainer, examples: Sequence[Any]) -> Result:
+    """Return how good the model is, with settings chosen by these examples. Processes share the predictions."""
+    rank, count = trainer.processes.rank, trainer.processes.count
+    mine = task.predict(trainer.own_model, examples[rank::count], trainer.args.per_device_eval_batch_size)
+    parts = trainer.processes.share(mine)
+    predictions = [parts[i % count][i // count] for i in range(len(examples))]
+    return task.score(examples, task.tune(examples, predictions))
 
 
 def finetune(
@@ -131,20 +134,36 @@ def finetune(
     resume: from the newest checkpoint in output_dir, if there is one; the result has the bits of an uninterrupted run.
     training: fields of TrainingArguments. Others are as in RUN, or follow from the model and the data: DERIVED.
 
+    Under torchrun each process calls this; that of rank 0 alone prints and writes files. The bits are those of one.
+
     Raises ValueError, before anything is written, for examples that cannot be used; and as Trainer.train.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("gptcore finetune runs in one process; start it without torchrun")
+    processes = join(torch.device(device))
+    with processes.one_speaks():
+        return _finetune(model_folder, options, resume, device, processes, training)
+
+
+def _finetune(
+    model_folder: PathLike,
+    options: FinetuneOptions,
+    resume: bool,
+    device: torch.device | str,
+    processes: Processes,
+    training: dict[str, Any],
+) -> Report:
+    if training.get("parallel", "data") != "data":
+        raise ValueError(f"parallel is {training['parallel']!r}, but fine-tuning needs the whole model: leave it out")
     seed = training.get("seed", TrainingArguments.seed)
     task_class = KINDS[options.task]
     train, validation = read(options, seed)
     head = task_class.settle(train, validation)
     if training.get("packing") and not task_class.packs:
         raise ValueError(f"packing is for the tasks {', '.join(TEXT_TASKS)}, not for {options.task}; leave it out")
-    before = Tokenizer.from_pretrained(model_folder)
+    before = processes.after_first(lambda: Tokenizer.from_pretrained(model_folder))
     tokenizer = task_class.prepare_tokenizer(before, options.chat_template, options.layout)
     torch.manual_seed(seed)
-    model = task_class.load(model_folder, head, options.lm_coef, options.head_dropout).to(device)
+    load = functools.partial(task_class.load, model_folder, head, options.lm_coef, options.head_dropout)
+    model = processes.after_first(load).to(device)
     task = task_class(tokenizer, getattr(model, "labels", []), settings_for(options, model, head))
     features = [task.features(part) for part in (train, validation)]
     describe(task, train, validation, features)
@@ -160,20 +179,22 @@ def finetune(
     for name, result in results.items():
         print(f"baseline          {name}: {task.metric} {result.metrics[task.metric]:.4f}")
     out = Path(arguments.output_dir)
-    saved = resume and bool(list_checkpoints(out))
+    resume = resume or processes.first(lambda: restarted(out))
+    saved = resume and processes.first(lambda: bool(list_checkpoints(out)))
     if resume and not saved:
         arguments.overwrite_output_dir = True  # a run that was killed before its first checkpoint starts again
     scoring = [] if task.selects[0] == "eval_loss" else [Scoring(task, validation)]
     trainer = Trainer(model, arguments, features[0], features[1], task.collator, tokenizer, scoring)
     trainer.train(resume_from_checkpoint=saved)
-    result, _ = scored(task, model, validation, arguments.per_device_eval_batch_size)
+    result = scored(task, trainer, validation)
     if task.selects[0] == "eval_loss":
         result.metrics["perplexity"] = trainer.evaluate()["perplexity"]
     task.attach(model)
     if options.lora is not None:
-        save_adapter(model, out / "adapter", base_model_name_or_path=str(model_folder))
+        save = functools.partial(save_adapter, model, out / "adapter", base_model_name_or_path=str(model_folder))
+        processes.first(save)
         if new or options.task in TEXT_TASKS:
-            tokenizer.save_pretrained(out / "adapter")
+            processes.first(lambda: tokenizer.save_pretrained(out / "adapter"))
         merge_adapter(model, keep_original=False)
     trainer.save_model()
     report = Report(
@@ -187,7 +208,7 @@ def finetune(
         steps=trainer.state.global_step,
         best_step=trainer.state.best_step,
     )
-    write_report(report, out)
+    processes.first(lambda: write_report(report, out))
     return report
 
 

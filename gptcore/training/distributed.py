@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -56,6 +57,16 @@ class Processes:
         with self._naming_failures():
             dist.all_gather(rows, mine, group=self._control)
         return [row.tolist() for row in rows]
+
+    @contextlib.contextmanager
+    def one_speaks(self) -> Iterator[None]:
+        """Let the process of rank 0 alone print and warn; the others would do the same."""
+        with contextlib.ExitStack() as stack:
+            if self.rank > 0:
+                stack.enter_context(contextlib.redirect_stdout(None))
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            yield
 
     def block(self, count: int, rank: int | None = None) -> range:
         """Return which of `count` micro-batches a process takes, by default this one."""
