@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,14 +80,14 @@ class Running(NamedTuple):
     def complete(self, **body: Any) -> Answer:
         return self.request("POST", "/v1/completions", {"model": MODEL, "prompt": "the quick", **body})
 
-    def connect(self, path: str, body: Any) -> socket.socket:
-        """Return a socket over which a request was sent, and nothing was read."""
+    def connect(self, path: str, body: Any, more: bytes = b"") -> socket.socket:
+        """Return a socket over which a request was sent, and nothing was read. more: follows in the same packet."""
         data = json.dumps(body).encode()
         head = (
             f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
         )
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=30)
-        sock.sendall(head.encode() + b"\r\n\r\n" + data)
+        sock.sendall(head.encode() + b"\r\n\r\n" + data + more)
         return sock
 
     def stats(self) -> dict[str, float]:
@@ -98,6 +98,14 @@ class Running(NamedTuple):
         wait_for(
             lambda: not self.guard.running and not self.stats()["running"] and not self.stats()["waiting"], seconds
         )
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Wait until the other side has closed a connection, over which it says nothing."""
+    try:
+        return sock.recv(64) == b""
+    except ConnectionResetError:
+        return True
 
 
 @contextlib.contextmanager
@@ -134,10 +142,12 @@ def tiny_gpt(tokenizer: Tokenizer) -> GPT:
 
 
 @contextlib.contextmanager
-def serving(served: Served, routers: Any, model: Any, **settings: Any) -> Iterator[Running]:
+def serving(
+    served: Served, routers: Any, model: Any, origins: Sequence[str] = (), **settings: Any
+) -> Iterator[Running]:
     """Serve until the end of the block."""
     guard = make_app(served, routers, **settings)
-    server = make_server(guard, served.limits)
+    server = make_server(guard, served.limits, origins)
     sock = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()

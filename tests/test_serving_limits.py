@@ -1,20 +1,25 @@
 """Rules for the server, each from a hole that was found in another one; the names of the tests are the rules."""
 
+import contextlib
 import hmac
+import http.client
 import json
 import logging
 import re
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from served import MODEL, POSITIONS, running, tiny_tokenizer
+from served import MODEL, POSITIONS, Answer, is_closed, running, tiny_tokenizer, wait_for
+from torch import Tensor
 
 import gptcore.serving
 from gptcore import cli
 from gptcore.serving.guard import LOOPBACK, read_keys
 from gptcore.serving.limits import HEADER_BYTES, MAX_CHOICES, MAX_PROMPTS, Limits
+from gptcore.serving.rows import Row
 from gptcore.text.chat import template_of
 from gptcore.text.tokenizer import Tokenizer
 
@@ -41,12 +46,10 @@ def locked(tokenizer):
         yield started
 
 
-def is_closed(sock: socket.socket) -> bool:
-    """Wait until the other side has closed a connection, over which it says nothing."""
-    try:
-        return sock.recv(64) == b""
-    except ConnectionResetError:
-        return True
+def read_answer(sock: socket.socket) -> http.client.HTTPResponse:
+    answer = http.client.HTTPResponse(sock)
+    answer.begin()
+    return answer
 
 
 # ---- counts and numbers (vLLM CVE-2026-34756, llama.cpp CVE-2026-21869) ------------------------------------------
@@ -86,7 +89,7 @@ def test_every_number_is_range_checked(server, name, value):
 
 
 @pytest.mark.parametrize(
-    "bias", [{"-1": 1}, {"1.5": 1}, {"a": 1}, {"1": 101}, {"1": "5"}, {"99999": 1}, {"\u0663": 1}, [1]]
+    "bias", [{"-1": 1}, {"1.5": 1}, {"a": 1}, {"1": 101}, {"1": "5"}, {"99999": 1}, {"\u0663": 1}, {"01": 1}, [1]]
 )
 def test_logit_bias_is_checked(server, bias):
     answer = server.complete(logit_bias=bias)
@@ -102,10 +105,24 @@ def test_token_ids_are_checked(server, tokens):
 # ---- headers, bodies, slow clients (vLLM CVE-2025-48956) ---------------------------------------------------------
 
 
-def test_huge_headers_are_refused(server):
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * (HEADER_BYTES + 100),
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * (HEADER_BYTES // 6 + 100),
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",  # TLS
+        b"GET /h\xc3\xa9 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+    ],
+    ids=["long", "many", "tls", "path", "lengths", "negative"],
+)
+def test_huge_headers_and_what_is_not_http_are_refused(server, sent):
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
-        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * (HEADER_BYTES + 100))
-        assert sock.recv(64).startswith(b"HTTP/1.1 400 ")
+        sock.sendall(sent)
+        answer = read_answer(sock)
+    assert (answer.status, answer.getheader("Connection")) == (400, "close")
+    assert json.loads(answer.read())["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("size", [BODY + 1, 12 * BODY, 400 * BODY])
@@ -227,14 +244,76 @@ def test_a_prefix_is_never_shared_across_keys(locked, monkeypatch):
 # ---- what is not accepted at all ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("field", ["tools", "response_format", "guided_regex", "grammar", "prompt_embeds", "cache_salt",
-                                   "suffix", "user", "n_discard"])  # fmt: skip
+@pytest.mark.parametrize(
+    "field", ["suffix", "user", "n_discard", "best_of", "tools", "response_format", "parallel_tool_calls"]
+)
 def test_no_field_is_accepted_and_ignored(server, field):
-    """vLLM CVE-2025-48944 (grammars), CVE-2025-62164 (tensors from clients), CVE-2026-105756 (one bad field)."""
-    for value in ("(a*)*b", None, {"type": "json_object"}):
+    for value in (None, 1, {"type": "json_object"}):
         answer = server.complete(**{field: value})
         assert (answer.status, answer.error["param"]) == (400, field)
+
+
+def test_no_query_or_encoding_is_accepted_and_ignored(server):
+    answer = server.request("POST", "/v1/completions?n=2", {"model": MODEL, "prompt": "a"})
+    assert (answer.status, answer.error["message"].partition(";")[0]) == (
+        400, "there is no query parameter here, but 'n=2'")  # fmt: skip
+    answer = server.request("POST", "/tokenize", {"prompt": "a"}, **{"Content-Encoding": "gzip"})
+    assert (answer.status, answer.error["message"].partition(";")[0]) == (400, "the body has Content-Encoding 'gzip'")
+
+
+@pytest.mark.parametrize("field", ["guided_regex", "grammar", "guided_json"])
+def test_no_grammar_of_a_client_is_run(server, field):
+    """vLLM CVE-2025-48944: a bad regular expression ended the engine."""
+    assert server.complete(**{field: "(a*)*b"}).error["param"] == field
     assert server.complete().status == 200
+
+
+@pytest.mark.parametrize("field", ["prompt_embeds", "image", "lora_weights"])
+def test_no_tensor_is_taken_from_a_client(server, field):
+    """vLLM CVE-2025-62164."""
+    for value in ("UEsDBAAAAAA=", [[0.5, 1.5]]):
+        assert server.complete(**{field: value}).error["param"] == field
+
+
+def test_no_request_ends_the_engine(server, monkeypatch):
+    """vLLM CVE-2026-105756 (cache_salt): an error inside is that of one request, and those beside it end as ever."""
+    choose = Row.choose
+
+    def fail(row: Row, logits: Tensor) -> int:
+        if row.request.seed == 13:
+            raise SystemError("not foreseen")
+        return choose(row, logits)
+
+    monkeypatch.setattr(Row, "choose", fail)
+    expected = server.complete(seed=1).json["choices"]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda seed: server.complete(seed=seed), [1, 13, 1, 13]))
+    assert [answer.status for answer in answers] == [200, 500, 200, 500]
+    assert answers[0].json["choices"] == answers[2].json["choices"] == expected
+    assert answers[1].error["type"] == "server_error"
+
+
+def test_every_cache_is_bounded(tokenizer):
+    """vLLM CVE-2025-29770. Kept between requests are prefixes, and the labels of metrics."""
+    with running(tokenizer) as server:
+        prefix = server.served.engine._prefix
+        prefix.limit = 64
+
+        def kept() -> int:
+            return len(prefix) + server.request("GET", "/metrics").data.count(b"\n")
+
+        def ask(i: int) -> None:
+            server.complete(prompt=[(i * j) % 300 for j in range(40)], max_tokens=1)
+            server.request("GET", f"/path-{i}")
+            server.request("M" * (i + 1), "/health")
+
+        ask(50), kept()
+        before = kept()
+        assert len(prefix) == 32
+        for i in range(20):
+            ask(i)
+        assert kept() < before + 32 + 8  # another reason why a text ended
+        assert len(prefix) == 64
 
 
 @pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/"}},
@@ -295,25 +374,61 @@ def test_other_hosts_cannot_name_this_machine(server, host, status):
     assert server.request("GET", "/health", Host=host).status == status
 
 
+SITE = "https://example.org"
+
+
 def test_other_sites_get_nothing_unless_asked(server):
     """No CORS header, and no POST that a browser would send without asking first."""
-    answer = server.request("GET", "/v1/models", Origin="https://example.org")
+    answer = server.request("GET", "/v1/models", Origin=SITE)
     assert not [name for name in answer.headers if name.lower().startswith("access-control")]
-    assert server.request("OPTIONS", "/v1/completions", Origin="https://example.org").status == 405
+    assert server.request("OPTIONS", "/v1/completions", Origin=SITE).status == 405
     plain = server.request("POST", "/tokenize", b'{"prompt": "a"}', **{"Content-Type": "text/plain"})
     assert plain.status == 400
     assert "application/json" in plain.error["message"]
 
 
-BODIES = [b"", b"{", b"[]", b"null", b"1", b'"a"', b"\xff\xfe", b"[" * 4000, b"{}", b'{"prompt": "a", "prompt": 1}',
-          b'{"prompt": ' + b"9" * 4000 + b"}"]  # fmt: skip
+def test_a_site_that_allow_origin_names_gets_answers_and_no_other(tokenizer):
+    with running(tokenizer, origins=[SITE], keys=KEYS) as server:
+
+        def ask(origin: str, method: str = "POST", headers: str = "authorization, content-type") -> Answer:
+            asks = {"Access-Control-Request-Method": method, "Access-Control-Request-Headers": headers}
+            return server.request("OPTIONS", "/v1/completions", Origin=origin, **asks)
+
+        assert (ask(SITE).status, ask(SITE).headers["Access-Control-Allow-Origin"]) == (200, SITE)
+        for refused in (ask(SITE + ".evil.example"), ask("null"), ask(SITE, "DELETE"), ask(SITE, headers="x-other")):
+            assert refused.status == 400
+        key = f"Bearer {KEYS[0].decode()}"
+        for origin, allowed in ((SITE, SITE), ("https://evil.example", None)):
+            answer = server.request("GET", "/v1/models", Origin=origin, Authorization=key)
+            assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (200, allowed)
+            assert answer.headers["Access-Control-Allow-Credentials"] is None
+        assert server.request("GET", "/v1/models", Origin=SITE).status == 401
+    assert cli.make_parser().parse(["serve", "model"]).allow_origin == []
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_a_body_of_any_kind_gets_an_answer(server, body):
+BODIES = {
+    b"": "the body is missing; it is required",
+    b"{": "the body is not JSON: Expecting property name",
+    b"[]": "the body: ",
+    b"null": "the body",
+    b"1": "the body: ",
+    b'"a"': "the body: ",
+    b"\xff\xfe": "the body is not JSON: Expecting value",
+    b'{"prompt": "\xff"}': "the body cannot be read as JSON: 'utf-8' codec can't decode byte 0xff",
+    b"[" * 4000: "the body cannot be read as JSON: maximum recursion depth exceeded",
+    b"{}": "prompt is missing; it is required",
+    b'{"prompt": "a", "prompt": "b"}': "the body cannot be read as JSON: 'prompt' is there twice",
+    b'{"prompt": "a", "return_token_strs": {"a": 1, "a": 1}}': "the body cannot be read as JSON: 'a' is there twice",
+    b'{"prompt": ' + b"9" * 4000 + b"}": "prompt: input should be a valid string, not 9999999",
+    b'{"prompt": ' + b"9" * 4080 + b"}": "prompt: input should be a valid string",
+}
+
+
+@pytest.mark.parametrize(("body", "message"), BODIES.items())
+def test_a_body_of_any_kind_gets_an_answer(server, body, message):
     answer = server.request("POST", "/tokenize", body)
     assert answer.status == 400
-    assert answer.error["message"]
+    assert answer.error["message"].startswith(message)
 
 
 def test_half_a_character_is_text_too(server):
@@ -331,6 +446,31 @@ def test_errors_have_one_shape(server):
         assert sorted(answer.error) == ["code", "message", "param", "type"]
         assert answer.headers["x-request-id"].startswith("req_")
         assert answer.headers["content-type"] == "application/json"
+
+
+def test_too_many_connections_get_503_and_one_that_closes_makes_room(tokenizer):
+    with running(tokenizer, Limits(max_connections=2)) as server, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(2)]
+        wait_for(lambda: len(server.guard.connections) == 2)
+        answer = server.request("GET", "/health")
+        assert (answer.status, answer.headers["Retry-After"], answer.headers["Connection"]) == (503, "1", "close")
+        assert answer.error["message"] == "more than 2 connections are open"
+        idle[0].close()
+        wait_for(lambda: len(server.guard.connections) == 1)
+        assert server.request("GET", "/health").status == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/nope"])
+def test_head_is_get_without_the_body(server, path):
+    head, whole = (server.request(method, path) for method in ("HEAD", "GET"))
+    assert (head.status, head.headers["Content-Length"], head.data) == (whole.status, str(len(whole.data)), b"")
+
+
+def test_clients_of_http_1_0_get_an_answer_and_the_end(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as sock:
+        sock.sendall(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        assert read_answer(sock).read() == b'{"status":"ok","details":{}}'
+        assert is_closed(sock)
 
 
 def test_limits_themselves_are_checked():

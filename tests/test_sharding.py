@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ import torch
 import torch.distributed as dist
 from processes import NEW, alone, check_close, command, kill, processes, run, tensors
 from tiny_run import exact, losses, tiny_gpt, tiny_trainer
+from torch import nn
 
 from gptcore import GPT, GPTConfig
 from gptcore.cli import main
-from gptcore.lora import add_adapter
+from gptcore.export import export_gguf
+from gptcore.hf.pretrained import load_config
+from gptcore.lora import add_adapter, load_adapter
 from gptcore.tensor_file import load_tensors
+from gptcore.text.tokenizer import Tokenizer
 from gptcore.training.arguments import TrainingArguments
 from gptcore.training.callbacks import TrainerCallback
 from gptcore.training.checkpoint import list_checkpoints
@@ -139,11 +144,14 @@ def test_accumulation_communicates_once_a_step(tmp_path: Path, parallel: str) ->
     assert run(tmp_path / "run", 2, count_messages, **settings) == ([0, 0], ["", ""])
 
 
-def adapted(args: TrainingArguments) -> torch.nn.Module:
-    model = tiny_gpt()
+def add(model: GPT) -> GPT:
     add_adapter(model, r=2, dora=True, target_modules="all-linear", modules_to_save=["ln_f"],
                 trainable_token_indices=[1, 5])  # fmt: skip
     return model
+
+
+def adapted(args: TrainingArguments) -> nn.Module:
+    return add(tiny_gpt())
 
 
 class SaveAtEnd(TrainerCallback):
@@ -155,25 +163,49 @@ def save_at_end(rank: int, trainer: Trainer) -> None:
     trainer.callbacks.append(SaveAtEnd())
 
 
-def test_fsdp_trains_adapters(tmp_path: Path) -> None:
-    for name, count, changes in (("one", 1, {}), ("two", 2, {"parallel": "fsdp"})):
-        found = run(tmp_path / name, count, save_at_end, make=adapted, max_steps=6, **changes)
+def in_parts(args: TrainingArguments, weights: Path | None = None, make: Callable[[], GPT] = tiny_gpt) -> nn.Module:
+    """Build a model for FSDP, and compare its bits with those of one that was built whole."""
+    torch.manual_seed(1)
+    model = sharded_model(make, args, "cpu", weights)
+    torch.manual_seed(1)
+    whole = make()
+    if weights is not None:
+        torch.manual_seed(1)
+        dtype = whole.wte._parameters["weight"].dtype
+        whole = (add if hasattr(whole, "adapters") else lambda model: model)(GPT.from_pretrained(weights, dtype=dtype))
+    expected = whole.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.full_tensor(), expected[name]), name
+    assert [(n, p.requires_grad) for n, p in model.named_parameters()] == [
+        (n, p.requires_grad) for n, p in whole.named_parameters()
+    ]
+    return model
+
+
+def adapted_in_parts(args: TrainingArguments, gguf: Path) -> nn.Module:
+    """Build models with adapters: one with the weights of a GGUF file, and the new one that is returned."""
+    in_parts(args, gguf, lambda: add(GPT(load_config(gguf))))
+    return in_parts(args, make=lambda: add(tiny_gpt()))
+
+
+def test_fsdp_builds_adapters_in_parts_and_trains_them(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("to be or not to be " * 9)
+    model = GPT(GPTConfig(vocab_size=260, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+    export_gguf(model, Tokenizer.train(tmp_path / "text.txt", 260), tmp_path / "model.gguf", "bf16")
+    parts = functools.partial(adapted_in_parts, gguf=tmp_path / "model.gguf")
+    for name, count, changes in (("one", 1, {"make": adapted}), ("two", 2, {"parallel": "fsdp", "make": parts})):
+        found = run(tmp_path / name, count, save_at_end, max_steps=6, **changes)
         assert found == ([0] * count, [""] * count)
     check_close(tmp_path / "two", tmp_path / "one", rel=1e-4)
     mine, theirs = (load_tensors(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
     assert mine.keys() == theirs.keys()
     for key, tensor in mine.items():
         torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-4)
-
-
-def in_parts(args: TrainingArguments, weights: Path | None = None) -> torch.nn.Module:
-    """Build a model for FSDP, and compare its bits with those of one that was built whole."""
-    model = sharded_model(tiny_gpt, args, "cpu", weights)
-    torch.manual_seed(1)
-    expected = (tiny_gpt() if weights is None else GPT.from_pretrained(weights)).state_dict()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor.full_tensor(), expected[name])
-    return model
+    with torch.device("meta"):
+        model = tiny_gpt()
+    with pytest.raises(ValueError, match="the model has no memory yet, on the meta device, so no adapter can be"):
+        load_adapter(model, tmp_path)
 
 
 def test_fsdp_builds_a_model_in_parts(tmp_path: Path, alone: Path) -> None:
@@ -181,9 +213,8 @@ def test_fsdp_builds_a_model_in_parts(tmp_path: Path, alone: Path) -> None:
     assert run(folder, 2, parallel="fsdp", make=in_parts) == ([0, 0], ["", ""])
     check_close(folder, alone, rel=1e-4)
     weights = functools.partial(in_parts, weights=alone / "checkpoint-5")
-    assert (
-        run(tmp_path / "other", 2, parallel="fsdp", max_steps=1, eval_steps=1, save_steps=0, make=weights)[0] == [0] * 2
-    )
+    short = {"parallel": "fsdp", "max_steps": 1, "eval_steps": 1, "save_steps": 0}
+    assert run(tmp_path / "other", 2, make=weights, **short)[0] == [0] * 2
 
 
 def peak() -> int:
@@ -191,7 +222,7 @@ def peak() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def measured(args: TrainingArguments, weights: Path | None) -> torch.nn.Module:
+def measured(args: TrainingArguments, weights: Path | None) -> nn.Module:
     config = GPTConfig(vocab_size=32, n_positions=8, n_embd=256, n_layer=12, n_head=2)
     in_parts(args)  # loads what is imported when it is needed
     before = peak()

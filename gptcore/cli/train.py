@@ -27,11 +27,9 @@ from gptcore.config import GPTConfig
 from gptcore.data.collator import DataCollatorForLanguageModeling
 from gptcore.data.datasets import TextDataset, TokenDataset, split
 from gptcore.data.prepared import Prepared, find_prepared
-from gptcore.hf.gguf_file import is_gguf
-from gptcore.hf.pretrained import load_config
+from gptcore.hf.pretrained import read_header
 from gptcore.memory import total_memory
 from gptcore.model import GPT
-from gptcore.quantized import kinds_of
 from gptcore.text.tokenizer import Tokenizer
 from gptcore.training import distributed
 from gptcore.training.arguments import TrainingArguments
@@ -131,11 +129,12 @@ def _run(args: argparse.Namespace, arguments: TrainingArguments, processes: dist
     _check(args, prepared, parts)
     torch.manual_seed(args.seed)
     tokenizer = processes.first(lambda: _tokenizer(args, checkpoint, prepared))
-    if parts > 1 and not (args.init_from and is_gguf(args.init_from)):
-        make = functools.partial(_new_model, args, tokenizer)
+    config, dtype = processes.first(lambda: _kind_of_model(args, tokenizer))
+    if parts > 1:
+        make = functools.partial(_new_model, config, dtype)
         model: GPT = sharded_model(make, arguments, args.device, args.init_from)  # type: ignore[assignment]
     else:
-        model = _model(args, tokenizer).to(args.device)
+        model = (GPT.from_pretrained(args.init_from) if args.init_from else GPT(config)).to(args.device)
     block_size = model.config.n_positions if args.block_size is None else args.block_size
     train_set, validation_set = processes.after_first(lambda: _datasets(args, tokenizer, block_size, prepared))
     if args.resume and checkpoint is None:
@@ -280,36 +279,27 @@ def _check_same(args: argparse.Namespace, tokenizer: Tokenizer, checkpoint: Path
             raise ValueError(f"--vocab-size is {args.vocab_size}, but {ours}; {advice}")
 
 
-def _model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT:
-    """Return the model in --init-from, else a new one."""
+def _kind_of_model(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[GPTConfig, torch.dtype]:
+    """Return config and dtype of the model in --init-from, else of a new one."""
     if not args.init_from:
-        return _new_model(args, tokenizer)
-    model = GPT.from_pretrained(args.init_from)
-    if kinds := sorted(set(kinds_of(model).values())):
+        eos = tokenizer.eos_token_id
+        special = {"vocab_size": tokenizer.vocab_size, "bos_token_id": eos, "eos_token_id": eos}
+        return GPTConfig(**pick(args, GPTConfig) | special), torch.float32
+    config, dtype, kinds = read_header(args.init_from)
+    if kinds:
         raise ValueError(
             f"{args.init_from} is in {', '.join(kinds)}, and quantized weights are not trained; decode them first: "
             f"gptcore export {args.init_from} --to hf --dtype f32 -o FOLDER"
         )
-    _check_vocabulary(args, model.config, tokenizer)
-    return model
-
-
-def _new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> GPT:
-    """Return a model of the size of --init-from, or of the options, with new weights."""
-    if args.init_from:
-        config = load_config(args.init_from)
-        _check_vocabulary(args, config, tokenizer)
-        return GPT(config)
-    eos = tokenizer.eos_token_id
-    special = {"vocab_size": tokenizer.vocab_size, "bos_token_id": eos, "eos_token_id": eos}
-    return GPT(GPTConfig(**pick(args, GPTConfig) | special))
-
-
-def _check_vocabulary(args: argparse.Namespace, config: GPTConfig, tokenizer: Tokenizer) -> None:
     if config.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"the model in {args.init_from} has {config.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}"
         )
+    return config, dtype
+
+
+def _new_model(config: GPTConfig, dtype: torch.dtype) -> GPT:
+    return GPT(config).to(dtype)
 
 
 def with_resume(argv: Sequence[str]) -> list[str]:

@@ -33,7 +33,7 @@ from gptcore.hf.weight_files import (
     weight_files,
 )
 from gptcore.inputs import check_one_dtype
-from gptcore.lora.adapters import base_state
+from gptcore.lora.adapters import base_state, without_adapters
 from gptcore.quantized import kinds_of, quantize_modules
 from gptcore.tensor_file import TensorFile, parts, save_tensors
 
@@ -137,11 +137,16 @@ def load(
             return _build(make, file.config(overrides), file.path, [file], dtype or file.dtype)
         finally:
             file.close()
+    folder = _find(name_or_path)
+    return _build(make, _config(folder, overrides), folder, _open_weights(folder), dtype)
+
+
+def _find(name_or_path: PathLike) -> Path:
+    """Return the folder of a model, with its config and weights."""
     folder = find_folder(name_or_path, ["config.json", *SAFETENSORS, "model-*.safetensors"])
-    config = _config(folder, overrides)
     if folder != Path(name_or_path) and not weight_files(folder):  # on the Hub, from before safetensors
         folder = find_folder(name_or_path, ["config.json", *PICKLES, "pytorch_model-*.bin"])
-    return _build(make, config, folder, _open_weights(folder), dtype)
+    return folder
 
 
 def _build(
@@ -201,9 +206,28 @@ def read_state_dict(model: GPT | TaskModel, folder: PathLike, dtype: torch.dtype
 
 
 def read_tensors(model: GPT | TaskModel, name_or_path: PathLike, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yield what read_state_dict returns one by one. The error about weights that are not finite comes last."""
-    folder = find_folder(name_or_path, ["config.json", *SAFETENSORS, "model-*.safetensors"])
-    yield from _tensors(model, folder, _open_weights(folder), dtype)
+    """Yield the weights of a folder, or decoded those of a GGUF file, one by one, as read_state_dict returns them.
+
+    The error about weights that are not finite comes last.
+    """
+    if is_gguf(name_or_path):
+        file = GGUFWeights(name_or_path, in_blocks=False)
+        yield from _tensors(model, file.path, [file], dtype)
+    else:
+        folder = _find(name_or_path)
+        yield from _tensors(model, folder, _open_weights(folder), dtype)
+
+
+def read_header(name_or_path: PathLike) -> tuple[GPTConfig, torch.dtype, list[str]]:
+    """Return config and dtype of the model that from_pretrained returns, and the kinds of its quantized weights."""
+    if is_gguf(name_or_path):
+        with GGUFWeights(name_or_path, in_blocks=True) as file:
+            return file.config({}), file.dtype, sorted(set(file.kinds.values()))
+    folder, dtypes = _find(name_or_path), []
+    for weights in _open_weights(folder):
+        dtypes += [found.dtype for found in weights.entries.values()]
+        weights.close()
+    return _config(folder, {}), max(DTYPES, key=dtypes.count), []
 
 
 def _open_weights(folder: Path) -> list[WeightFile]:
@@ -234,8 +258,9 @@ def _tensors(
     may_lack: names of weights that may be absent, all of them, or none.
     """
     where = files[0].path if len(files) == 1 else folder
-    own_names = {name.removeprefix(PREFIX): name for name in model.state_dict()}
-    expected = {name: model.state_dict()[own] for name, own in own_names.items()}
+    state = without_adapters(model)
+    own_names = {name.removeprefix(PREFIX): name for name in state}
+    expected = {name: state[own] for name, own in own_names.items()}
     sources: dict[str, tuple[WeightFile, str]] = {}
     twice = []
     our_names = {theirs: ours for ours, theirs in GPT1_NAMES.items()}

@@ -96,8 +96,9 @@ def add_adapter(
         r, alpha, dropout, targets, rslora, dora, list(modules_to_save), list(trainable_token_indices)
     )
     plan = plan_of(model, config, device_of(model))
-    for layer, adapter in plan:
-        adapter.initialise(layer.module)
+    if device_of(model).type != "meta":  # else `sharded_model` does it
+        for layer, adapter in plan:
+            adapter.initialise(layer.module)
     install(model, name, config, plan)
     return report(model)
 
@@ -198,7 +199,21 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
             f"the model computes with the adapter {state_of(model).active!r}: merge_adapter puts it into the weights, "
             "save_adapter writes it alone, and set_adapter(model, None) selects the base"
         )
+    return without_adapters(model)
+
+
+def without_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """Return model.state_dict() without adapters, whatever the model computes with."""
     return {name: tensor for name, tensor in model.state_dict().items() if "lora" not in name.split(".")}
+
+
+def initialise_adapters(model: nn.Module) -> None:
+    """Give all adapters of a model, in the order in which they were added, the values that add_adapter gives them."""
+    for name in state_of(model).configs if hasattr(model, "adapters") else ():
+        for module, slot in _slots(model):
+            adapters: dict[str, Any] = dict(slot.items())
+            if name in adapters:
+                adapters[name].initialise(module)
 
 
 # ---- the layers of a model -------------------------------------------------------------------------------------------

@@ -57,6 +57,8 @@ def load_adapter(model: nn.Module, name_or_path: PathLike, name: str = "default"
     unexpected, of another shape or not finite, with the first of them. The model is then as it was.
     """
     check_new(model, name)
+    if device_of(model).type == "meta":
+        raise ValueError("the model has no memory yet, on the meta device, so no adapter can be loaded into it")
     folder = find_folder(name_or_path, [CONFIG, WEIGHTS])
     for needed in (CONFIG, WEIGHTS):
         if not (folder / needed).is_file():

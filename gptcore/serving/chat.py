@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from gptcore.serving.completions import STREAM, add, events
-from gptcore.serving.errors import Problem, responses
+from gptcore.serving.errors import Problem, Route, responses
 from gptcore.serving.generate import Choice, Piece, Spelled, merged, start, usage_of
 from gptcore.serving.schema import (
     Alternative,
@@ -28,7 +28,7 @@ from gptcore.text.chat import Template
 
 
 def routes(served: Served, template: Template) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=Route)
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion, responses={**responses(429), **STREAM})
     async def chat_completions(request: Request, body: ChatRequest) -> Response:

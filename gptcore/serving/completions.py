@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from gptcore.serving.errors import Problem, responses
+from gptcore.serving.errors import Problem, Route, responses
 from gptcore.serving.generate import Choice, Piece, Spelled, merged, start, usage_of
 from gptcore.serving.schema import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from gptcore.serving.served import Served
@@ -22,7 +22,7 @@ STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream"
 
 
 def routes(served: Served) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=Route)
 
     @router.post("/v1/completions", response_model=Completion, responses={**responses(429), **STREAM})
     async def completions(request: Request, body: CompletionRequest) -> Response:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from gptcore.serving.errors import Problem
 from gptcore.serving.guard import Guard
 from gptcore.serving.limits import HEADER_BYTES, Limits
 
@@ -40,6 +43,17 @@ class Connection(H11Protocol):
         if self._headers is not None and self.cycle is not before:  # its headers are there
             self._headers.cancel()
             self._headers = None
+        if self.cycle is not before and not self.cycle.more_body and self.conn.trailing_data[0]:
+            self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP as uvicorn does, in the shape that errors have."""
+        response = Problem(400, msg, headers={"Connection": "close"}).response()
+        start = h11.Response(status_code=400, headers=response.raw_headers, reason=b"Bad Request")
+        with contextlib.suppress(h11.LocalProtocolError):  # another response has begun
+            for event in (start, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -67,10 +81,10 @@ class Server(uvicorn.Server):
         protocol = type("LimitedConnection", (Connection,), {"seconds": limits.client_seconds})
         config = uvicorn.Config(
             app, http=protocol, ws="none", lifespan="off", h11_max_incomplete_event_size=HEADER_BYTES,
-            limit_concurrency=limits.max_connections, timeout_graceful_shutdown=1, server_header=False,
-            proxy_headers=False, **settings,
+            timeout_graceful_shutdown=1, server_header=False, proxy_headers=False, **settings,
         )  # fmt: skip
         super().__init__(config)
+        guard.connections = self.server_state.connections
         self.guard, self.limits, self.since = guard, limits, 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

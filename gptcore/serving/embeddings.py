@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from starlette.concurrency import run_in_threadpool
 
 from gptcore.model import GPT
-from gptcore.serving.errors import responses
+from gptcore.serving.errors import Route, responses
 from gptcore.serving.generate import taken
 from gptcore.serving.schema import Embedding, EmbeddingRequest, Embeddings, EmbeddingUsage
 from gptcore.serving.served import Served
 
 
 def routes(served: Served, model: GPT) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=Route)
 
     @router.post("/v1/embeddings", responses=responses(404, 429))
     async def embeddings(body: EmbeddingRequest) -> Embeddings:

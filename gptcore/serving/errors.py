@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -58,6 +59,37 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the errors of a route for the OpenAPI document; those that every route has are included."""
     always = (400, 401, 403, 408, 413, 429, 500, 503, 504)
     return {status: {"model": ErrorBody} for status in sorted({*always, *statuses})}
+
+
+class Route(APIRoute):
+    """A route whose JSON names each field once: of two values one would be accepted and ignored."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handle(_Request(request.scope, request.receive))
+
+        return strict
+
+
+class _Request(Request):
+    async def json(self) -> Any:
+        try:
+            return json.loads(await self.body(), object_pairs_hook=_unique)
+        except json.JSONDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:  # bytes that are no text, thousands of digits or of brackets
+            raise HTTPException(400, f"the body cannot be read as JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{ascii(twice)[:40]} is there twice")
+    return found
 
 
 async def on_problem(request: Request, error: Exception) -> JSONResponse:

@@ -55,7 +55,7 @@ class Guard:
 
     Reads the whole body before the inner application runs, within its limits. Watches the connection while that runs:
     it is cancelled as soon as the client is gone, or after limits.request_seconds. `running` counts requests; while
-    `draining`, new ones get 503.
+    `draining`, new ones get 503, as all do while there are too many `connections`.
 
     count: called with the route and the status of each request at its end; the status is "dropped" without a response.
     hosts: names that the Host header may have; None for any. It stops pages of other sites that have their own name
@@ -74,11 +74,14 @@ class Guard:
         self.keys = [hashlib.sha256(key).digest() for key in keys]
         self.hosts = hosts
         self.running, self.draining = 0, False
+        self.connections: Collection[object] = ()
         self._work: set[asyncio.Future[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        if scope["method"] == "HEAD":  # uvicorn leaves the body out
+            scope = {**scope, "method": "GET"}
         answer = _Answer(send)
         at_end: list[Callable[[], None]] = []  # what a route has begun, and ends when its request does
         self.running += 1
@@ -106,6 +109,12 @@ class Guard:
         owner = self._owner(headers.get("authorization", "")) if self.keys and path not in OPEN else ""
         if self.draining:
             raise Problem(503, "the server is shutting down", headers={"Retry-After": "5", "Connection": "close"})
+        if len(self.connections) > (most := self.limits.max_connections):
+            raise Problem(503, f"more than {most} connections are open", headers={**BUSY, "Connection": "close"})
+        if query := scope["query_string"]:
+            raise Problem(400, f"there is no query parameter here, but {ascii(query)[1:80]}; send fields in the body")
+        if (encoding := headers.get("content-encoding", "identity")) != "identity":
+            raise Problem(400, f"the body has Content-Encoding {ascii(encoding)[:40]}; send it as it is")
         return owner
 
     def _owner(self, given: str) -> str:

@@ -10,8 +10,9 @@ from fastapi import APIRouter
 from torch import nn
 
 from gptcore.files import PathLike
+from gptcore.hf.hub import find_folder
 from gptcore.lora.adapters import set_adapter
-from gptcore.lora.files import load_adapter
+from gptcore.lora.files import CONFIG, WEIGHTS, load_adapter
 from gptcore.model import GPT
 from gptcore.serving import embeddings, tasks
 from gptcore.serving.engine import Engine
@@ -19,7 +20,7 @@ from gptcore.serving.limits import Limits
 from gptcore.serving.served import Served
 from gptcore.tasks.pipelines import PIPELINES, pipeline, task_name
 from gptcore.text.chat import Template, find_template, template_of
-from gptcore.text.tokenizer import Tokenizer
+from gptcore.text.tokenizer import FILES, Tokenizer
 
 
 def load(
@@ -46,6 +47,7 @@ def load(
     model: Any = GPT if task is None else PIPELINES[tasks.PIPELINES[task]].kind.model_class
     model = model.from_pretrained(path).to(device).eval()
     for adapter, folder in adapters.items():
+        _check_tokenizer(tokenizer, path, folder)
         load_adapter(model, folder, adapter)
     if adapters:
         set_adapter(model, None)
@@ -73,6 +75,16 @@ def serve(
         name, tokenizer, config.n_positions, vocab_size, limits, engine, adapters or [], template,
         generates=isinstance(model, GPT),
     )  # fmt: skip
+
+
+def _check_tokenizer(tokenizer: Tokenizer, path: PathLike, adapter: PathLike) -> None:
+    """Raise ValueError for an adapter that was trained with other tokens than those of the model in `path`."""
+    folder = find_folder(adapter, [CONFIG, WEIGHTS, *FILES])
+    if (folder / "tokenizer.json").exists() and Tokenizer.from_pretrained(folder).fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{folder} has another tokenizer than {path}, so they cannot be served together; serve the model in which "
+            "the adapter is merged, as gptcore finetune saves it"
+        )
 
 
 def _template(tokenizer: Tokenizer, name: str | None) -> Template | None:

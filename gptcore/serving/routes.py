@@ -7,7 +7,7 @@ from importlib import resources
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 
-from gptcore.serving.errors import Problem, responses
+from gptcore.serving.errors import Problem, Route, responses
 from gptcore.serving.schema import (
     DetokenizeRequest,
     Health,
@@ -26,7 +26,7 @@ PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript", "
 
 def routes(served: Served) -> APIRouter:
     """Return the routes that every model has."""
-    router = APIRouter(responses=responses())
+    router = APIRouter(route_class=Route, responses=responses())
     template = None if served.template is None else served.template.name
     cards = [
         ModelCard(

@@ -6,6 +6,7 @@ for a number.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -65,7 +66,7 @@ class Sampling(Body):
     @classmethod
     def _token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for key in value or {}:
-            if not (key.isascii() and key.isdigit() and len(key) < 10):
+            if not re.fullmatch("0|[1-9][0-9]{0,8}", key):
                 raise ValueError(f"a key of logit_bias should be a token id, such as '50256', not {ascii(key)[:40]}")
         return value
 

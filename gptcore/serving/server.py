@@ -81,4 +81,4 @@ def make_server(guard: Guard, limits: Limits, origins: Sequence[str] = ()) -> Se
             guard, allow_origins=origins, allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"], expose_headers=["x-request-id"],
         )  # fmt: skip
-    return Server(app, guard, limits, log_level="warning", access_log=False)
+    return Server(app, guard, limits, log_level="error", access_log=False)

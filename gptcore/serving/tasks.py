@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from gptcore.serving.errors import Problem, responses
+from gptcore.serving.errors import Problem, Route, responses
 from gptcore.serving.generate import taken
 from gptcore.serving.schema import (
     AnswerList,
@@ -28,7 +28,7 @@ def routes(served: Served, task: str, pipeline: Any) -> APIRouter:
 
     The engine batches requests that wait at once: for each route, number of answers and adapter.
     """
-    router = APIRouter(responses=responses(404, 429))
+    router = APIRouter(route_class=Route, responses=responses(404, 429))
     labels = _of_requests(lambda texts: pipeline(texts, top_k=None))
     spans = _of_requests(lambda texts: pipeline(texts, aggregation_strategy="simple"))
     answers = functools.cache(lambda top_k: _of_requests(lambda questions: _ask(pipeline, questions, top_k)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from gptcore.files import PathLike
 from gptcore.hf.pretrained import NoInitialization, read_tensors
+from gptcore.lora.adapters import initialise_adapters
 from gptcore.training import distributed
 from gptcore.training.arguments import TrainingArguments
 from gptcore.training.checkpoint import named_tensors, own_name
@@ -33,18 +34,17 @@ def sharded_model(
 ) -> nn.Module:
     """Return the model that `make` builds, sharded, for a Trainer with these args; no process ever holds all of it.
 
-    make: is called on the meta device.
-    init_from: model folder of the weights, which rank 0 reads one by one. None: rank 0 draws them one by one, with the
-        bits that make() would have there, by `reset_parameters` of its layers and its own `init_weights`.
+    make: is called on the meta device; it may add adapters, which start as add_adapter says.
+    init_from: model folder or GGUF file of the weights, which rank 0 reads one by one. None: rank 0 draws them one by
+        one, with the bits that make() would have there, by `reset_parameters` of its layers and its own `init_weights`.
 
-    Raises ValueError for a model with adapters, buffers, or weights that nothing initialises.
+    Raises ValueError for a model with buffers, as quantized ones have, or with weights that nothing initialises.
     """
     processes, device = distributed.join(torch.device(device)), torch.device(device)
     with torch.device("meta"), NoInitialization():
         model = make()
-    if hasattr(model, "adapters") or any(True for _ in model.buffers()):
-        what = "adapters" if hasattr(model, "adapters") else "buffers"
-        raise ValueError(f"a {type(model).__name__} with {what} cannot be built in parts: give it whole to Trainer")
+    if any(True for _ in model.buffers()):
+        raise ValueError(f"a {type(model).__name__} with buffers cannot be built in parts: give it whole to Trainer")
     layers = [layer for layer in model.modules() if hasattr(layer, "reset_parameters")]
     known = {id(tensor) for layer in layers for tensor in layer.parameters()}
     left = [name for name, tensor in model.named_parameters() if id(tensor) not in known]
@@ -60,22 +60,31 @@ def sharded_model(
                 shards.fill(name, None, tensor)
 
         processes.first(fill, shards.serve)
-    else:
-        with torch.no_grad(), _WholeInitialization(processes.rank):
-            for layer in layers:  # what a later function overwrites was drawn nevertheless
-                layer.reset_parameters()  # type: ignore[operator]
-            if hasattr(model, "init_weights"):
-                model.init_weights()  # type: ignore[operator]
+    from torch.distributed.tensor.experimental import implicit_replication  # of the numbers of an adapter's rows
+
+    adapters = {id(tensor) for name, tensor in model.named_parameters() if "lora" in name.split(".")}
+    with torch.no_grad(), implicit_replication():
+        if init_from is None:
+            with _WholeInitialization(processes.rank, adapters):
+                for layer in layers:  # what a later function overwrites was drawn nevertheless
+                    layer.reset_parameters()  # type: ignore[operator]
+                if hasattr(model, "init_weights"):
+                    model.init_weights()  # type: ignore[operator]
+        with _WholeInitialization(processes.rank):
+            initialise_adapters(model)
     return model
 
 
 class _WholeInitialization(TorchFunctionMode):
-    """Initialise each sharded tensor as a whole one on rank 0, by its generator, and scatter the result."""
+    """Initialise each sharded tensor as a whole one on rank 0, by its generator, and scatter the result.
+
+    later: ids of tensors that are not there yet in a model built whole.
+    """
 
     DRAWS = (Tensor.normal_, Tensor.uniform_)
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, later: Set[int] = frozenset()) -> None:
+        self.rank, self.later = rank, later
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -83,6 +92,8 @@ class _WholeInitialization(TorchFunctionMode):
         tensor = args[0] if args else kwargs.get("tensor")
         if not draws or not hasattr(tensor, "to_local"):
             return func(*args, **kwargs)
+        if id(tensor) in self.later:
+            return tensor
         whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         if self.rank == 0:
             func(whole, *args[1:], **{name: value for name, value in kwargs.items() if name != "tensor"})
