@@ -4,7 +4,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /
 WORKDIR /source
 COPY constraints.txt ./
 RUN python -m venv /opt/gptcore \
- && /opt/gptcore/bin/pip install --no-cache-dir -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
+ && /opt/gptcore/bin/pip install --no-cache-dir -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch
 COPY . .
 RUN GPTCORE_CUDA=OFF PIP_CONSTRAINT=constraints.txt /opt/gptcore/bin/pip install --no-cache-dir ".[serve]"
 
