@@ -48,6 +48,41 @@ def examples() -> dict[str, str]:
 def run_example(name: str, broken: bool, x: Tensor, out: Tensor) -> None:
     """Run an example on x, (64, 4) with strides (8, 1), and out, (128, 4), both float32."""
 
+def hopper_examples() -> dict[str, str]:
+    """Return the Hopper kernels, as "kernel: mistake", with the rules that may be reported, none if it is correct."""
+
+def run_hopper_example(name: str, x: Tensor, y: Tensor, out: Tensor) -> None:
+    """Run an example on x, (250, 64), y, (256, 64), both bfloat16, and out, float32 (128, 32)."""
+
+def run_product(
+    image: Tensor,
+    a: Tensor,
+    out: Tensor,
+    a_descriptor: int,
+    b_descriptor: int,
+    a_transposed: bool = False,
+    b_transposed: bool = False,
+    from_registers: bool = False,
+) -> None:
+    """Run one wgmma on operands in `image`, which becomes shared memory: out = 1 + A B.
+
+    out is float32 (128, n / 2), the accumulators of each thread; a, int32 (128, 4), the registers of A.
+    """
+
+def run_copy(
+    x: Tensor,
+    out: Tensor,
+    *,
+    box: tuple[int, ...],
+    swizzle_bytes: int,
+    at: tuple[int, ...],
+    at_out: tuple[int, ...] | None = None,
+) -> None:
+    """Copy a box of x, bfloat16 with four dimensions, to shared memory, and that to out, or to its box at at_out.
+
+    box, at and at_out are innermost dimension first, as in a tensor map.
+    """
+
 def run_fragments(op: str, words: Tensor, out: Tensor) -> None:
     """Run mma_bfloat16, mma_float16, mma_tf32, load_matrix or load_matrix_trans on each lane's words, int32 (32, 10).
 

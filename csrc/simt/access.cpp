@@ -27,8 +27,9 @@ std::string Block::describe_address(uintptr_t address) const {
 
 std::string Block::describe_accessor(uint16_t code, uint32_t run) const {
   std::string text;
-  if (code == kSeveral) text = "several threads";
+  if (code == kSeveral || code == kReaderSet) text = "several threads";
   else if (code & kWholeWarp) text = "warp " + std::to_string(code & ~kWholeWarp);
+  else if (code & kAgent) text = run == run_ ? describe_agent(code) : "an asynchronous unit";
   else text = "thread " + std::to_string((code & ~kPendingCopy) - 1);
   if (run == run_) return text;
   const int64_t block = run - state_->first_run, x = state_->at.grid_x, y = state_->at.grid_y;
@@ -36,69 +37,139 @@ std::string Block::describe_accessor(uint16_t code, uint32_t run) const {
          std::to_string(block / x / y) + ")";
 }
 
+// Returns whether an access of this block happens before one that has seen these clocks.
+bool Block::happened(uint16_t code, uint32_t stamp, const Clock& seen) const {
+  const auto all = [&](int first, int count) {
+    return std::all_of(seen.begin() + first, seen.begin() + first + count, [=](uint32_t s) { return s > stamp; });
+  };
+  if (code == kSeveral) return all(0, threads_);
+  if (code == kReaderSet) {
+    const auto& readers = readers_.readers(stamp);
+    return std::all_of(readers.begin(), readers.end(),
+                       [&](const Reader& r) { return happened(r.code, r.stamp, seen); });
+  }
+  if (code & kWholeWarp) return all((code & ~kWholeWarp) * kLanes, kLanes);
+  if (code & kAgent) return seen[threads_ + (code & ~kAgent)] > stamp;
+  return seen[(code & ~kPendingCopy) - 1] > stamp;
+}
+
+bool Block::before(uint16_t code, uint32_t stamp) const {
+  return happened(code, stamp, actor_ ? *actor_->seen : clocks_.seen(thread_));
+}
+
+// Returns whether the thread that wrote executed a fence afterwards, which has been seen, so that asynchronous units
+// see the write.
+bool Block::fenced(uint16_t code, uint32_t stamp, const Clock& seen, bool of_mbarrier) const {
+  const int thread = code - 1;
+  const auto has = [&](const std::vector<uint32_t>& fences) {
+    const auto next = std::upper_bound(fences.begin(), fences.end(), stamp);
+    return next != fences.end() && *next < seen[thread];
+  };
+  const AsyncLane& lane = async_.lanes[thread];
+  return has(lane.fences) || (of_mbarrier && has(lane.init_fences));
+}
+
+void Block::add_reader(Cell& cell, Reader reader) {
+  if (cell.read_run == run_ && cell.reader != reader.code && !before(cell.reader, cell.read_stamp)) {
+    if (cell.reader == kSeveral) {
+      cell.read_stamp = std::max(cell.read_stamp, reader.stamp);
+      return;
+    }
+    cell.read_stamp = cell.reader == kReaderSet
+                          ? readers_.with(cell.read_stamp, reader)
+                          : readers_.pair({cell.reader, cell.read_stamp, cell.read_pc}, reader);
+    cell.reader = kReaderSet;
+    return;
+  }
+  cell.read_run = run_, cell.reader = reader.code, cell.read_stamp = reader.stamp, cell.read_pc = reader.pc;
+}
+
 // An access of this run happens before the present one if it is of the same thread, is older than the last barrier of
-// the block, or is of the same warp and older than the last barrier of the warp.
+// the block, or is of the same warp and older than the last barrier of the warp. Where other things order accesses,
+// clocks_ tell.
+template <bool kPrecise>
 void Block::check_cell(Cell& cell, Kind kind, bool shared, uintptr_t address, unsigned width, uint32_t pc) {
   const int w = thread_ / kLanes;
   const uint32_t warp_stamp = warp_[w].stamp;
-  const uint16_t me = static_cast<uint16_t>(kind == Kind::warp_read ? kWholeWarp + w : thread_ + 1);
+  const Actor* const actor = kPrecise ? actor_ : nullptr;
+  const uint32_t now = actor ? actor->stamp : kPrecise ? clocks_.stamp(thread_) : warp_stamp;
+  const uint16_t me = actor ? actor->code
+                            : static_cast<uint16_t>(kind == Kind::warp_read ? kWholeWarp + w : thread_ + 1);
   const bool writes = kind == Kind::write || kind == Kind::start_copy;
   const bool written_here = cell.write_run == run_;
 
   if (kind == Kind::finish_copy) {
-    cell.writer = me, cell.write_stamp = warp_stamp;
+    cell.writer = me, cell.write_stamp = now;
     return;
   }
   auto unordered = [&](uint16_t code, uint32_t stamp) {
+    if (kPrecise) return !before(code, stamp);
     if (stamp < block_stamp_ || code == me) return false;
     if (code == kSeveral) return true;
     const int other = code & kWholeWarp ? code & ~kWholeWarp : (code - 1) / kLanes;
     return other != w || stamp >= warp_stamp;
   };
-  auto race = [&](const char* did, uint16_t code, uint32_t run, uint32_t other_pc) {
-    fail("data race", pc, [=, name = describe_address(address), other = describe_accessor(code, run),
-                           same_run = run == run_] {
-      return std::string(writes ? "writes " : "reads ") + bytes_text(width) + " at " + name + ", which " + other + " " +
-             did + " at " + source_line(other_pc) +
-             (same_run ? ", with no barrier between" : ", and blocks are not ordered");
-    });
+  const auto describe = [&] {
+    return (actor ? std::string(actor->does) + (writes ? " writes " : " reads ")
+                   : std::string(writes ? "writes " : "reads ")) +
+           bytes_text(width) + " at " + describe_address(address);
+  };
+  auto race = [&](const char* did, uint16_t code, uint32_t run, uint32_t stamp, uint32_t other_pc) {
+    if (code == kReaderSet)
+      for (const Reader& reader : readers_.readers(stamp))
+        if (unordered(reader.code, reader.stamp)) code = reader.code, other_pc = reader.pc;
+    const bool is_copy = run == run_ && code & kAgent && code < kWholeWarp && did[0] == 'w';
+    fail(is_copy ? "unfinished copy" : "data race", pc,
+         [=, text = describe(), other = describe_accessor(code, run), same_run = run == run_] {
+           return text + ", which " + other + " " + did + " at " + source_line(other_pc) +
+                  (!same_run ? ", and blocks are not ordered"
+                   : is_copy ? " and which has not been waited for"
+                   : kPrecise ? ", and nothing orders them"
+                             : ", with no barrier between");
+         });
   };
 
+  if (written_here && cell.writer == kMbarrier)
+    fail("mbarrier", pc, [text = describe()] { return text + ", where an mbarrier lies"; });
   if (written_here && (cell.writer & kPendingCopy))
-    fail("unfinished copy", pc, [=, name = describe_address(address), other = describe_accessor(cell.writer, run_),
+    fail("unfinished copy", pc, [=, text = describe(), other = describe_accessor(cell.writer, run_),
                                  copy_pc = cell.write_pc] {
-      return std::string(writes ? "writes " : "reads ") + bytes_text(width) + " at " + name +
-             ", the destination of an asynchronous copy of " + other + " at " + source_line(copy_pc) +
+      return text + ", the destination of an asynchronous copy of " + other + " at " + source_line(copy_pc) +
              " that has not been waited for";
     });
   if (written_here ? unordered(cell.writer, cell.write_stamp) : !shared && cell.write_run >= state_->first_run)
-    race("wrote", cell.writer, cell.write_run, cell.write_pc);
+    race("wrote", cell.writer, cell.write_run, cell.write_stamp, cell.write_pc);
+  if (actor && written_here && !(cell.writer & kAgent) && !fenced(cell.writer, cell.write_stamp, *actor->seen))
+    fail("missing fence", pc, [=, text = describe(), other = describe_accessor(cell.writer, run_),
+                               other_pc = cell.write_pc] {
+      return text + ", which " + other + " wrote at " + source_line(other_pc) +
+             " with no fence_proxy_async of that thread afterwards that is ordered before";
+    });
 
   if (writes) {
     const bool read_here = cell.read_run == run_;
     if (read_here ? unordered(cell.reader, cell.read_stamp) : !shared && cell.read_run >= state_->first_run)
-      race("read", cell.reader, cell.read_run, cell.read_pc);
-    cell.write_run = run_, cell.write_stamp = warp_stamp, cell.write_pc = pc;
+      race("read", cell.reader, cell.read_run, cell.read_stamp, cell.read_pc);
+    cell.write_run = run_, cell.write_stamp = now, cell.write_pc = pc;
     cell.writer = kind == Kind::start_copy ? me | kPendingCopy : me;
     return;
   }
 
   if (shared ? !written_here : cell.write_run == 0)
-    fail("uninitialised read", pc, [=, name = describe_address(address)] {
-      return "reads " + bytes_text(width) + " at " + name + ", which was never written";
-    });
+    fail("uninitialised read", pc, [text = describe()] { return text + ", which was never written"; });
+  if (kPrecise && shared) return add_reader(cell, {me, now, pc});
   auto set_reader = [&](uint16_t code, uint32_t stamp) {
     cell.read_run = run_, cell.reader = code, cell.read_stamp = stamp, cell.read_pc = pc;
   };
   if (cell.read_run != run_) {
     if (!shared && cell.read_run >= state_->first_run) set_reader(kSeveral, kForever);
-    else set_reader(me, warp_stamp);
-  } else if (cell.read_stamp < block_stamp_ || cell.reader == me) {
-    set_reader(me, warp_stamp);
+    else set_reader(me, now);
+  } else if (kPrecise ? before(cell.reader, cell.read_stamp) : cell.read_stamp < block_stamp_ || cell.reader == me) {
+    set_reader(me, now);
   } else if (cell.reader != kSeveral) {
     const int other = cell.reader & kWholeWarp ? cell.reader & ~kWholeWarp : (cell.reader - 1) / kLanes;
-    if (other != w) set_reader(kSeveral, warp_stamp);
-    else set_reader(cell.read_stamp < warp_stamp ? me : static_cast<uint16_t>(kWholeWarp + w), warp_stamp);
+    if (other != w || kPrecise) set_reader(kSeveral, now);
+    else set_reader(cell.read_stamp < warp_stamp ? me : static_cast<uint16_t>(kWholeWarp + w), now);
   }
 }
 
@@ -122,7 +193,8 @@ void Block::shared_access(uintptr_t address, unsigned width, Kind kind, uint32_t
   const int alignment = static_cast<int>((offset | width) & -(offset | width));
   if (alignment < granule_) refine_shared(alignment);
   for (size_t i = offset / granule_, end = (offset + width) / granule_; i < end; ++i)
-    check_cell(shared_cells_[i], kind, true, address, width, pc);
+    if (precise_) check_cell<true>(shared_cells_[i], kind, true, address, width, pc);
+    else check_cell<false>(shared_cells_[i], kind, true, address, width, pc);
 }
 
 void Block::global_access(uintptr_t address, unsigned width, bool write, uint32_t pc) {
@@ -148,14 +220,18 @@ void Block::global_access(uintptr_t address, unsigned width, bool write, uint32_
   for (int64_t i = first; i <= last; ++i) {
     lock_ = &locks[(reinterpret_cast<uintptr_t>(&region->cells[i]) >> 6) % 1024];
     while (lock_->test_and_set(std::memory_order_acquire)) {}
-    check_cell(region->cells[i], write ? Kind::write : Kind::read, false, address, width, pc);
+    if (precise_) check_cell<true>(region->cells[i], write ? Kind::write : Kind::read, false, address, width, pc);
+    else check_cell<false>(region->cells[i], write ? Kind::write : Kind::read, false, address, width, pc);
     lock_->clear(std::memory_order_release);
     lock_ = nullptr;
   }
 }
 
 void Block::access(uintptr_t address, unsigned width, bool write, uint32_t pc, bool check_alignment) {
-  if (on_stack(address)) return;
+  if (on_stack(address)) {
+    if (tracks_registers_) touch_registers(address, width, write, pc);
+    return;
+  }
   const bool shared = address - reinterpret_cast<uintptr_t>(shared_) < kMaxSharedBytes;
   if (!shared && !write && in_module(address)) return;  // a constant table
   if (check_alignment && address % width)

@@ -23,19 +23,16 @@ uint64_t mix(uint64_t x) {  // splitmix64
   return x ^ x >> 31;
 }
 
-const char* name_of(Op op) {
-  switch (op) {
-    case Op::barrier: return "barrier";
-    case Op::warp_barrier: return "warp_barrier";
-    case Op::shuffle: return "shuffle";
-    case Op::load_matrix: return "load_matrix";
-    default: return "mma";
-  }
-}
-
 bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || !std::strcmp(a.file, b.file)); }
 
 }  // namespace
+
+const char* name_of(Op op) {
+  static const char* const names[] = {"nothing", "barrier", "warp_barrier", "shuffle", "load_matrix", "mma", "elect",
+    "named_barrier_sync", "named_barrier_arrive", "wgmma_fence", "wgmma", "wgmma_commit", "wgmma_wait",
+    "set_max_registers"};
+  return names[static_cast<int>(op)];
+}
 
 Block& Block::of_this_thread() {
   // A pointer, since a module that is loaded at run time has little thread-local memory.
@@ -56,6 +53,8 @@ void Block::run(LaunchState& state, int64_t index, KernelCounters& counters) {
   threads_ = static_cast<int>(at.threads), warps_ = threads_ / kLanes;
   stamp_ = block_stamp_ = 1;
   last_region_ = nullptr;
+  precise_ = tracks_registers_ = false;
+  actor_ = nullptr;
   count = {};
 
   if (!shared_) {
@@ -116,21 +115,26 @@ void Block::fiber_main() {
 // Switches to the next thread that can run. The caller has recorded what this thread waits for.
 void Block::resume_next() {
   int w = thread_ / kLanes;
-  if (!warp_[w].ready) {
-    int next = -1;
+  if (precise_ && state_->options.order == Order::random && random(8) == 0) advance_async();
+  while (!warp_[w].ready) {
     const int start = state_->options.order == Order::random ? random(warps_) : 0;
+    int next = -1;
     for (int i = 0; i < warps_ && next < 0; ++i) {
       const int candidate = warp_at_[(start + i) % warps_];
       if (warp_[candidate].ready) next = candidate;
     }
-    if (next < 0) {  // every thread waits at a barrier or has returned
-      bool all_done = true;
-      for (int i = 0; i < warps_; ++i) all_done &= warp_[i].done == kAllLanes;
-      if (all_done) switch_fiber(lane().fiber, main_);
-      release_barrier();
-      next = warp_at_[start];
+    w = next < 0 ? warp_at_[start] : next;
+    if (next >= 0) break;
+    // Every thread waits for something or has returned.
+    if (precise_ && advance_async()) continue;
+    bool all_done = true;
+    for (int i = 0; i < warps_; ++i) all_done &= warp_[i].done == kAllLanes;
+    if (all_done) {
+      end_async();
+      switch_fiber(lane().fiber, main_);
     }
-    w = next;
+    if (precise_ && async_.waiting > 0) report_deadlock();
+    release_barrier();
   }
   switch_to(w);
 }
@@ -165,6 +169,7 @@ void Block::release_barrier() {
   }
   ++count.barriers;
   block_stamp_ = ++stamp_;
+  if (precise_) clocks_.barrier(0, threads_, stamp_);
   for (int w = 0; w < warps_; ++w) {
     flush_log(w);
     warp_[w].stamp = stamp_, warp_[w].waiting = 0, warp_[w].ready = kAllLanes;

@@ -29,6 +29,10 @@ enum class Mma { bfloat16, float16, tf32 };
 constexpr Mma kind_of(const gptcore::bfloat16*) { return Mma::bfloat16; }
 constexpr Mma kind_of(const gptcore::float16*) { return Mma::float16; }
 
+// Where the elements of a matrix lie in shared memory, in each repeat of eight rows: not permuted, or 16-byte chunks
+// exclusive-ored with the row. The values are those of wgmma's matrix descriptors; a tensor map counts otherwise.
+enum class Swizzle { none, bytes128, bytes64, bytes32 };
+
 void barrier(Site);
 void warp_barrier(Site);
 uint32_t shuffle_xor(uint32_t value, int lane_mask, Site);
@@ -39,6 +43,22 @@ void copy_commit();
 void copy_wait(int groups);
 Words4 load_matrix(const void* row, bool transposed, Site);
 Float4 mma(Mma kind, Float4 d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, Site);
+bool elect(Site);
+void named_barrier(int id, int threads, bool waits, Site);
+void set_max_registers(int count, bool increase, Site);
+void mbarrier_init(const void*, int count);
+void mbarrier_arrive(const void*, int64_t bytes);
+bool mbarrier_try_wait(const void*, int parity);
+void proxy_fence(bool only_mbarriers);
+void wgmma_fence(Site);
+void wgmma_commit(Site);
+void wgmma_wait(int groups, Site);
+void wgmma(Mma kind, int n, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, bool a_transposed,
+           bool b_transposed, bool accumulate, Site);
+void bulk_load(void* to, const void* map, const void* mbarrier, int x, int y, int z, int w);
+void bulk_store(const void* map, const void* from, int x, int y, int z, int w);
+void bulk_commit();
+void bulk_wait(int groups, bool only_read);
 Words4 load_vec(const void* from);
 void store_vec(void* to, Words4 value);
 void count_special();

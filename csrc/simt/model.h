@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "csrc/launch.h"
+#include "csrc/simt/async.h"
+#include "csrc/simt/clocks.h"
 #include "csrc/simt/device.h"
 #include "csrc/simt/fiber.h"
 #include "csrc/simt/tensors.h"
@@ -30,6 +32,7 @@ struct SimtError : std::runtime_error {
 // Counters of one kernel, summed over the threads of its launches. Traffic is counted only if Options::count.
 struct Counters {
   int64_t launches, blocks, barriers, warp_barriers, shuffles, mma, load_matrix, copies, special;
+  int64_t wgmma_flops, wgmma_shared_bytes, bulk_bytes, mbarrier_waits;  // bytes: operands once a product; of all boxes
   int64_t global_read_bytes, global_write_bytes;        // requested by threads
   int64_t global_read_sectors, global_write_sectors;    // of 32 bytes, different ones in each warp's request
   int64_t global_distinct_read_bytes, global_distinct_write_bytes;  // each once a launch: what DRAM must move
@@ -74,7 +77,11 @@ struct LaunchState {
   std::mutex mutex;
 };
 
-enum class Op : uint8_t { none, barrier, warp_barrier, shuffle, load_matrix, mma };
+enum class Op : uint8_t {
+  none, barrier, warp_barrier, shuffle, load_matrix, mma, elect, named_sync, named_arrive, register_fence, wgmma,
+  wgmma_commit, wgmma_wait, registers
+};
+const char* name_of(Op op);
 
 struct Copy { char* to; const char* from; int bytes; bool valid; uint32_t pc; };
 
@@ -118,6 +125,23 @@ class Block {
   void copy_async(void* to, const void* from, int bytes, bool valid, uint32_t pc);
   void copy_wait(int groups);
 
+  // In mbarrier.cpp.
+  void mbarrier_init(const void* address, int count, uint32_t pc);
+  void mbarrier_arrive(const void* address, int64_t bytes, uint32_t pc);
+  bool mbarrier_try_wait(const void* address, int parity, uint32_t pc);
+  void proxy_fence(bool only_mbarriers);
+  void wait_until(Wait wait);
+  void wait_named(int id, uint32_t pc);
+  void take_registers(int wanted, uint32_t pc);
+  // In wgmma.cpp.
+  void wgmma_wait(int groups, Site site, uint32_t pc);
+  // In bulk.cpp.
+  void bulk_load(const void* map, void* to, const void* mbarrier, std::array<int, 5> at, uint32_t pc);
+  void bulk_store(const void* map, const void* from, std::array<int, 5> at, uint32_t pc);
+  void bulk_commit();
+  void bulk_wait(int groups, bool only_read);
+
+  AsyncLane& async_lane() { return async_.lanes[thread_]; }
   Lane& lane() { return lanes_[thread_]; }
   int thread() const { return thread_; }
   const std::array<unsigned, 3>& index() const { return index_; }
@@ -136,10 +160,54 @@ class Block {
   void do_load_matrix(Warp& warp, int w);
   void do_mma(Warp& warp, int w);
 
+  // An asynchronous unit that accesses memory in place of a thread.
+  struct Actor {
+    uint16_t code;
+    uint32_t stamp;
+    const Clock* seen;
+    const char* does;  // "a product reads"
+  };
+
+  // In mbarrier.cpp.
+  void become_precise();
+  void end_async();
+  Mbarrier& find_mbarrier(const void* address, bool by_copy, uint32_t pc);
+  void complete_phase(Mbarrier& barrier);
+  void complete_tx(Mbarrier& barrier, int64_t bytes, uint32_t pc);
+  bool satisfied(const Wait& wait) const;
+  void wake();
+  bool advance_async();  // lets an asynchronous unit do something
+  [[noreturn]] void report_deadlock();
+  std::string describe_mbarrier(const Mbarrier& barrier) const;
+  std::string describe_wait(const Wait& wait) const;
+  void do_named(Warp& warp, int w);
+  void do_elect(int w);
+  void do_registers(Warp& warp, int w);
+
+  // In wgmma.cpp.
+  Warpgroup& warpgroup_of(int w, uint32_t pc);
+  void do_register_fence(Warp& warp, int w);
+  void do_wgmma(Warp& warp, int w);
+  void check_registers(const void* registers, size_t bytes, bool is_accumulator, uint32_t index, uint32_t pc);
+  void touch_registers(uintptr_t address, unsigned width, bool write, uint32_t pc);
+  void check_operands(Warpgroup& group, IssuedProduct& issued);
+  void perform(IssuedProduct& issued);
+  void perform_until(Warpgroup& group, size_t end);
+  void do_wgmma_wait(Warp& warp, int w);
+
+  // In bulk.cpp.
+  void start(Transfer transfer, const void* shared, const Actor& in_shared, const Actor& in_global);
+  void perform(const Transfer& transfer);
+
   // In access.cpp.
   enum class Kind { read, write, warp_read, start_copy, finish_copy };
+  bool happened(uint16_t code, uint32_t stamp, const Clock& seen) const;
+  bool fenced(uint16_t code, uint32_t stamp, const Clock& seen, bool of_mbarrier = false) const;
+  bool before(uint16_t code, uint32_t stamp) const;  // the present access
+  void add_reader(Cell& cell, Reader reader);
   void shared_access(uintptr_t address, unsigned width, Kind kind, uint32_t pc);
   void global_access(uintptr_t address, unsigned width, bool write, uint32_t pc);
+  template <bool kPrecise>
   void check_cell(Cell& cell, Kind kind, bool shared, uintptr_t address, unsigned width, uint32_t pc);
   void matrix_row_access(uintptr_t address, uint32_t pc);
   void refine_shared(int granule);
@@ -150,6 +218,7 @@ class Block {
   [[noreturn]] void fail(const char* rule, uint32_t pc, std::function<std::string()> detail, int thread = -1);
   std::string describe_address(uintptr_t address) const;  // the name of a piece of memory
   std::string describe_accessor(uint16_t code, uint32_t run) const;
+  std::string describe_agent(uint16_t code) const;
   int random(int below);
 
   LaunchState* state_ = nullptr;
@@ -171,6 +240,12 @@ class Block {
   char* shared_ = nullptr;
   int granule_ = 4;
   std::unique_ptr<Cell[], decltype(&std::free)> shared_cells_{nullptr, &std::free};
+  bool precise_ = false;  // accesses are ordered by clocks_, not by stamps alone
+  bool tracks_registers_ = false;
+  Clocks clocks_;
+  ReaderSets readers_;
+  AsyncBlock async_;
+  const Actor* actor_ = nullptr;  // for whom memory is accessed, if not for the present thread
   Region* last_region_ = nullptr;
   std::atomic_flag* lock_ = nullptr;  // held while a cell of global memory is checked
   std::unordered_map<uint32_t, Instruction> log_[kMaxThreads / kLanes];

@@ -1,8 +1,11 @@
 // gptcore._simt: the CUDA kernels in a GPU simulator that checks and counts their memory accesses.
 #include "csrc/gpu/kernels.h"
 #include "csrc/operations.h"
+#include "csrc/simt/hopper_examples.h"
 #include "csrc/simt/model.h"
 #include "kernels/cuda/policy.h"
+
+#include <pybind11/stl.h>
 
 using namespace gptcore;
 
@@ -35,6 +38,8 @@ py::dict as_dict(const simt::KernelCounters& kernel) {
   d["global_distinct_write_bytes"] = c.global_distinct_write_bytes;
   d["shared_requests"] = c.shared_requests, d["shared_passes"] = c.shared_passes;
   d["bank_conflicts"] = c.bank_conflicts;
+  d["wgmma_flops"] = c.wgmma_flops, d["wgmma_shared_bytes"] = c.wgmma_shared_bytes;
+  d["bulk_bytes"] = c.bulk_bytes, d["mbarrier_waits"] = c.mbarrier_waits;
   return d;
 }
 
@@ -49,12 +54,72 @@ void configure(const std::string& order, uint64_t seed, int threads, bool count)
   simt::options = next;
 }
 
+// The map of all of a tensor of 16-bit elements: its last dimension is the first of the map.
+TensorMapArgs map_args(const TensorView& t, const std::array<int, 4>& box, int swizzle_bytes) {
+  check_dtype(t, "x", DType::bfloat16, "torch.bfloat16");
+  TensorMapArgs args{t.data, 4, {}, {}, {box[0], box[1], box[2], box[3]}, swizzle_bytes};
+  if (t.ndim != 4) refuse("x has ", t.ndim, " dimensions, expected 4");
+  for (int i = 0; i < 4; ++i) {
+    args.sizes[i] = t.shape[3 - i];
+    if (i > 0) args.strides[i - 1] = t.strides[3 - i] * 2;
+  }
+  return args;
+}
+
+void bind_hopper(py::module_& m) {
+  m.def("hopper_examples", [] { return py::dict(py::cast(GPTCORE_GPU::hopper_examples())); });
+  m.def("run_hopper_example", [](const std::string& name, const TensorView& x, const TensorView& y,
+                                 const TensorView& out) {
+    for (const TensorView* t : {&x, &y}) check_dtype(*t, "x or y", DType::bfloat16, "torch.bfloat16");
+    check_dtype(out, "out", DType::float32, "torch.float32");
+    check_shape(x, "x", {250, 64});
+    check_shape(y, "y", {256, 64});
+    check_shape(out, "out", {128, 32});
+    for (const TensorView* t : {&x, &y, &out}) check_contiguous(*t, "a tensor");
+    const DeviceTensors tensors{{"x", x, Access::read}, {"y", y, Access::write}, {"out", out, Access::write}};
+    py::gil_scoped_release release;
+    GPTCORE_GPU::run_hopper_example(name, {x.as<uint16_t>(), y.as<uint16_t>(), out.as<float>()});
+  }, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("out"));
+  m.def("run_product", [](const TensorView& image, const TensorView& a, const TensorView& out, uint64_t a_descriptor,
+                          uint64_t b_descriptor, bool a_transposed, bool b_transposed, bool from_registers) {
+    const bool is_float16 = image.dtype == DType::float16;
+    if (!is_float16) check_dtype(image, "image", DType::bfloat16, "torch.bfloat16 or torch.float16");
+    check_dtype(a, "a", DType::int32, "torch.int32");
+    check_dtype(out, "out", DType::float32, "torch.float32");
+    check_shape(a, "a", {128, 4});
+    check_shape(image, "image", {image.size()});
+    check_shape(out, "out", {128, out.size() / 128});
+    for (const TensorView* t : {&image, &a, &out}) check_contiguous(*t, "a tensor");
+    const DeviceTensors tensors{{"image", image, Access::read}, {"a", a, Access::read}, {"out", out, Access::write}};
+    py::gil_scoped_release release;
+    GPTCORE_GPU::run_product({image.as<uint16_t>(), a.as<uint32_t>(), out.as<float>(), int(image.size()),
+                              int(out.shape[1] * 2), a_descriptor, b_descriptor, a_transposed, b_transposed,
+                              from_registers, is_float16});
+  }, py::arg("image"), py::arg("a"), py::arg("out"), py::arg("a_descriptor"), py::arg("b_descriptor"),
+        py::arg("a_transposed") = false, py::arg("b_transposed") = false, py::arg("from_registers") = false);
+  m.def("run_copy", [](const TensorView& x, const TensorView& out, std::array<int, 4> box, int swizzle_bytes,
+                       std::array<int, 4> at, std::optional<std::array<int, 4>> at_out) {
+    const TensorMapArgs from = map_args(x, box, swizzle_bytes);
+    check_dtype(out, "out", DType::bfloat16, "torch.bfloat16");
+    std::optional<TensorMapArgs> to;
+    if (at_out) to = map_args(out, box, swizzle_bytes);
+    else check_shape(out, "out", {int64_t{1} * box[0] * box[1] * box[2] * box[3]});
+    const std::array<int, 4> last = at_out.value_or(at);
+    const DeviceTensors tensors{{"x", x, Access::read}, {"out", out, Access::write}};
+    py::gil_scoped_release release;
+    GPTCORE_GPU::run_copy(from, to ? &*to : nullptr,
+                          {at[0], at[1], at[2], at[3], last[0], last[1], last[2], last[3]}, out.as<uint16_t>());
+  }, py::arg("x"), py::arg("out"), py::kw_only(), py::arg("box"), py::arg("swizzle_bytes"), py::arg("at"),
+        py::arg("at_out") = py::none());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_simt, m) {
   m.doc() = "The CUDA kernels in a GPU simulator. Use gptcore.ops with backend='simt'; see docs/simt.md.";
   py::register_exception<simt::SimtError>(m, "SimtError", PyExc_RuntimeError);
   bind_operations(m);
+  bind_hopper(m);
   m.def("configure", &configure, py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 0,
         py::arg("threads") = 0, py::arg("count") = false);
   m.def("counters", [] {

@@ -19,6 +19,9 @@ struct Cell {
   uint32_t write_pc, read_pc;
 };
 constexpr uint16_t kSeveral = 0xffff;     // threads of several warps, or of several blocks
+constexpr uint16_t kReaderSet = 0xfffe;   // several readers; the stamp identifies the set
+constexpr uint16_t kMbarrier = 0x1000;    // an mbarrier lies there
+constexpr uint16_t kAgent = 0x2000;       // + index: an asynchronous unit
 constexpr uint16_t kWholeWarp = 0x4000;   // + warp
 constexpr uint16_t kPendingCopy = 0x8000; // + thread + 1: an asynchronous copy that is not waited for yet
 

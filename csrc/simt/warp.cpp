@@ -26,9 +26,21 @@ void Block::do_op(Warp& warp, int w) {
     case Op::warp_barrier:
       ++count.warp_barriers;
       warp.stamp = ++stamp_;
+      if (precise_) clocks_.barrier(w * kLanes, kLanes, stamp_);
       return;
     case Op::shuffle: return do_shuffle(w);
     case Op::load_matrix: return do_load_matrix(warp, w);
+    case Op::elect: return do_elect(w);
+    case Op::named_sync:
+    case Op::named_arrive: return do_named(warp, w);
+    case Op::register_fence: return do_register_fence(warp, w);
+    case Op::wgmma: return do_wgmma(warp, w);
+    case Op::wgmma_commit: {
+      Warpgroup& group = warpgroup_of(w, warp.pc);
+      return group.groups[w % 4].push_back(group.issued[w % 4]);
+    }
+    case Op::wgmma_wait: return do_wgmma_wait(warp, w);
+    case Op::registers: return do_registers(warp, w);
     default: return do_mma(warp, w);
   }
 }
@@ -43,6 +55,8 @@ void Block::do_load_matrix(Warp& warp, int w) {
   ++count.load_matrix;
   Lane* lanes = &lanes_[w * kLanes];
   const int caller = thread_;
+  ++stamp_;
+  for (int l = 0; precise_ && l < kLanes; ++l) clocks_.advance(w * kLanes + l, stamp_);  // one stamp for the warp
   for (int l = 0; l < kLanes; ++l) {  // reported as of the lane that gave the address
     thread_ = w * kLanes + l;
     matrix_row_access(reinterpret_cast<uintptr_t>(lanes[l].row), warp.pc);
