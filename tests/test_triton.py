@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +85,26 @@ def extents(arguments: Iterable[Any]) -> list[tuple[int, int]]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _interpreter() -> Iterator[None]:
-    """Change the interpreter in three ways.
+    """Change the interpreter in four ways.
 
-    It patches triton.language at each call of each function, half of its time: here once a launch. It reads and writes
-    any address: here only within the tensors that the kernel was given. And its dot is NumPy's, whose Q K^T and
-    (K Q^T)^T differ with some BLAS: here every sum runs in the order of k, on every CPU.
+    It patches triton.language at each call of each function, half of its time: here once a launch. It makes a table of
+    dtypes for each tensor, a tenth: here it is asked once for each dtype. It reads and writes any address: here only
+    within the tensors that the kernel was given. And its dot is NumPy's, whose Q K^T and (K Q^T)^T differ with some
+    BLAS: here every sum runs in the order of k, on every CPU.
     """
     from triton.runtime import interpreter
 
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
+    numpy_dtype, numpy_dtypes = interpreter._get_np_dtype, {}
     patched: set[int] = set()
     tensors: list[tuple[int, int]] = []
+
+    def numpy_dtype_once(dtype: Any) -> Any:
+        if (name := dtype.scalar.name) not in numpy_dtypes:
+            numpy_dtypes[name] = numpy_dtype(dtype)
+        return numpy_dtypes[name]
 
     def patch_once(function: Any) -> Any:
         module = id(function.__globals__)
@@ -132,6 +140,7 @@ def _interpreter() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        monkeypatch.setattr(interpreter, "_get_np_dtype", numpy_dtype_once)
         monkeypatch.setattr(builder, "create_dot", dot_in_order)
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
         monkeypatch.setattr(builder, "create_masked_load", checked_load)
@@ -179,6 +188,8 @@ ATTENTION = [
     )
     for mask in [axes.pop("mask")]
 ]
+# Of 25 draws: another head is the same program run once more.
+ATTENTION = [replace(case, heads=(1, 1)) if case.lengths == (1, 1) else case for case in ATTENTION]
 ATTENTION += [case for case in attention_grid.GRID if case.documents is not None][::4]
 ATTENTION += [case for case in attention_grid.GRID if case.dropout_p]
 ATTENTION += [case for case in attention_grid.TILES if case.magnitude != 1.0 and case.causal]
@@ -203,6 +214,8 @@ LAYER_NORMS = [
     )
     if not (axes["data"] == "large" and axes["dtype"] == F16)  # sums beyond 65504
 ]
+# Rows of more than half a tile have a program each, which the interpreter runs slowly.
+LAYER_NORMS = [replace(case, rows=min(case.rows, 19)) if case.width > 256 else case for case in LAYER_NORMS]
 LAYER_NORMS += [LayerNorm(width=65536, rows=4, dtype=BF16, residual=residual) for residual in (None, "float32")]
 LAYER_NORMS += [LayerNorm(rows=0), LayerNorm(eps=0.0), LayerNorm(rows=300)]
 
@@ -218,7 +231,7 @@ def test_layer_norm(case: LayerNorm) -> None:
     ids=grid.name_of,
 )
 def test_gelu(case: Gelu) -> None:
-    gelu_grid.test_gelu("triton", case)
+    gelu_grid.test_gelu("triton", replace(case, shape=(min(case.shape[0], 20_000), *case.shape[1:])))
 
 
 def test_a_direct_call_of_an_operator_reads_nothing_out_of_bounds() -> None:
@@ -313,7 +326,7 @@ def test_one_bad_key_stays_with_those_who_see_it(bad: float) -> None:
 
 @pytest.mark.slow
 def test_the_same_bits_again_and_every_element_written() -> None:
-    tensors = ops_grid.ordinary()
+    tensors = ops_grid.ordinary("triton")
     settings = {"dropout_p": 0.2, "window": (30, 3), "cu_seqlens": torch.tensor([0, 50, 70])}
     first = ops_grid.run_all("triton", *tensors, **settings)
     torch.use_deterministic_algorithms(True)  # it fills new tensors with NaN
