@@ -10,6 +10,10 @@
 #include <utility>
 #else
 #include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
 #endif
 
 namespace gptcore {
@@ -61,14 +65,26 @@ inline void check_launch(cudaError_t status, const Launch& at) {
   throw std::runtime_error("cannot launch " + describe(at) + ": " + cudaGetErrorString(status));
 }
 
+// Lets a kernel have more shared memory than it gets unasked, with one call for each kernel and device.
+inline void allow_shared_memory(const void* kernel, const Launch& at) {
+  constexpr size_t kUnasked = 48 * 1024;
+  if (at.shared_bytes <= kUnasked) return;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  check_launch(cudaGetDevice(&device), at);
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{kernel, device}];
+  if (at.shared_bytes <= most) return;
+  check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(at.shared_bytes)), at);
+  most = at.shared_bytes;
+}
+
 // Puts the kernel on the stream; does not wait for it. Raises std::runtime_error.
 template <class... P, class... A>
 void launch(const Launch& at, void (*kernel)(P...), A... arguments) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  constexpr size_t kSharedWithoutAsking = 48 * 1024;
-  if (at.shared_bytes > kSharedWithoutAsking)
-    check_launch(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(at.shared_bytes)), at);
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), at);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(at.grid_x, at.grid_y, at.grid_z);
   config.blockDim = dim3(at.threads);

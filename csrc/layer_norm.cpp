@@ -2,6 +2,28 @@
 
 namespace gptcore {
 
+namespace {
+
+// Returns the elements of weight, bias or a gradient of theirs, which have one dtype: that of the normalised tensor or
+// float32, and on CPUs float32.
+void* parameter(const TensorView& t, const char* name, const TensorView& normalised, const LayerNormArgs& args) {
+  check_device(t, name, normalised);
+  if (t.dtype != args.weight_dtype)
+    refuse(name, " is ", t.dtype_name(), ", expected ",
+           args.weight_dtype == DType::float32 ? "torch.float32" : normalised.dtype_name());
+  check_shape(t, name, {args.width});
+  check_contiguous(t, name);
+  return t.data;
+}
+void* parameter(const OptionalView& t, const char* name, const TensorView& normalised, const LayerNormArgs& args) {
+  return t ? parameter(*t, name, normalised, args) : nullptr;
+}
+DType weight_dtype(const TensorView& weight, const TensorView& normalised, const Execution& execution) {
+  return execution.on_gpu() && weight.dtype == normalised.dtype ? weight.dtype : DType::float32;
+}
+
+}  // namespace
+
 LayerNormArgs layer_norm_forward_args(const TensorView& x, const OptionalView& residual, const TensorView& weight,
                                       const OptionalView& bias, const TensorView& out, const OptionalView& residual_out,
                                       const TensorView& mean, const TensorView& rstd, double eps,
@@ -21,10 +43,11 @@ LayerNormArgs layer_norm_forward_args(const TensorView& x, const OptionalView& r
 
   LayerNormArgs args{};
   args.dtype = x.dtype, args.residual_dtype = normalised.dtype;
+  args.weight_dtype = weight_dtype(weight, normalised, execution);
   args.rows = rows, args.width = width;
   args.x = x.data, args.residual = residual ? residual->data : nullptr;
-  args.weight = float_array(weight, "weight", x, {width});
-  args.bias = float_array(bias, "bias", x, {width});
+  args.weight = parameter(weight, "weight", normalised, args);
+  args.bias = parameter(bias, "bias", normalised, args);
   args.out = out.data, args.residual_out = residual_out ? residual_out->data : nullptr;
   args.mean = float_array(mean, "mean", x, {rows});
   args.rstd = float_array(rstd, "rstd", x, {rows});
@@ -65,15 +88,16 @@ void layer_norm_backward(const TensorView& grad_out, const OptionalView& grad_re
 
   LayerNormArgs args{};
   args.dtype = args.residual_dtype = x.dtype;
+  args.weight_dtype = weight_dtype(weight, x, execution);
   args.rows = rows, args.width = width;
   args.x = x.data, args.grad_out = grad_out.data;
   args.grad_residual_out = grad_residual_out ? grad_residual_out->data : nullptr;
-  args.weight = float_array(weight, "weight", x, {width});
+  args.weight = parameter(weight, "weight", x, args);
   args.mean = float_array(mean, "mean", x, {rows});
   args.rstd = float_array(rstd, "rstd", x, {rows});
   args.grad_x = grad_x.data;
-  args.grad_weight = float_array(grad_weight, "grad_weight", x, {width});
-  args.grad_bias = float_array(grad_bias, "grad_bias", x, {width});
+  args.grad_weight = parameter(grad_weight, "grad_weight", x, args);
+  args.grad_bias = parameter(grad_bias, "grad_bias", x, args);
   args.num_threads = execution.num_threads, args.stream = execution.stream;
   if (execution.check_only) return;
   Workspace workspace(execution, x, kernels.layer_norm_backward_workspace(args));

@@ -57,9 +57,10 @@ struct AttentionArgs {
 struct LayerNormArgs {
   DType dtype;           // of x and, without a residual, of out
   DType residual_dtype;  // of residual, residual_out and, with a residual, out: dtype or float32
+  DType weight_dtype;    // of weight, bias and their gradients: that of out, or float32; on CPUs float32
   int64_t rows, width;
   const void *x, *residual;     // residual may be null
-  const float *weight, *bias;   // bias may be null
+  const void *weight, *bias;    // bias may be null
   void *out, *residual_out;     // residual_out = x + residual; null without a residual
   float *mean, *rstd;           // (rows,)
   float eps;
@@ -67,7 +68,7 @@ struct LayerNormArgs {
   // dtype; grad_x is the gradient both of x and of the residual.
   const void *grad_out, *grad_residual_out;  // grad_residual_out may be null
   void *grad_x;
-  float *grad_weight, *grad_bias;   // grad_bias may be null
+  void *grad_weight, *grad_bias;    // grad_bias may be null
   float* workspace;                 // layer_norm_backward_workspace bytes: partial sums over rows
   int num_threads;                  // CPU
   void* stream;                     // GPU

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +54,43 @@ def test_a_launch_that_fails_says_which(monkeypatch: pytest.MonkeyPatch) -> None
         match=r"cannot launch gelu_forward: grid \(3, 1, 1\), 256 threads a block, 0 bytes of shared memory: .*driver",
     ):
         _C.gelu_forward(x, None, out, True, (0, torch.empty, False))
+
+
+def test_shared_memory_is_asked_for_once_per_kernel_and_device(tmp_path: Path) -> None:
+    """With a CUDA runtime that counts the calls: launches that need no more than before make none."""
+    (tmp_path / "cuda_runtime.h").write_text("""
+        #include <cstddef>
+        enum cudaError_t { cudaSuccess }; enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+        struct dim3 { dim3(unsigned = 1, unsigned = 1, unsigned = 1) {} };
+        typedef void* cudaStream_t;
+        struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; };
+        int device, asked, launched;
+        inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+        inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+        inline cudaError_t cudaGetDevice(int* d) { return *d = device, cudaSuccess; }
+        inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return ++asked, cudaSuccess; }
+        template <class... A>
+        cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t*, A...) { return ++launched, cudaSuccess; }
+    """)
+    (tmp_path / "main.cpp").write_text("""
+        #include "csrc/launch.h"
+        #include <cstdio>
+        void one(int) {}
+        void other(int) {}
+        void run(void (*kernel)(int), size_t bytes) {
+          gptcore::launch({"", 1, 1, 1, 32, bytes, nullptr}, kernel, 1);
+          std::printf("%d ", asked);
+        }
+        int main() {
+          run(one, 48 << 10), run(one, 50000), run(one, 50000), run(one, 60000), run(one, 50000), run(other, 50000);
+          device = 1;
+          run(one, 60000), run(one, 60000);
+          std::printf("%d", launched);
+        }
+    """)
+    command = ["g++", "-std=c++17", f"-I{tmp_path}", "-I.", str(tmp_path / "main.cpp"), "-o", str(tmp_path / "main")]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True)
+    assert subprocess.check_output([tmp_path / "main"], text=True) == "0 1 1 2 2 3 4 4 8"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

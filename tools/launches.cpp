@@ -42,7 +42,7 @@ void widths(const char* math) {
 
 template <class T>
 void layer_norm_backward(const char* type) {
-  std::printf("layer_norm_backward_kernel<%s> %d %d\n", type, kBackwardThreads,
+  std::printf("layer_norm_backward_kernel<%s, %d %d\n", type, kBackwardThreads,
               int(sizeof(float)) * (kBackwardSums + kBackwardShared<T>));
 }
 

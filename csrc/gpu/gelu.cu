@@ -62,7 +62,8 @@ void gelu_backward(const GeluArgs& args) {
       launch({"gelu_backward", blocks_of(plan), 1, 1, 32 * kGeluWarps, shared_bytes, args.stream}, kernel, args, plan);
     });
   if (args.grad_bias && args.width > 0)
-    launch_sum_partials(args.workspace, backward_slices(args), args.width, args.width, args.grad_bias, args.stream);
+    launch_sum_partials<float>(args.workspace, backward_slices(args), args.width, args.width, args.grad_bias, nullptr,
+                               args.stream);
 }
 
 }  // namespace GPTCORE_GPU

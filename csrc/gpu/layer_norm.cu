@@ -42,13 +42,13 @@ unsigned backward_blocks(const LayerNormArgs& args, const RowPlan& plan) {
   return unsigned(std::min<int64_t>(ceil_div(args.rows, std::max(4, plan.groups)), multiprocessors()));
 }
 
-template <class X, class R>
+template <class X, class R, class W>
 void forward(const LayerNormArgs& args) {
   const RowPlan plan = forward_plan(args);
   if (plan.warps == 0) {
     launch({"layer_norm_forward_wide", unsigned(args.rows), 1, 1, kForwardThreads, kForwardSums * sizeof(float),
             args.stream},
-           layer_norm_forward_wide<X, R>, args, plan.vectors);
+           layer_norm_forward_wide<X, R, W>, args, plan.vectors);
     return;
   }
   // As many blocks as are resident with 128 registers per thread, each looping over many rows.
@@ -56,22 +56,24 @@ void forward(const LayerNormArgs& args) {
   const unsigned blocks = unsigned(std::min<int64_t>(ceil_div(args.rows, plan.groups), resident));
   launch({"layer_norm_forward", blocks, 1, 1, unsigned(32 * warps),
           (kForwardSums + (plan.groups > 1 ? kForwardShared : 0)) * sizeof(float), args.stream},
-         layer_norm_forward_kernel<X, R>, args, plan);
+         layer_norm_forward_kernel<X, R, W>, args, plan);
 }
 
-template <class T>
+template <class T, class W>
 void backward(const LayerNormArgs& args) {
   const RowPlan plan = backward_plan<T>(args);
   const unsigned blocks = backward_blocks(args, plan);
-  if (plan.warps == 0) {
+  if (blocks > 0 && plan.warps == 0) {
     launch({"layer_norm_backward_wide", blocks, 1, 1, kBackwardThreads, kBackwardSums * sizeof(float),
             args.stream},
-           layer_norm_backward_wide<T>, args, plan.vectors);
-    return;
+           layer_norm_backward_wide<T, W>, args, plan.vectors);
+  } else if (blocks > 0) {
+    launch({"layer_norm_backward", blocks, 1, 1, unsigned(32 * plan.warps * plan.groups),
+            (kBackwardSums + (plan.groups > 1 ? kBackwardShared<T> : 0)) * sizeof(float), args.stream},
+           layer_norm_backward_kernel<T, W>, args, plan);
   }
-  launch({"layer_norm_backward", blocks, 1, 1, unsigned(32 * plan.warps * plan.groups),
-          (kBackwardSums + (plan.groups > 1 ? kBackwardShared<T> : 0)) * sizeof(float), args.stream},
-         layer_norm_backward_kernel<T>, args, plan);
+  launch_sum_partials(args.workspace, blocks, 2 * args.width, args.width, static_cast<W*>(args.grad_weight),
+                      static_cast<W*>(args.grad_bias), args.stream);
 }
 
 }  // namespace
@@ -80,7 +82,9 @@ void layer_norm_forward(const LayerNormArgs& args) {
   if (args.rows == 0) return;
   with_type(args.dtype, [&](auto zero) {
     using X = decltype(zero);
-    args.residual && args.residual_dtype == DType::float32 ? forward<X, float>(args) : forward<X, X>(args);
+    if (args.residual && args.residual_dtype == DType::float32) forward<X, float, float>(args);
+    else if (args.weight_dtype == DType::float32) forward<X, X, float>(args);
+    else forward<X, X, X>(args);
   });
 }
 
@@ -91,14 +95,10 @@ size_t layer_norm_backward_workspace(const LayerNormArgs& args) {
 }
 
 void layer_norm_backward(const LayerNormArgs& args) {
-  unsigned blocks = 0;
   with_type(args.dtype, [&](auto zero) {
-    blocks = backward_blocks(args, backward_plan<decltype(zero)>(args));
-    if (blocks > 0) backward<decltype(zero)>(args);
+    using T = decltype(zero);
+    args.weight_dtype == DType::float32 ? backward<T, float>(args) : backward<T, T>(args);
   });
-  launch_sum_partials(args.workspace, blocks, 2 * args.width, args.width, args.grad_weight, args.stream);
-  if (args.grad_bias)
-    launch_sum_partials(args.workspace + args.width, blocks, 2 * args.width, args.width, args.grad_bias, args.stream);
 }
 
 }  // namespace GPTCORE_GPU

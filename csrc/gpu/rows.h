@@ -42,12 +42,14 @@ inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessor
 inline int l2_bytes() { return device_attribute(cudaDevAttrL2CacheSize); }
 #endif
 
-// out[c] = the sum over p of partial[p * stride + c].
-inline void launch_sum_partials(const float* partial, int64_t parts, int64_t stride, int64_t columns, float* out,
-                                void* stream) {
+// out[c] = the sum over p of partial[p * stride + c], and unless `second` is null second[c] that of columns + c.
+template <class W>
+void launch_sum_partials(const float* partial, int64_t parts, int64_t stride, int64_t columns, W* out, W* second,
+                         void* stream) {
   constexpr int kWarps = 8;
-  launch({"sum_partials", unsigned(ceil_div(columns, 32)), 1, 1, 32 * kWarps, 32 * kWarps * sizeof(float), stream},
-         sum_partials<kWarps>, partial, parts, stride, columns, out);
+  const int64_t all = second ? 2 * columns : columns;
+  launch({"sum_partials", unsigned(ceil_div(all, 32)), 1, 1, 32 * kWarps, 32 * kWarps * sizeof(float), stream},
+         sum_partials<kWarps, W>, partial, parts, stride, all, out, columns, second);
 }
 
 }  // namespace GPTCORE_GPU

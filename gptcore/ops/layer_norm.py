@@ -87,8 +87,9 @@ def _layer_norm_torch(
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
-# They take dense tensors, with weight and bias in float32; without a residual, residual_out is empty. Outputs have x's
-# shape: autograd allows no in-place change of a view that a Function returned.
+# They take dense tensors. On a GPU weight and bias are both in out's dtype or in float32; on the CPU in float32. Their
+# gradients have their dtype. Without a residual, residual_out is empty. Outputs have x's shape: autograd allows no
+# in-place change of a view that a Function returned.
 
 
 def _forward_native(
@@ -171,6 +172,14 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Any, ...]:
+    dtype = (x if residual is None else residual).dtype
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        return _wide(x, weight, bias, residual, eps)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    return x.contiguous(), weight, bias, None if residual is None else residual.contiguous(), eps
+
+
+def _wide(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Any, ...]:
     weight, bias = weight.float().contiguous(), None if bias is None else bias.float().contiguous()
     return x.contiguous(), weight, bias, None if residual is None else residual.contiguous(), eps
 
@@ -179,7 +188,11 @@ _SHAPES: dict[str, tuple[int, ...]] = {"x": (3, 5, 12), "weight": (12,), "bias":
 registry.register(
     Operation(
         "layer_norm",
-        {"torch": _layer_norm_torch, **native.differentiable(_LayerNorm, prepare=_dense)},
+        {
+            "torch": _layer_norm_torch,
+            **native.differentiable(_LayerNorm, ["cuda", "triton", "simt"], prepare=_dense),
+            **native.differentiable(_LayerNorm, ["cpu"], prepare=_wide),
+        },
         samples=[
             Sample("residual", layer_norm, {**_SHAPES, "residual": (3, 5, 12)}, {"eps": 1e-3}),
             Sample("plain", layer_norm, _SHAPES),

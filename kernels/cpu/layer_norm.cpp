@@ -56,9 +56,10 @@ GPTCORE_INLINE void normalize_row(const LayerNormArgs& args, const T* row, T* ou
   });
   const float rest = sum_rest / n, variance = sum_square / n - rest * rest, square = sum_square;
   const float rstd = 1.0f / __builtin_sqrtf(variance + args.eps + (square - square)), shift = rest * rstd;
+  const float *weight = (const float*)args.weight, *bias = (const float*)args.bias;
   for (int64_t i = 0; i < n; i += kLanes) {
-    Vec v = ((load_up_to(row + i, n - i) - mean) * rstd - shift) * load_up_to(args.weight + i, n - i);
-    if (args.bias) v += load_up_to(args.bias + i, n - i);
+    Vec v = ((load_up_to(row + i, n - i) - mean) * rstd - shift) * load_up_to(weight + i, n - i);
+    if (bias) v += load_up_to(bias + i, n - i);
     store_up_to(out + i, v, n - i);
   }
   *mean_out = mean, *rstd_out = rstd;
@@ -92,7 +93,7 @@ GPTCORE_INLINE void backward_row(const LayerNormArgs& args, int64_t r, float* we
   const T *x = (const T*)args.x + begin, *grad_out = (const T*)args.grad_out + begin;
   const T* grad_residual = args.grad_residual_out ? (const T*)args.grad_residual_out + begin : nullptr;
   T* grad_x = (T*)args.grad_x + begin;
-  const float mean = args.mean[r], rstd = args.rstd[r];
+  const float mean = args.mean[r], rstd = args.rstd[r], *weight = (const float*)args.weight;
 
   double sum_xhat = 0, sum_g = 0, sum_g_xhat = 0;
   for_blocks(n, [&](int64_t begin, int64_t length) {
@@ -100,7 +101,7 @@ GPTCORE_INLINE void backward_row(const LayerNormArgs& args, int64_t r, float* we
     for (int64_t i = begin; i < begin + length; i += kLanes) {
       const int64_t left = n - i;
       Vec xhat = ((left >= kLanes ? load(x + i) : load_partial(x + i, left, mean)) - mean) * rstd;
-      Vec g = load_up_to(args.weight + i, left) * load_up_to(grad_out + i, left);
+      Vec g = load_up_to(weight + i, left) * load_up_to(grad_out + i, left);
       xhats += xhat;
       gs += g;
       g_xhats += g * xhat;
@@ -112,7 +113,7 @@ GPTCORE_INLINE void backward_row(const LayerNormArgs& args, int64_t r, float* we
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t left = n - i;
     Vec xhat = (load_up_to(x + i, left) - mean) * rstd - shift, dy = load_up_to(grad_out + i, left);
-    Vec g = rounded(load_up_to(args.weight + i, left) * dy);  // not fused: mean_g is the mean of rounded g
+    Vec g = rounded(load_up_to(weight + i, left) * dy);  // not fused: mean_g is the mean of rounded g
     Vec dx = (g - mean_g - xhat * mean_g_xhat) * rstd;
     if (grad_residual) dx += load_up_to(grad_residual + i, left);
     store_up_to(grad_x + i, dx, left);
@@ -130,8 +131,8 @@ void backward(const LayerNormArgs& args) {
     for (int64_t r = args.rows * chunk / chunks; r < args.rows * (chunk + 1) / chunks; ++r)
       backward_row<T>(args, r, weight_partial, bias_partial);
   });
-  sum_chunks(args.workspace, chunks, 2 * n, n, args.grad_weight);
-  if (args.grad_bias) sum_chunks(args.workspace + n, chunks, 2 * n, n, args.grad_bias);
+  sum_chunks(args.workspace, chunks, 2 * n, n, (float*)args.grad_weight);
+  if (args.grad_bias) sum_chunks(args.workspace + n, chunks, 2 * n, n, (float*)args.grad_bias);
 }
 
 }  // namespace

@@ -88,11 +88,11 @@ GPTCORE_DEVICE Statistics statistics(float mean, const float (&sums)[2], float w
   return {mean, rest, rsqrt_of((variance > 0.0f ? variance : 0.0f) + eps + (sums[1] - sums[1]))};
 }
 
-// X is the type of x, R that of residual, residual_out and out. Dynamic shared memory: kForwardSums floats, and if the
+// X is the type of x, R that of residual, residual_out and out, W that of weight and bias. Dynamic shared memory: kForwardSums floats, and if the
 // block has several groups, kForwardShared floats for weight and bias.
 constexpr int kForwardSums = 3 * kForwardWarps;
 constexpr int kForwardShared = SharedChunks<kForwardSharing>::floats(2 * kForwardChunks);
-template <class X, class R>
+template <class X, class R, class W>
 __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(LayerNormArgs args, RowPlan plan) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const RowThread lane(plan);
@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(Lay
 #pragma unroll
   for (int j = 0; j < kForwardChunks; ++j) {
     const int column = lane.column(j);
-    load_chunk(args.weight + column, parameters - column, plan.vectors, weight[j]);
-    load_chunk(args.bias + column, args.bias ? parameters - column : 0, plan.vectors, bias[j]);
+    load_chunk(static_cast<const W*>(args.weight) + column, parameters - column, plan.vectors, weight[j]);
+    load_chunk(static_cast<const W*>(args.bias) + column, args.bias ? parameters - column : 0, plan.vectors, bias[j]);
   }
 
   const int64_t begin_rows = int64_t(blockIdx.x) * plan.groups;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(Lay
 GPTCORE_DEVICE int left(int64_t n) { return n < kChunk ? int(n) : kChunk; }
 
 // One block per row, which it reads in three passes.
-template <class X, class R>
+template <class X, class R, class W>
 __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(LayerNormArgs args, bool vectors) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int64_t row = blockIdx.x, width = args.width, begin = row * width;
@@ -222,8 +222,8 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(Layer
   for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {
     float weight[kChunk], bias[kChunk];
     load_chunk(source + begin + c, left(width - c), vectors, v);
-    load_chunk(args.weight + c, left(width - c), vectors, weight);
-    load_chunk(args.bias + c, args.bias ? left(width - c) : 0, vectors, bias);
+    load_chunk(static_cast<const W*>(args.weight) + c, left(width - c), vectors, weight);
+    load_chunk(static_cast<const W*>(args.bias) + c, args.bias ? left(width - c) : 0, vectors, bias);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) v[i] = ((v[i] - mean) * stats.rstd - shift) * weight[i] + bias[i];
     store_chunk(static_cast<R*>(args.out) + begin + c, left(width - c), vectors, v);
@@ -252,7 +252,7 @@ GPTCORE_DEVICE RowMeans row_means(const float (&sums)[3], float width) {
 constexpr int kBackwardSums = 6 * kBackwardWarps;
 template <class T>
 constexpr int kBackwardShared = SharedChunks<kBackwardSharing>::floats(2 * kBackwardChunks<T>);
-template <class T>
+template <class T, class W>
 __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(LayerNormArgs args, RowPlan plan) {
   constexpr int kChunks = kBackwardChunks<T>;
   float* shared = reinterpret_cast<float*>(shared_memory());
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
   float weight[kChunks][kChunk], weight_sum[kChunks][kChunk] = {}, bias_sum[kChunks][kChunk] = {};
 #pragma unroll
   for (int j = 0; j < kChunks; ++j)
-    load_chunk(args.weight + lane.column(j), parameters - lane.column(j), plan.vectors, weight[j]);
+    load_chunk(static_cast<const W*>(args.weight) + lane.column(j), parameters - lane.column(j), plan.vectors, weight[j]);
 
   const SharedChunks<kBackwardSharing> chunks(shared + kBackwardSums, lane.thread);
   int parity = 0;  // selects a buffer of the row sums: a warp may write the next sums while others read these
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
 
 // A block processes every gridDim.x-th row, in two passes, and accumulates the sums over rows in its row of
 // args.workspace.
-template <class T>
+template <class T, class W>
 __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(LayerNormArgs args, bool vectors) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int64_t width = args.width;
@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(Lay
     for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {
       load_chunk(x_row + c, left(width - c), vectors, x);
       load_chunk(dy_row + c, left(width - c), vectors, dy);
-      load_chunk(args.weight + c, left(width - c), vectors, weight);
+      load_chunk(static_cast<const W*>(args.weight) + c, left(width - c), vectors, weight);
       float chunk[3] = {};
       fill_chunk(left(width - c), mean, x);
 #pragma unroll
@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(Lay
       float dx[kChunk], dweight[kChunk], dbias[kChunk];
       load_chunk(x_row + c, left(width - c), vectors, x);
       load_chunk(dy_row + c, left(width - c), vectors, dy);
-      load_chunk(args.weight + c, left(width - c), vectors, weight);
+      load_chunk(static_cast<const W*>(args.weight) + c, left(width - c), vectors, weight);
       const T* grad_residual = static_cast<const T*>(args.grad_residual_out) + row * width + c;
       load_chunk(grad_residual, args.grad_residual_out ? left(width - c) : 0, vectors, dx);
       load_chunk(weight_sum + c, first ? 0 : left(width - c), vectors, dweight);

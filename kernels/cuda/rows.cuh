@@ -116,12 +116,12 @@ GPTCORE_DEVICE void sum_over_row(float (&v)[kCount], int warps_per_row, float* s
   }
 }
 
-// The second pass of every sum over rows: out[c] = sum over p of partial[p * stride + c], for c < columns. A block
-// covers 32 columns; each warp adds every kWarps-th part, and warp 0 adds the warps. Dynamic shared memory: one float
-// per thread.
-template <int kWarps>
+// The second pass of every sum over rows: out[c] = sum over p of partial[p * stride + c], for c < columns; where c is not
+// below `split`, second[c - split] instead. A block covers 32 columns; each warp adds every kWarps-th part, and warp 0
+// adds the warps. Dynamic shared memory: one float per thread.
+template <int kWarps, class W>
 __global__ void __launch_bounds__(32 * kWarps)
-    sum_partials(const float* partial, int64_t parts, int64_t stride, int64_t columns, float* out) {
+    sum_partials(const float* partial, int64_t parts, int64_t stride, int64_t columns, W* out, int64_t split, W* second) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t column = int64_t(blockIdx.x) * 32 + lane;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   if (warp > 0 || column >= columns) return;
 #pragma unroll
   for (int other = 1; other < kWarps; ++other) sum += shared[other * 32 + lane];
-  out[column] = sum;
+  *(column < split ? out + column : second + (column - split)) = from_float<W>(sum);
 }
 
 }  // namespace gptcore

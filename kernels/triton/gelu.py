@@ -122,7 +122,7 @@ def backward(
     tile = _tile(width)
     blocks = triton.cdiv(width, tile.columns)
     programs = min(triton.cdiv(rows, tile.rows), max(1, 16 * processors(x.device) // max(1, blocks)))
-    partials = x.new_empty((programs, width) if bias is not None else (0, 0), dtype=torch.float32)
+    partials = x.new_empty((1, programs, width) if bias is not None else (1, 0, 0), dtype=torch.float32)
     launch(
         _backward_kernel, [tile], ("ROWS", "COLUMNS"), lambda tile: programs * blocks,
         grad_out, x, bias, grad_x, partials, rows, width, programs, like=x, TANH_FORM=tanh_form,

@@ -6,6 +6,7 @@ Rows too wide for that are read again from the cache.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,6 +36,13 @@ def _load(matrix, row, rows, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _load_row(vector, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Load block i of weight or bias in float32."""
+    columns, inside = _columns(i, WIDTH, BLOCK)
+    return tl.load(vector + columns, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _store(matrix, tile, row, rows, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     columns, inside = _columns(i, WIDTH, BLOCK)
     tile = narrow(tile, matrix.dtype.element_ty)
@@ -59,8 +67,8 @@ def _sum(x, residual, residual_out, row, rows, i, WIDTH: tl.constexpr, BLOCK: tl
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x,  # * (rows, WIDTH)
-    weight,  # *float32 (WIDTH,)
-    bias,  # *float32 (WIDTH,) or None
+    weight,  # * (WIDTH,)
+    bias,  # * (WIDTH,) or None
     residual,  # * (rows, WIDTH) or None
     out,  # * (rows, WIDTH): written
     residual_out,  # * (rows, WIDTH): x + residual, written if there is a residual
@@ -89,7 +97,7 @@ def _forward_kernel(
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for i in tl.static_range(BLOCKS):
         tile = held[i] if HELD else _sum(x, residual, residual_out, row, rows, i, WIDTH, BLOCK)
-        columns, inside = _columns(i, WIDTH, BLOCK)
+        _all, inside = _columns(i, WIDTH, BLOCK)
         centred = tl.where(inside, tile - first_mean, 0.0)
         sums += centred
         squares += centred * centred
@@ -103,10 +111,9 @@ def _forward_kernel(
 
     for i in tl.static_range(BLOCKS):
         tile = held[i] if HELD else _sum(x, residual, residual_out, row, rows, i, WIDTH, BLOCK)
-        columns, inside = _columns(i, WIDTH, BLOCK)
-        tile = ((tile - first_mean) * row_rstd - rest * row_rstd) * tl.load(weight + columns, mask=inside, other=0.0)
+        tile = ((tile - first_mean) * row_rstd - rest * row_rstd) * _load_row(weight, i, WIDTH, BLOCK)
         if bias is not None:
-            tile += tl.load(bias + columns, mask=inside, other=0.0)
+            tile += _load_row(bias, i, WIDTH, BLOCK)
         _store(out, tile, row, rows, i, WIDTH, BLOCK)
 
 
@@ -115,10 +122,9 @@ def _normal(
     total, grad_out, weight, row_mean, row_rstd, row, rows, i, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Return block i of the normalised rows, of their gradient, and of the gradient times weight."""
-    columns, inside = _columns(i, WIDTH, BLOCK)
     grad = _load(grad_out, row, rows, i, WIDTH, BLOCK)
     x_hat = (_load(total, row, rows, i, WIDTH, BLOCK) - row_mean) * row_rstd
-    return x_hat, grad, grad * tl.load(weight + columns, mask=inside, other=0.0)
+    return x_hat, grad, grad * _load_row(weight, i, WIDTH, BLOCK)
 
 
 @triton.jit
@@ -135,7 +141,7 @@ def _backward_kernel(
     grad_out,  # * (rows, WIDTH)
     grad_residual_out,  # * (rows, WIDTH): the gradient of residual_out, or None
     total,  # * (rows, WIDTH): the normalised tensor, residual_out or x
-    weight,  # *float32 (WIDTH,)
+    weight,  # * (WIDTH,)
     mean,  # *float32 (rows,)
     rstd,  # *float32 (rows,)
     grad_x,  # * (rows, WIDTH): written
@@ -234,13 +240,11 @@ def backward(
     tile = _tile(width, held, 20)
     # As many programs as are resident, if their sums leave registers for 16 warps
     programs = min(triton.cdiv(rows, tile.rows), max(1, (16 if held else 64) // tile.warps) * processors(total.device))
-    gradients, new = (grad_weight, grad_bias), weight.new_empty if held else weight.new_zeros
-    partials = [None if gradient is None else new(programs, width) for gradient in gradients]
+    new = torch.empty if held else torch.zeros
+    partials = new(1 if grad_bias is None else 2, programs, width, dtype=torch.float32, device=weight.device)
     launch(
         _backward_kernel, [tile], ("ROWS", "BLOCK"), lambda tile: programs,
-        grad_out, grad_residual_out, total, weight, mean, rstd, grad_x, *partials,
-        rows, like=total, WIDTH=width, HELD=held, **OPTIONS,
+        grad_out, grad_residual_out, total, weight, mean, rstd, grad_x, partials[0],
+        None if grad_bias is None else partials[1], rows, like=total, WIDTH=width, HELD=held, **OPTIONS,
     )  # fmt: skip
-    for gradient, partial in zip(gradients, partials, strict=True):
-        if gradient is not None and partial is not None:
-            sum_rows(partial, gradient)
+    sum_rows(partials, grad_weight, grad_bias)

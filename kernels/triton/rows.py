@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptcore.kernels.launch import INTERPRETED, Tile, launch
+from gptcore.kernels.numerics import narrow
 
 
 def rows_and_width(tensor: Tensor) -> tuple[int, int]:
@@ -26,27 +27,35 @@ def block_of(width: int, largest: int) -> int:
 
 @triton.jit(do_not_specialize=["count"])
 def _sum_kernel(
-    partials,  # *float32 (count, width)
-    total,  # *float32 (width,): their sum, written
+    partials,  # *float32 (count, width), or two such
+    total,  # * (width,): the sum of the first, written
+    other,  # * (width,): that of the second, or None
     count,
     width,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    blocks = tl.cdiv(width, COLUMNS)
+    columns = (tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    half = tl.program_id(0) // blocks
+    partials += half.to(tl.int64) * count * width
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, count, ROWS):
         rows = (first + tl.arange(0, ROWS))[:, None]
         inside = (rows < count) & (columns < width)
         acc += tl.load(partials + rows.to(tl.int64) * width + columns, mask=inside, other=0.0)
-    out = tl.sum(acc, 0)[None, :]
-    tl.store(total + columns, out, mask=columns < width)
+    out = narrow(tl.sum(acc, 0)[None, :], total.dtype.element_ty)
+    if half == 0:
+        tl.store(total + columns, out, mask=columns < width)
+    elif other is not None:
+        tl.store(other + columns, out, mask=columns < width)
 
 
-def sum_rows(partials: Tensor, total: Tensor) -> None:
-    """Write the sum of the rows into `total`, always in the same order."""
-    count, width = partials.shape
+def sum_rows(partials: Tensor, total: Tensor, other: Tensor | None = None) -> None:
+    """Write the sums of partials (1 or 2, count, width) over `count`, always in the same order."""
+    _, count, width = partials.shape
     launch(
         _sum_kernel, [Tile(32, 1024 if INTERPRETED else 32, 4, 2)], ("ROWS", "COLUMNS"),
-        lambda tile: triton.cdiv(width, tile.columns), partials, total, count, width, like=partials,
+        lambda tile: triton.cdiv(width, tile.columns) * (1 if other is None else 2),
+        partials, total, other, count, width, like=partials,
     )  # fmt: skip
