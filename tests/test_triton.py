@@ -24,6 +24,7 @@ import pytest
 import test_attention as attention_grid
 import test_gelu as gelu_grid
 import test_layer_norm as layer_norm_grid
+import test_linear_cross_entropy as cross_entropy_grid
 import test_nonfinite as nonfinite
 import test_ops as ops_grid
 import torch
@@ -42,6 +43,15 @@ from test_cu_seqlens import (  # noqa: F401
 )
 from test_gelu import Gelu, test_gelu_of_every_16_bit_number, test_zero_keeps_its_sign  # noqa: F401
 from test_layer_norm import LayerNorm, test_a_bad_row_stays_a_row  # noqa: F401
+from test_linear_cross_entropy import (  # noqa: F401
+    logits_case,
+    targets_for,
+    test_another_ignore_index,
+    test_nothing_counts,
+    test_only_what_needs_a_gradient_gets_one,
+    test_strides,
+    test_two_backward_passes_add_up,
+)
 from test_nonfinite import (  # noqa: F401
     test_gelu_of_infinity,
     test_layer_norm_that_overflows_is_nan,
@@ -234,11 +244,63 @@ def test_gelu(case: Gelu) -> None:
     gelu_grid.test_gelu("triton", replace(case, shape=(min(case.shape[0], 20_000), *case.shape[1:])))
 
 
+@pytest.mark.parametrize(
+    ("shape", "vocab"), [((1,), 1), ((2, 5), 15), ((19,), 16), ((0,), 17), ((33,), 1041), ((2,), 50257)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_cross_entropy(
+    shape: tuple[int, ...], vocab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks of 11 rows, the last of which has fewer, and columns beyond the last multiple of 16."""
+    module = sys.modules["gptcore.ops.linear_cross_entropy"]
+    monkeypatch.setattr(module, "CHUNK", 11)
+    monkeypatch.setattr(module, "GPU_CHUNK_BYTES", 0)
+    x, weight = randn(*shape, 24, dtype=dtype, seed=1), randn(vocab, 24, dtype=dtype, seed=2, scale=0.5)
+    cross_entropy_grid.compare("triton", x, weight, targets_for(shape, vocab), scale=0.7)
+    if x.dim() == 2 and len(x) > 11:
+        run = functools.partial(
+            cross_entropy_grid.loss_and_gradients, x=x, weight=weight, targets=targets_for(shape, vocab)
+        )
+        ops_grid.assert_same_bits(
+            *(run(functools.partial(ops.linear_cross_entropy, backend="triton")) for _ in range(2))
+        )
+
+
+def test_cross_entropy_of_infinite_logits_does_as_in_pytorch() -> None:
+    """Straight into the kernel, in and beyond the first block of columns. Those after the vocabulary hold NaN."""
+    kernels = native.triton_module("cross_entropy")
+    logits = randn(9, 3000)
+    logits[0, 5] = -torch.inf
+    logits[1, 2999] = torch.inf
+    logits[2, 1500] = torch.nan
+    logits[3] = -torch.inf
+    logits[4, :2999] = -torch.inf  # two stretches without one possible token
+    logits[5] = 1e4
+    targets = torch.tensor([5, 4, 4, 4, 2999, 7, -100, 2998, 0])
+    expected = torch.nn.functional.cross_entropy(wide := logits.clone().requires_grad_(), targets, reduction="none")
+    expected.sum().backward()
+    ours, losses = torch.full((9, 3008), torch.nan), torch.empty(9)
+    ours[:, :3000] = logits
+    for outside in (3000, 2**40, -1):
+        targets[8] = outside
+        again = ours.clone()
+        kernels.forward(again, targets, losses, 3000, -100, True)
+        assert again[8, :3000].isnan().all()
+        torch.testing.assert_close(losses[:8], expected.detach()[:8], equal_nan=True)
+        assert losses[8].isnan()
+        torch.testing.assert_close(again[:8, :3000], wide.grad[:8], equal_nan=True, rtol=1e-5, atol=1e-7)
+        assert not again[:, 3000:].any()
+    kept = ours.clone()
+    kernels.forward(kept, targets, losses, 3000, -100, False)
+    assert torch.equal(kept[:2, :3000], logits[:2])
+
+
 def test_a_direct_call_of_an_operator_reads_nothing_out_of_bounds() -> None:
     """Past the checks of ops, as from a wrapper subclass that lies about its shape: the native checks come first."""
     run, x, row = torch.ops.gptcore, randn(6, 8), randn(8)
     q, k, cu = randn(1, 2, 5, 8), randn(1, 2, 9, 8), torch.tensor([0, 2, 5])
     settings = (None, None, None, 1.0, True, -1, -1, 0.0, False, "triton")
+    entropy = (F32, -100, True, True, "triton")
     out, lse = run.attention_forward(q, k, k, *settings)
     _, _, mean, rstd = run.layer_norm_forward(x, row, None, None, 1e-5, "triton")
     cut = randn(6, 16)[:, 8:]
@@ -256,6 +318,8 @@ def test_a_direct_call_of_an_operator_reads_nothing_out_of_bounds() -> None:
         (lambda: run.attention_forward(q, k, k, cu, cu, *settings[2:]), r"cu_seqlens_k ends at 5, expected length = 9"),
         (lambda: run.attention_backward(q, None, q, k, k, out[:, :1], lse, *settings), r"out has shape \(1, 1, 5, 8\)"),
         (lambda: run.attention_backward(q, None, q, k, k, out, lse[..., :2], *settings), r"lse has shape \(1, 2, 2\)"),
+        (lambda: run.linear_cross_entropy(x, x, cu, *entropy), r"targets is torch.int64 of shape \(3,\), expected .*6"),
+        (lambda: run.linear_cross_entropy(cut, x, cu[[0] * 6], *entropy), "storage was resized"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -28,7 +28,7 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from gptcore.kernels import attention, gelu, heads, layer_norm, tiles
+from gptcore.kernels import adamw, attention, cross_entropy, gelu, heads, layer_norm, tiles
 
 HERE = Path(__file__).parent
 TABLE, PAGE = HERE / "data" / "triton.json", HERE.parent / "docs" / "kernels-triton.md"
@@ -71,7 +71,7 @@ def attend_in_tf32(head_dim: int) -> None:
 
 
 def normalise(dtype: torch.dtype, width: int, rows: int = 64) -> None:
-    x, weight, mean = torch.zeros(rows, width, dtype=dtype), torch.ones(width), torch.zeros(rows)
+    x, weight, mean = torch.zeros(rows, width, dtype=dtype), torch.ones(width, dtype=dtype), torch.zeros(rows)
     layer_norm.forward(x, x, weight, weight, x, x, mean, mean, 1e-5)
     layer_norm.backward(x, x, x, weight, mean, mean, x, weight, weight)
 
@@ -80,6 +80,24 @@ def curve(dtype: torch.dtype, width: int, tanh_form: bool, rows: int = 64) -> No
     x, bias = torch.zeros(rows, width, dtype=dtype), torch.zeros(width)
     gelu.forward(x, bias, x, tanh_form)
     gelu.backward(x, x, bias, x, bias, tanh_form)
+
+
+def score(dtype: torch.dtype, vocab: int, rows: int = 64) -> None:
+    logits, targets, losses = (
+        torch.zeros(rows, -(-vocab // 16) * 16, dtype=dtype),
+        torch.zeros(rows).long(),
+        torch.zeros(rows),
+    )
+    cross_entropy.forward(logits, targets, losses, vocab, -100, True)
+    cross_entropy.mean(losses, targets, losses[:1], losses[:1], -100)
+
+
+def update(dtype: torch.dtype, masters: bool) -> None:
+    rows, number = torch.zeros(1, 7, dtype=torch.int64), torch.zeros(())
+    adamw.step(
+        rows, rows[:, :2], torch.zeros(1, dtype=dtype), masters, number, number,
+        lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+    )  # fmt: skip
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -99,6 +117,9 @@ CASES: dict[str, Callable[[], None]] = {
     },
     "bfloat16 width 3072 tanh": functools.partial(curve, BF16, 3072, True),
     "bfloat16 width 3072 erf": functools.partial(curve, BF16, 3072, False),
+    "bfloat16 masters": functools.partial(update, BF16, True),
+    "float32 weights": functools.partial(update, F32, False),
+    "bfloat16 vocabulary 50257": functools.partial(score, BF16, 50257),
 }
 
 
@@ -187,14 +208,16 @@ def compiled_anew() -> list[str]:
     backend, seen = make_backend(TARGETS["sm_90"]), defaultdict(set)
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        seen[kernel.__module__, kernel.__name__].add(str(specialised(backend, kernel, args, kwargs)[1]))
+        kinds = tuple(getattr(arg, "dtype", arg is None) for arg in args)
+        seen[kernel.__module__, kernel.__name__, kinds].add(str(specialised(backend, kernel, args, kwargs)[1]))
 
     with launching(run, "sm_90"):
         for batch, length, heads in itertools.product((1, 2, 16), (1, 2, 16, 77), (1, 12, 16)):
             attend(BF16, 64, 0.1, True, batch, length, heads)
             normalise(BF16, 768, batch * length)
             curve(BF16, 3072, True, batch * length)
-    return [f"{' '.join(name)} is compiled for {len(keys)} shapes" for name, keys in seen.items() if len(keys) > 1]
+            score(BF16, 50257, batch * length)
+    return [f"{name[0]} {name[1]} is compiled for {len(keys)} shapes" for name, keys in seen.items() if len(keys) > 1]
 
 
 def wrong_with(name: str, figures: dict[str, int], architecture: str) -> list[str]:

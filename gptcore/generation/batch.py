@@ -15,6 +15,7 @@ from gptcore.generation.sampling import Settings, limit_repetition, limits, samp
 from gptcore.generation.step import next_logits
 from gptcore.inputs import check_one_dtype
 from gptcore.modes import module_mode
+from gptcore.ops.documents import assume_valid
 
 if TYPE_CHECKING:
     from gptcore.model import GPT
@@ -106,7 +107,8 @@ class Batch:
         if not self.use_cache:
             logits.append(self._read(old + new, None))
         elif new:  # the rows' own cache if there is no other, else only until it is copied
-            fresh = KVCache(max(row.capacity if not old else len(row.tokens) for row in new))
+            lengths = [len(row.tokens) for row in new]
+            fresh = KVCache(max(lengths) if old else max(row.capacity for row in new), lengths)
             logits.append(self._read(new, fresh))
         if self.use_cache and old:
             logits.insert(0, next_logits(self.model, [row.tokens[-1] for row in old], self._cache))
@@ -126,6 +128,7 @@ class Batch:
             return self.model(ids, cache=cache, logits_to_keep=1).logits[:, -1]
         packed = torch.tensor([[token for row in rows for token in row.tokens]], device=self._device)
         cu_seqlens = torch.tensor([0, *lengths], device=self._device).cumsum(0)
+        assume_valid(cu_seqlens, cu_seqlens, 1, sum(lengths), sum(lengths))  # a check would wait for the device
         return self.model(packed, cu_seqlens=cu_seqlens, cache=cache, logits_to_keep=cu_seqlens[1:] - 1).logits[0]
 
     def _choose(self, logits: Tensor) -> Tensor:

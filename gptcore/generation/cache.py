@@ -22,8 +22,10 @@ class KVCache:
     zeros: kernels are slow where masked values are NaN.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, documents: list[int] | None = None) -> None:
+        """documents: the lengths that cu_seqlens of the first pass has; without them they are read from the device."""
         self.capacity = capacity  # tokens that a row has room for
+        self._documents = documents
         self.lengths: list[int] = []  # tokens of each row
         self.layers: list[Tensor] = []
         self._positions: Tensor | None = None  # what positions() returns, if it was needed
@@ -50,7 +52,7 @@ class KVCache:
         B, T = input_ids.shape
         if self.lengths and len(self.lengths) != B:
             raise ValueError(f"input_ids has {B} rows, but the cache holds {len(self.lengths)}")
-        self._added = [T] * B if cu_seqlens is None else cu_seqlens.diff().tolist()
+        self._added = [T] * B if cu_seqlens is None else self._documents or cu_seqlens.diff().tolist()
         if self.length + max(self._added) > self.capacity:
             raise ValueError(
                 f"{self.length} + {max(self._added)} tokens do not fit into a KV cache of {self.capacity} tokens a row"

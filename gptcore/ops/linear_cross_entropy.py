@@ -6,6 +6,7 @@ scalar loss, as in Liger kernels (Hsu et al. 2024, arXiv:2410.10989, section 3.2
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import threading
@@ -26,6 +27,7 @@ CHUNK = 512  # minimum tokens per chunk: with fewer, matmuls are slower and grad
 CHUNK_BYTES = 32 << 20  # a chunk has more tokens while its logits fit in this
 VOCAB_BLOCK = 4096  # rows of grad_weight per matmul: their 16-bit product stays in the cache until it is accumulated
 LARGE = 4 << 20  # bytes: smaller buffers come from PyTorch's allocator
+GPU_CHUNK_BYTES = 512 << 20  # on a GPU: matmuls of thousands of rows, and few launches
 # The row stride of the logits is a multiple of this: unaligned rows make matmuls slower
 ROW = 16
 
@@ -37,7 +39,8 @@ def linear_cross_entropy(
 
     The logits have the dtype of F.linear's result; softmax, loss and the accumulation of grad_weight are float32. The
     matmuls are ours where ops.linear's kernel is the faster one, else PyTorch's, whose last bits may depend on the
-    number of threads.
+    number of threads. On GPUs the backends `cuda` and `triton` have the same Triton kernel between PyTorch's matmuls;
+    without Triton, `cuda` is PyTorch's formula.
 
     Args:
         x: (..., width), the last hidden states.
@@ -49,8 +52,9 @@ def linear_cross_entropy(
         A float32 scalar; 0, with gradients of 0, if all targets are ignored.
 
     Raises:
-        ValueError: shapes, dtypes or targets that do not fit, with what was expected. Backend `torch` leaves targets on
-            other devices and in torch.compile to PyTorch's own assertions.
+        ValueError: shapes, dtypes or targets that do not fit, with what was expected. Targets on a GPU are not read
+            back: one outside of the vocabulary makes the loss and the gradients NaN in the Triton kernel, and fails
+            PyTorch's own assertions on backend `torch`, also in torch.compile.
         TypeError: an argument has the wrong type.
         RuntimeError: the requested backend cannot run the call.
     """
@@ -206,6 +210,51 @@ def _add_product(grad_weight: Tensor, logits: Tensor, rows: Tensor, scale: float
             block.add_(wide[: len(block)].copy_(part), alpha=scale)
 
 
+# ---- cuda, triton: kernels/triton/cross_entropy.py, and PyTorch's matmuls --------------------------------------------
+
+
+def _forward_triton(x: Tensor, weight: Tensor, targets: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute all rows: to leave out those whose targets do not count would synchronise."""
+    dtype, ignore_index, need_x, need_weight = settings
+    _C.check_storage((x, weight, targets))
+    _check(x, weight, targets)
+    kernels = native.triton_module("cross_entropy")
+    vocab, count, targets = weight.shape[0], len(targets), targets.contiguous()
+    rows, narrow = x.to(dtype).contiguous(), weight.to(dtype).contiguous()
+    stride = -(-vocab // ROW) * ROW
+    most = max(CHUNK, GPU_CHUNK_BYTES // (stride * dtype.itemsize))
+    size = max(1, -(-count // max(1, -(-count // most))))
+    # Products over a number of columns that is not a multiple of ROW are slower: the last few have their own. They come
+    # first, so that grad_x is rounded once with all its weight.
+    parts = [slice(vocab - vocab % ROW, vocab), slice(0, vocab - vocab % ROW)]
+    parts = [part for part in parts if part.stop > part.start]
+    buffer = rows.new_empty(min(size, count), stride)
+    losses = rows.new_empty(count, dtype=torch.float32)
+    grad_rows = torch.empty_like(rows if need_x else rows[:0])
+    product = torch.empty_like(narrow if need_weight else narrow[:0])
+    total = (
+        torch.zeros_like(product, dtype=torch.float32) if count == 0 else torch.empty_like(product, dtype=torch.float32)
+    )
+    for begin in range(0, count, size):
+        chunk = slice(begin, begin + size)
+        some, logits = rows[chunk], buffer[: len(rows[chunk])]
+        for part in parts:
+            torch.mm(some, narrow[part].t(), out=logits[:, part])  # autocast does not cast calls with `out`
+        kernels.forward(logits, targets[chunk], losses[chunk], vocab, ignore_index, need_x or need_weight)
+        if need_x:
+            for part in parts:
+                grad_rows[chunk].addmm_(logits[:, part], narrow[part], beta=int(part is not parts[0]))
+        if need_weight:
+            for part in parts:
+                torch.mm(logits[:, part].t(), some, out=product[part])
+            total = total.copy_(product) if begin == 0 else total.add_(product)  # of mixed dtypes: one kernel on a GPU
+    loss, scale = (rows.new_empty((), dtype=torch.float32) for _ in range(2))
+    kernels.mean(losses, targets, loss, scale, ignore_index)
+    # 1 / count is applied to the sums: softmax / count would underflow in float16
+    grad_x = torch.mul(grad_rows, scale, out=torch.empty_like(grad_rows, dtype=x.dtype))
+    return loss, grad_x, torch.mul(total, scale, out=torch.empty_like(total, dtype=weight.dtype))
+
+
 def _outputs(x: Tensor, weight: Tensor, targets: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     need_x, need_weight = settings[2:]
     return (
@@ -219,7 +268,7 @@ def _outputs(x: Tensor, weight: Tensor, targets: Tensor, *settings: Any) -> tupl
 _forward = native.define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, int ignore_index, bool need_x, "
     "bool need_weight) -> (Tensor, Tensor, Tensor)",
-    native.compiled("cross_entropy", _forward_native, ["cpu"]),
+    native.compiled("cross_entropy", _forward_native, ["cpu"]) | dict.fromkeys(("cuda", "triton"), _forward_triton),
     _outputs,
 )
 
@@ -235,9 +284,13 @@ class Settings(NamedTuple):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, settings: Settings) -> Tensor:
-        loss, *gradients = _forward(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), *settings, "cpu")
-        ctx.shape, ctx.settings = x.shape, settings
+    def compute(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        return _forward(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), *ctx.settings, ctx.backend)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, settings: Settings, backend: str) -> Tensor:
+        ctx.shape, ctx.settings, ctx.backend = x.shape, settings, backend
+        loss, *gradients = _LinearCrossEntropy.compute(ctx, x, weight, targets)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*gradients)
         else:
@@ -254,12 +307,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Autograd may write into the gradients that it gets, so a second backward pass computes them again.
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:
-                x, weight, targets = ctx.saved_tensors
-                _, *gradients = _forward(x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), *ctx.settings, "cpu")
+                _, *gradients = _LinearCrossEntropy.compute(ctx, *ctx.saved_tensors)
             if native.is_batched(grad_loss):
                 ctx.gradients = gradients
                 gradients = [gradient * grad_loss for gradient in gradients]
-            elif grad_loss != 1:  # usually 1, and grad_weight is large
+            elif not grad_loss.is_cpu or grad_loss != 1:  # usually 1, and grad_weight is large
                 gradients = [gradient.mul_(grad_loss) for gradient in gradients]
         grad_x, grad_weight = gradients
         return (
@@ -267,14 +319,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight if ctx.settings.need_weight else None,
             None,
             None,
+            None,
         )
 
 
-def _linear_cross_entropy_cpu(
-    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, ignore_index: int
+def _with_kernel(
+    backend: str, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, ignore_index: int
 ) -> Tensor:
+    if backend == "cuda" and registry.BACKENDS["triton"].problem() is not None:
+        return _linear_cross_entropy_torch(x, weight, targets, dtype, ignore_index)
     needs = (tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight))
-    args: Any = (x, weight, targets, Settings(dtype, ignore_index, *needs))
+    args: Any = (x, weight, targets, Settings(dtype, ignore_index, *needs), backend)
     loss: Tensor = _LinearCrossEntropy.apply(*(native.distinct(args) if torch.compiler.is_compiling() else args))
     return loss
 
@@ -283,8 +338,8 @@ registry.register(
     Operation(
         "linear_cross_entropy",
         {
-            **dict.fromkeys(registry.WITH_TORCH, _linear_cross_entropy_torch),
-            "cpu": _linear_cross_entropy_cpu,
+            **dict.fromkeys(("torch", "simt"), _linear_cross_entropy_torch),
+            **{name: functools.partial(_with_kernel, name) for name in ("cpu", "cuda", "triton")},
         },
         samples=[
             Sample(
@@ -294,5 +349,11 @@ registry.register(
                 {"targets": torch.tensor([1, 2, -100, 0, 3, 4], device="cpu")},
             )
         ],
+        first_use=lambda _: Sample(
+            "first use",
+            linear_cross_entropy,
+            {"x": (70, 40), "weight": (777, 40)},
+            {"targets": torch.tensor([-100 if i % 7 == 0 else 11 * i for i in range(70)], device="cpu")},
+        ),
     )
 )

@@ -77,8 +77,8 @@ def is_transformed() -> bool:
     )
 
 
-# The backends on which linear layers and linear_cross_entropy run PyTorch's operations: only the CPU has kernels for
-# them, and Triton for quantized ones.
+# The backends on which linear layers run PyTorch's operations: only the CPU has kernels for them, and Triton for
+# quantized ones.
 WITH_TORCH = ("torch", "cuda", "triton", "simt")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gptcore import _C
-from gptcore.ops import registry
-from gptcore.ops.operation import Operation
+from gptcore.ops import native, registry
+from gptcore.ops.operation import Operation, Sample
 from gptcore.training.arguments import TrainingArguments
 from gptcore.training.gradients import buckets
 
@@ -285,14 +286,18 @@ def _grad_norm_torch(gradients: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float64)))
 
 
-def _adamw_torch(update: Update, check_only: bool = False) -> None:
-    parameters, masters, gradients, exp_avgs, exp_avg_sqs, steps, group, grad_scale, found_inf = update
-    for parameter, *moments in zip(parameters, exp_avgs, exp_avg_sqs, strict=True):
+def _check_shapes(update: Update) -> None:
+    for parameter, *moments in zip(update.parameters, update.exp_avgs, update.exp_avg_sqs, strict=True):
         if any(moment.shape != parameter.shape for moment in moments):
             shapes = [tuple(moment.shape) for moment in moments]
             raise ValueError(
                 f"exp_avg and exp_avg_sq have shapes {shapes}, expected {tuple(parameter.shape)} as its parameter"
             )
+
+
+def _adamw_torch(update: Update, check_only: bool = False) -> None:
+    parameters, masters, gradients, exp_avgs, exp_avg_sqs, steps, group, grad_scale, found_inf = update
+    _check_shapes(update)
     if check_only:
         return
     if masters:
@@ -358,8 +363,66 @@ def _adamw_cpu(update: Update, check_only: bool = False) -> None:
         torch.autograd.graph.increment_version(parameters)  # so that a backward pass that needs the old ones says so
 
 
-for name, torch_formula, cpu_kernel in (
-    ("grad_norm", _grad_norm_torch, _grad_norm_cpu),
-    ("adamw", _adamw_torch, _adamw_cpu),
-):
-    registry.register(Operation(name, {**dict.fromkeys(registry.WITH_TORCH, torch_formula), "cpu": cpu_kernel}, []))
+# ---- cuda, triton: kernels/triton/adamw.py ---------------------------------------------------------------------------
+
+_tables = WeakIdKeyDictionary()  # by the first parameter: the addresses, and the table of them on the device
+
+
+def _adamw_triton(update: Update, check_only: bool = False) -> None:
+    """Update all tensors in one launch; the kernel has their addresses in a table, made anew when one changes."""
+    parameters, masters, gradients, exp_avgs, exp_avg_sqs, steps, group, grad_scale, found_inf = update
+    wide = *masters, *exp_avgs, *exp_avg_sqs, *steps
+    dense = all(tensor.is_contiguous() for tensor in (*parameters, *gradients, *wide))
+    if not dense or any(tensor.dtype != torch.float32 for tensor in wide):
+        _adamw_torch(update, check_only)
+        return
+    _check_shapes(update)
+    if check_only:
+        return
+    kernels, like = native.triton_module("adamw"), parameters[0]
+    addresses, pieces = kernels.table(parameters, masters, gradients, exp_avgs, exp_avg_sqs, steps)
+    known, *tables = _tables.get(like, (None,))
+    if known != addresses:
+        tables = [torch.tensor(rows, dtype=torch.int64, device="cpu") for rows in (addresses, pieces())]
+        if like.is_cuda:  # from pinned memory the copy does not wait for the device
+            tables = [rows.pin_memory().to(like.device, non_blocking=True) for rows in tables]
+        _tables[like] = addresses, *tables
+    torch._foreach_add_(steps, 1 if found_inf is None else [1.0 - found_inf] * len(steps))
+    kernels.step(
+        *tables, like, bool(masters), grad_scale.float() if isinstance(grad_scale, Tensor) else grad_scale, found_inf,
+        **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+    )  # fmt: skip
+    torch.autograd.graph.increment_version(parameters)
+
+
+def _adamw_cuda(update: Update, check_only: bool = False) -> None:
+    """The kernel of Triton, or PyTorch's functions where it is not usable."""
+    (_adamw_torch if registry.BACKENDS["triton"].problem() else _adamw_triton)(update, check_only)
+
+
+def _two_steps(parameter: Tensor, gradient: Tensor, backend: str | None = None) -> Tensor:
+    """Return the parameter after two steps; as the check on first use expects, it can be differentiated."""
+    updated = parameter.detach().clone()
+    optimizer = AdamW([updated], lr=0.1, backend=backend)
+    for factor in (1.0, -0.5):
+        updated.grad = gradient.detach() * factor
+        optimizer.step()
+    both = parameter + gradient
+    return updated + (both - both.detach())
+
+
+_SHAPES = {"parameter": (70, 1000), "gradient": (70, 1000)}  # more than a program of the kernel updates
+registry.register(
+    Operation("grad_norm", {**dict.fromkeys(registry.WITH_TORCH, _grad_norm_torch), "cpu": _grad_norm_cpu}, [])
+)
+registry.register(
+    Operation(
+        "adamw",
+        {
+            **dict.fromkeys(("torch", "simt"), _adamw_torch),
+            "cpu": _adamw_cpu, "cuda": _adamw_cuda, "triton": _adamw_triton,
+        },
+        [],
+        first_use=lambda _: Sample("first use", _two_steps, _SHAPES),
+    )
+)  # fmt: skip
