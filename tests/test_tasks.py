@@ -92,7 +92,7 @@ def same_weights(a: Path, b: Path) -> bool:
 def test_from_file_to_model_to_prediction(base: Path, tmp_path: Path, task: str) -> None:
     report = run(base, tmp_path, task, num_train_epochs=24 if task == "answer" else 12)
     result = report.result
-    assert result.metrics[report.metric] > 0.9
+    assert result.metrics[report.metric] > 0.9  # five seeds gave 1 for each task
     assert next(iter(report.baselines.values()))[report.metric] < 0.6, "the majority"
     saved = json.loads((tmp_path / "out/report.json").read_text())
     assert saved["metrics"] == result.metrics
@@ -405,8 +405,8 @@ def test_the_layout_of_gpt1(base: Path, tmp_path: Path) -> None:
     rows = [
         {"text": a, "text_pair": b, "label": str(a == b).lower()} for a in ANIMALS for b in ANIMALS for _ in range(3)
     ]
-    settings = {"rows": rows, "layout": "gpt1", "both_orders": True, "lm_coef": 0.5, "num_train_epochs": 2}
-    report = run(base, tmp_path, "classify", **settings, lora=2)
+    settings = {"rows": rows, "layout": "gpt1", "both_orders": True, "lm_coef": 0.5, "dropout": 0.2}
+    report = run(base, tmp_path, "classify", **settings, num_train_epochs=2, lora=2)
     task, model = load(tmp_path / "out")
     start, delimiter, extract = (task.tokenizer.special_tokens[name] for name in GPT1_TOKENS)
     assert model.config.vocab_size == task.tokenizer.vocab_size == Tokenizer.from_pretrained(base).vocab_size + 3
@@ -421,6 +421,7 @@ def test_the_layout_of_gpt1(base: Path, tmp_path: Path) -> None:
     assert not torch.equal(new[0], new[1])
     assert (tmp_path / "out/adapter/tokenizer.json").exists()
     assert report.options["lm_coef"] == 0.5
+    assert (model.config.resid_pdrop, model.config.attn_pdrop, model.config.embd_pdrop) == (0.2, 0.2, 0.2)
     with pytest.raises(ValueError, match="has one text, but the model reads pairs"):
         task.predict(model, [Text("here", "cat")])
 

@@ -48,6 +48,7 @@ RUN: dict[str, Any] = {
 }
 DERIVED = ("learning_rate", "eval_steps", "save_steps", "metric_for_best_model", "greater_is_better")
 EVALUATIONS = 2  # in an epoch
+DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 KINDS: dict[str, type[Task]] = {**TASKS, **TEXT_TASKS}
 
 
@@ -76,6 +77,9 @@ class FinetuneOptions:
     )
     lm_coef: float = _option(0.0, "weight of the language-model loss beside that of the task; 0.5 in GPT-1")
     head_dropout: float | None = _option(None, "dropout before the head; none: 0.1 for entities and choices, else 0")
+    dropout: float | None = _option(
+        None, "dropout of embeddings, attention and residuals; none: as in the model; 0.1 in GPT-1"
+    )
     chat_template: Literal["chatml", "alpaca", "plain"] | None = _option(
         None, "chat: how messages become text; none: as the model does, else chatml"
     )
@@ -162,8 +166,9 @@ def _finetune(
     before = processes.after_first(lambda: Tokenizer.from_pretrained(model_folder))
     tokenizer = task_class.prepare_tokenizer(before, options.chat_template, options.layout)
     torch.manual_seed(seed)
-    load = functools.partial(task_class.load, model_folder, head, options.lm_coef, options.head_dropout)
-    model = processes.after_first(load).to(device)
+    settings = {**head, "lm_coef": options.lm_coef, "head_dropout": options.head_dropout}
+    body = dict.fromkeys(DROPOUTS if options.dropout is not None else (), options.dropout)
+    model = processes.after_first(lambda: task_class.load(model_folder, body, settings)).to(device)
     task = task_class(tokenizer, getattr(model, "labels", []), settings_for(options, model, head))
     features = [task.features(part) for part in (train, validation)]
     describe(task, train, validation, features)

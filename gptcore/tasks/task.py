@@ -178,9 +178,9 @@ class Task(ABC, Generic[E]):
         return new
 
     @classmethod
-    def load(cls, folder: PathLike, head: Mapping[str, Any], lm_coef: float, head_dropout: float | None) -> nn.Module:
-        """Return the model to fine-tune. head: what `settle` returned."""
-        model: nn.Module = cls.model_class.from_pretrained(folder, **head, lm_coef=lm_coef, head_dropout=head_dropout)
+    def load(cls, folder: PathLike, body: Mapping[str, Any], head: Mapping[str, Any]) -> nn.Module:
+        """Return the model to fine-tune. body: changes of its config; head: arguments of its head."""
+        model: nn.Module = cls.model_class.from_pretrained(folder, **head, **body)
         return model
 
     def attach(self, model: nn.Module) -> None:

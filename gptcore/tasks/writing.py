@@ -48,8 +48,8 @@ class Write(Task[Target]):
         return {}
 
     @classmethod
-    def load(cls, folder: PathLike, head: Mapping[str, Any], lm_coef: float, head_dropout: float | None) -> GPT:
-        model = GPT.from_pretrained(folder)
+    def load(cls, folder: PathLike, body: Mapping[str, Any], head: Mapping[str, Any]) -> GPT:
+        model = GPT.from_pretrained(folder, **body)
         if kinds_of(model):
             raise ValueError(f"{folder} is quantized, and quantized weights are not trained; export it to hf as f32")
         return model
