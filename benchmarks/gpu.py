@@ -1,22 +1,25 @@
-"""python -m benchmarks.gpu: builds and tests the GPU kernels, and times them against PyTorch's.
+"""python -m benchmarks.gpu: measures the kernels, a training step and generation on a GPU, and tests the kernels.
 
-Builds gptcore's CUDA kernels if this installation has none for the GPU, runs the kernel grid of tests/grid.py on
-the backends cuda and triton, runs a few calls under compute-sanitizer where it is installed, and times attention,
-layer norm and GELU against PyTorch's own. Writes gpu.json and gpu.png.
+Builds gptcore's CUDA kernels if this installation has none for the GPU, without a network. Then it runs parts in the
+order of their value, each in a process of its own and for a limited time: rates of the machine, GPT-2's training step
+against others', attention, layer norm and GELU against PyTorch's, layer norm with a warm and a cold cache, generation,
+rates of single instructions, and golden values of them for the simulator's tests. At last it runs the kernel grid of
+tests/grid.py on the backends cuda and triton, and a few calls under compute-sanitizer where it is installed.
 
-Times are medians of CUDA events, with the L2 cache flushed before each call. Exits with 2 without a GPU, and with 1
-if a step failed; failures are also recorded in gpu.json.
+gpu.json is complete after each part, however this ends. --dry-run runs every part here, on the CPU. Times of kernels
+are medians of CUDA events. Exits with 2 without a GPU, and with 1 if a step failed; failures are also in gpu.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import os
-import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,7 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.on_gpu import steps, units
+from benchmarks.on_gpu.checks import build, grid, run, sanitize, small
+from benchmarks.on_gpu.processes import Stopped, in_child, part_file, stop, use_module, write_json
+
+__all__ = ["run"]  # for tests
+
 DEVICE = "cuda"
 BF16 = torch.bfloat16
 Run = Callable[[], object]
@@ -57,79 +65,25 @@ class Case(NamedTuple):
     backward_bytes: float = 0.0
 
 
-# ---- before the times ------------------------------------------------------------------------------------------------
-
-
-def run(title: str, command: list[str], timeout: float, **environment: str) -> str | None:
-    """Run a step with its output on the terminal; return its failure or None."""
-    print(f"== {title}: {' '.join(command)}", flush=True)
-    try:
-        code = subprocess.run(command, cwd=ROOT, env=os.environ | environment, timeout=timeout).returncode
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{title}: {error}"
-    return f"{title}: exit code {code}" if code else None
-
-
-def build() -> str | None:
-    """Build the kernels if the installed module has none for this GPU. Must run before gptcore is imported."""
-    major, minor = torch.cuda.get_device_capability()
-    probe = f"from gptcore import _C; print('sm_{major}{minor}' in _C.cuda_archs() and not _C.cuda_problem())"
-    found = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
-    if found.stdout.strip() == "True":
-        return None
-    return run("build", [sys.executable, "-m", "pip", "install", "--no-deps", "-e", "."], 3600, GPTCORE_CUDA="ON")
-
-
-def grid(backends: list[str]) -> str | None:
-    files = [f"tests/test_{name}.py" for name in ("attention", "layer_norm", "gelu", "ops")]
-    command = [sys.executable, "-m", "pytest", "-q", *files, "-k", " or ".join(backends)]
-    return run("kernel grid", command, 7200)
-
-
-def sanitize() -> list[str]:
-    """Run a few small calls under compute-sanitizer if it is installed; return the failures."""
-    folders = [os.environ.get("PATH", ""), *(f"{os.environ.get(key, '')}/bin" for key in ("CUDA_HOME", "CUDA_PATH"))]
-    tool = shutil.which("compute-sanitizer", path=os.pathsep.join([*folders, "/usr/local/cuda/bin"]))
-    if tool is None:
-        print("== compute-sanitizer is not installed")
-        return []
-    child = [sys.executable, "-m", "benchmarks.gpu", "--small"]
-    return [
-        problem
-        for kind in ("memcheck", "racecheck")
-        if (problem := run(kind, [tool, "--tool", kind, "--error-exitcode", "9", *child], 3600))
-    ]
-
-
-def small() -> None:
-    """Run every operation, forward and backward, at sizes small enough for a sanitizer."""
-    from gptcore import ops
-
-    for dtype in (BF16, torch.float16, torch.float32):
-        for head_dim in (32, 64, 80, 128, 256):
-            q, k, v = (torch.randn(1, 2, 70, head_dim, device=DEVICE, dtype=dtype, requires_grad=True) for _ in "qkv")
-            for queries in (q, q[:, :, :1]):
-                ops.attention(queries, k, v, backend="cuda").sum().backward()
-        for width in (64, 100, 768, 12296):
-            x = torch.randn(33, width, device=DEVICE, dtype=dtype, requires_grad=True)
-            weight = torch.ones(width, device=DEVICE, requires_grad=True)
-            ops.layer_norm(x, weight, weight, backend="cuda").sum().backward()
-            for approximate in ("tanh", "none"):
-                ops.gelu(x, bias=weight, approximate=approximate, backend="cuda").sum().backward()
-    torch.cuda.synchronize()
-
-
 # ---- times -----------------------------------------------------------------------------------------------------------
 
 
-def milliseconds(call: Run, rounds: int = 31) -> float:
-    """Return the median GPU time of a call, with the L2 cache flushed."""
+FLUSHES = ("dirty", "clean", "warm")  # what the L2 cache holds: lines of zeros, lines that were read, the call's own
+
+
+def milliseconds(call: Run, rounds: int = 31, flush: str = "dirty") -> float:
+    """Return the median GPU time of a call, with the L2 cache flushed unless it is warm; on a CPU the time of one."""
+    if DEVICE == "cpu":
+        return steps.wall(call, DEVICE, 1)
     for _ in range(3):
         call()
-    other = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+    other = torch.zeros(64 << 20, dtype=torch.int32, device=DEVICE)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     for start, end in events:
-        other.zero_()
+        if flush == "dirty":
+            other.zero_()
+        elif flush == "clean":
+            other.sum()
         torch.cuda._sleep(2_000_000)  # about 1 ms, so that the call is enqueued before it starts
         start.record()
         call()
@@ -299,65 +253,198 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def measure(output: Path, skip_tests: bool) -> int:
-    failures = [failure] if (failure := build()) else []
-    from gptcore import ops  # only now: the build may have replaced the module
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def warm_and_cold(dry: bool) -> Iterator[dict[str, Any]]:
+    """Yield times of layer norm with a cache full of dirty or clean lines of other data, and with its own data."""
+    from gptcore import ops
+
+    backends = [name for name in ("cuda", "triton", "cpu" if dry else "torch") if ops.backends()[name] is None]
+    for case, (rows, width) in ROWS.items():
+        x, weight, bias = (
+            torch.randn(*shape, device=DEVICE, dtype=BF16) for shape in ((rows, width), (width,), (width,))
+        )
+        calls = {
+            f"gptcore {name}": functools.partial(ops.layer_norm, x, weight, bias, backend=name) for name in backends
+        }
+        calls["PyTorch"] = functools.partial(F.layer_norm, x, (width,), weight, bias)
+        for name, call in calls.items():
+            yield {"case": case, "name": name} | {flush: milliseconds(call, flush=flush) for flush in FLUSHES}
+
+
+def measured_rates(dry: bool) -> Iterator[dict[str, Any]]:
+    for megabytes in (0.1,) if dry else (12.6, 25.0, 100.0, 600.0):
+        a = torch.empty(int(megabytes * 1e6), dtype=torch.uint8, device=DEVICE)
+        b = torch.empty_like(a)
+        yield {"copy_mb": megabytes} | {flush: milliseconds(lambda: b.copy_(a), flush=flush) for flush in FLUSHES}  # noqa: B023
+    for n in (64,) if dry else (4096, 8192):
+        a, b = (torch.randn(n, n, device=DEVICE, dtype=BF16) for _ in range(2))
+        yield {"matmul": n, "flops": 2 * n**3 / milliseconds(lambda: a @ b, rounds=11) * 1e3}  # noqa: B023
+
+
+def kernels(dry: bool) -> Iterator[dict[str, Any]]:
+    """Yield the rows of compare() for every case."""
+    from gptcore import ops
 
     reasons = ops.backends()
-    backends = [name for name in ("cuda", "triton") if reasons.get(name, "unknown") is None]
-    for name in ("cuda", "triton"):
-        if name not in backends:
-            print(f"== backend {name}: {reasons.get(name)}")
-    if "cuda" not in backends:
-        failures.append(f"backend cuda: {reasons.get('cuda')}")
-    if backends and not skip_tests:
-        failures += [problem] if (problem := grid(backends)) else []
-        failures += sanitize() if "cuda" in backends else []
+    backends = ["cpu"] if dry else [name for name in ("cuda", "triton") if reasons[name] is None]
+    rates = {"copy": 1e9, "matmul": 1e9} if dry else {"copy": copy_rate(), "matmul": matmul_rate()}
+    yield {"rates": rates}
+    for case in cases():
+        yield from compare(case, backends, rates)
 
-    rates = {"copy": copy_rate(), "matmul": matmul_rate()}
-    print(f"== copy {rates['copy'] / 1e9:.0f} GB/s, bfloat16 matmul {rates['matmul'] / 1e12:.0f} TFLOP/s")
+
+def unit_rates(dry: bool) -> Iterator[dict[str, Any]]:
+    if dry:
+        yield {"compiled": len(units.compiled())}
+    else:
+        yield from units.rates(units.Driver(), milliseconds)
+
+
+def golden_values(dry: bool) -> Iterator[dict[str, Any]]:
+    if dry:
+        yield {"compiled": len(units.compiled())}
+    else:
+        yield from units.golden(units.Driver())
+
+
+def described(dry: bool) -> Iterator[dict[str, Any]]:
+    """Yield what runs here: the machine, its clocks, and which backends are usable."""
+    from gptcore import ops
+
+    yield {"backends": ops.backends(), "python": sys.version}
+    if not dry:
+        done = subprocess.run(["nvidia-smi", "-q", "-d", "CLOCK"], capture_output=True, text=True)
+        yield {"nvidia-smi": done.stdout}
+
+
+class Part(NamedTuple):
+    """A part of the measurement: the most seconds that it gets, and what yields its rows."""
+
+    seconds: float
+    rows: Callable[[bool], Iterator[dict[str, Any]]]
+
+
+# In the order of their value, for when the time ends
+PARTS = {
+    "machine": Part(60, described),
+    "rates": Part(40, measured_rates),
+    "step": Part(180, lambda dry: steps.steps(DEVICE, dry)),
+    "kernels": Part(150, kernels),
+    "layer norm": Part(40, warm_and_cold),
+    "generation": Part(60, lambda dry: steps.generation(DEVICE, dry)),
+    "units": Part(40, unit_rates),
+    "golden": Part(30, golden_values),
+}
+
+
+def run_part(name: str, output: Path, dry: bool) -> int:
+    """Run a part in this process; its rows are in the file after each."""
+    results: dict[str, Any] = {"rows": []}
+    for row in PARTS[name].rows(dry):
+        results["rows"].append(row)
+        write_json(part_file(output, name), results)
+        print(f"   {json.dumps(row)[:150]}", flush=True)
+        if row.get("failure"):
+            print(f"FAILED {name}: {row.get('name')}: {row['failure']}", flush=True)
+    return 0
+
+
+def measure(output: Path, names: list[str], seconds: float, options: list[str], dry: bool, skip_tests: bool) -> int:
+    """Run the parts; gpu.json is complete after each of them."""
+    end = time.monotonic() + seconds
+    output.mkdir(parents=True, exist_ok=True)
+    failures: list[str] = []
     results: dict[str, Any] = {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "capability": list(torch.cuda.get_device_capability()),
+        "gpu": "dry run" if dry else torch.cuda.get_device_name(),
+        "capability": [] if dry else list(torch.cuda.get_device_capability()),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "rates": rates,
+        "rates": {},
         "rows": [],
+        "parts": {},
         "failures": failures,
     }
-    output.mkdir(parents=True, exist_ok=True)
-    for case in cases():
-        rows = compare(case, backends, rates)
-        failures += [
-            f"{row['op']} {row['case']} {row['pass']} {row['name']}: {row['failure']}"
-            for row in rows
-            if row["failure"] and row["name"].startswith("gptcore")
-        ]
-        print(*map(text_of, rows), sep="\n", flush=True)
-        results["rows"] += rows
-        (output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")  # a later case may crash
+    write_json(output / "gpu.json", results)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        draw(results, output / "gpu.png")
+        for name in names:
+            left = end - time.monotonic()
+            if left < 1:
+                failures.append(f"{name}: no time is left")
+                continue
+            part = in_child(name, output, min(left, PARTS[name].seconds), options)
+            results["parts"][name] = part
+            if name == "kernels":
+                results["rates"] = part["rows"][0]["rates"] if part["rows"] else {}
+                results["rows"] = part["rows"][1:]
+            if part["failure"]:
+                failures.append(f"{name}: {part['failure']}")
+            failures += [
+                f"{name}: {row.get('case', '')} {row.get('name', '')}: {row['failure']}"
+                for row in part["rows"]
+                if row.get("failure") and str(row.get("name")).startswith("gptcore")
+            ]
+            write_json(output / "gpu.json", results)
+            if part["stopped"]:
+                return 1
+        if not dry and not skip_tests:
+            from gptcore import ops
+
+            backends = [name for name in ("cuda", "triton") if ops.backends()[name] is None]
+            failures += [problem] if backends and (problem := grid(backends)) else []
+            failures += sanitize() if "cuda" in backends else []
+    except Stopped:
+        failures.append("stopped")
+    finally:
+        write_json(output / "gpu.json", results)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    try:
+        if results["rows"]:
+            draw(results, output / "gpu.png")
     except ImportError:
         print("== no gpu.png: matplotlib is not installed; pip install matplotlib")
     print(f"== {output / 'gpu.json'}", *(f"FAILED {failure}" for failure in failures), sep="\n")
     return 1 if failures else 0
 
 
+def use_tiny_sizes() -> None:
+    """Run every part on the CPU, to find out whether it runs."""
+    global DEVICE, ATTENTION, ROWS
+    DEVICE, ATTENTION, ROWS = "cpu", {"tiny": (1, 2, 8, 16)}, {"tiny": (4, 8)}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=7200, help="for everything; default: %(default)s")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all, in this order")
+    parser.add_argument("--module", type=Path, metavar="FILE", help="a native module built before, instead of ours")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, to find out whether it runs")
     parser.add_argument("--skip-tests", action="store_true", help="times only")
     parser.add_argument("--small", action="store_true", help="a few small calls and nothing else, for sanitizers")
+    parser.add_argument("--part", choices=PARTS, help="this part alone, in this process")
     args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not args.dry_run:
         print("python -m benchmarks.gpu: no GPU here (torch.cuda.is_available() is False)", file=sys.stderr)
         return 2
+    if args.module is not None:
+        use_module(args.module)
+    if args.dry_run:
+        use_tiny_sizes()
     if args.small:
         small()
         return 0
-    return measure(args.output, args.skip_tests)
+    if args.part is not None:
+        return run_part(args.part, args.output.resolve(), args.dry_run)
+    if not args.dry_run and args.module is None and (failure := build()):
+        print(f"FAILED {failure}")
+        return 1
+    options = [*(["--dry-run"] if args.dry_run else []), *(["--module", str(args.module)] if args.module else [])]
+    return measure(args.output.resolve(), args.parts, args.seconds, options, args.dry_run, args.skip_tests)
 
 
 if __name__ == "__main__":

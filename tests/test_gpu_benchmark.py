@@ -1,12 +1,19 @@
 """python -m benchmarks.gpu, as far as a machine without a GPU can tell."""
 
 import json
+import os
+import shutil
+import signal
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import gpu, report
+from benchmarks.on_gpu import processes, units
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -62,3 +69,86 @@ def test_a_step_that_fails_is_named() -> None:
     assert gpu.run("a step", ["true"], 10) is None
     assert "no-such-program" in str(gpu.run("a step", ["no-such-program"], 10))
     assert "timed out" in str(gpu.run("a step", ["sleep", "5"], 0.1))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DEVICE", "ATTENTION", "ROWS"):
+        monkeypatch.setattr(gpu, name, getattr(gpu, name))  # so that it is what it was afterwards
+    gpu.use_tiny_sizes()
+
+
+def rows_of(part: str, output: Path) -> Any:
+    assert gpu.run_part(part, output, dry=True) == 0
+    rows = json.loads((output / f"part_{part.replace(' ', '_')}.json").read_text())["rows"]
+    assert [row.get("failure") for row in rows if str(row.get("name")).startswith("gptcore")].count(None) == len(
+        [row for row in rows if str(row.get("name")).startswith("gptcore")]
+    )
+    return rows
+
+
+@pytest.mark.parametrize("part", ["machine", "rates", "kernels", "layer norm"])
+def test_a_part_runs_without_a_gpu(tiny: None, tmp_path: Path, part: str) -> None:
+    assert rows_of(part, tmp_path)
+
+
+@pytest.mark.slow
+def test_steps_and_generation_run_without_a_gpu(tiny: None, tmp_path: Path) -> None:
+    rows = rows_of("step", tmp_path)
+    assert len(rows) == 7
+    assert not [row["failure"] for row in rows if "failure" in row]
+    assert all(row["ms"] > 0 and row["launches"] == 0 for row in rows)
+    assert {row["name"] for row in rows_of("generation", tmp_path)} >= {"gptcore", "transformers"}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_kernels_of_units_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "CUBIN", tmp_path / "units.cubin")
+    code = units.compiled()
+    assert all(name.encode() in code for name in units.KERNELS)
+    (tmp_path / "units.cubin").write_bytes(b"of before")
+    assert units.compiled() == b"of before"
+
+
+def child_that_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In place of Python: one row, and then nothing for a long time unless it is the part `machine`."""
+    script = tmp_path / "child"
+    script.write_text(
+        '#!/bin/sh\nname=$(echo "$6" | tr " " _)\necho \'{"rows": [{"name": "a row"}]}\' > "$4/part_$name.json"\n'
+        '[ "$6" = machine ] || sleep 60\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(processes.sys, "executable", str(script))
+
+
+def test_a_part_that_takes_too_long_is_killed_and_the_next_begins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    child_that_writes(monkeypatch, tmp_path)
+    monkeypatch.setitem(gpu.PARTS, "rates", gpu.Part(1, gpu.measured_rates))
+    names = ["machine", "rates", "golden"]
+    assert gpu.measure(tmp_path, names, 4, [], dry=True, skip_tests=True) == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [found["parts"][name]["rows"] for name in names] == [[{"name": "a row"}]] * 3
+    assert found["parts"]["machine"]["failure"] is None
+    assert found["failures"][0] == "rates: killed after 1 s"
+    assert found["failures"][1].startswith("golden: killed after")
+
+
+def test_a_signal_leaves_whole_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    child_that_writes(monkeypatch, tmp_path)
+
+    def kill_later() -> None:
+        while not (tmp_path / "part_rates.json").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=kill_later).start()
+    before = signal.getsignal(signal.SIGTERM)
+    assert gpu.measure(tmp_path, ["machine", "rates", "golden"], 100, [], dry=True, skip_tests=True) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(found["parts"]) == ["machine", "rates"]
+    assert found["failures"] == ["rates: stopped"]
+    assert gpu.measure(tmp_path, ["machine"], 0, [], dry=True, skip_tests=True) == 1
+    assert json.loads((tmp_path / "gpu.json").read_text())["failures"] == ["machine: no time is left"]

@@ -156,6 +156,27 @@ def test_memory_and_launches_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> Non
     assert launches.counts == {"mm": 8, "addmm_": 4, "copy_": 1, "add_": 1, "mul": 2}
 
 
+# Launches of a decoding step: in each layer 2 layer norms, 4 products, attention, GELU, and the new keys and values
+IN_A_LAYER, BESIDE, BESIDE_RAGGED = 9, 21, 33
+
+
+@pytest.mark.parametrize(("lengths", "beside"), [((7, 7), BESIDE), ((7, 9), BESIDE_RAGGED)])
+def test_launches_of_a_decoding_step(
+    cuda_on_meta: None, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, int], beside: int
+) -> None:
+    choose = Batch._choose
+    rows = SimpleNamespace(tolist=lambda: [5, 5])
+    monkeypatch.setattr(Batch, "_choose", lambda self, logits: choose(self, logits) is not None and rows)
+    with ops.use("cuda"):
+        batch = Batch(gpt(3).bfloat16())
+        for length in lengths:
+            batch.add([3] * length, Settings(max_new_tokens=4))
+        for _ in range(3):
+            with Launches() as launches:
+                batch.step()
+    assert launches.counts.total() == 3 * IN_A_LAYER + beside, launches.counts
+
+
 @pytest.mark.parametrize("lengths", [(7, 7), (7, 9)])
 def test_decoding_reads_the_tokens_alone(
     cuda_on_meta: None, lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
