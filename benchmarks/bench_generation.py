@@ -79,11 +79,11 @@ def bench_step(dtype: torch.dtype, size: str, against: str, compare: Compare) ->
     model(torch.ones(1, PROMPT, dtype=torch.int64), cache=cache)
 
     def whole() -> torch.Tensor:
-        cache._set_lengths([PROMPT])
+        cache.set_lengths([PROMPT])
         return step.next_logits(model, tokens, cache)
 
     def forward() -> torch.Tensor:
-        cache._set_lengths([PROMPT])
+        cache.set_lengths([PROMPT])
         return model(torch.tensor([tokens]), cache=cache).logits[:, -1]
 
     assert torch.equal(whole(), forward())

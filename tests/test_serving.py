@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import MODEL, POSITIONS, Running, running, tiny_tokenizer
 
+from gptcore.generation import seed_of_row
+from gptcore.serving import Request
 from gptcore.serving.text import Decoder, Speller, spell
 
 MESSAGES = [{"role": "user", "content": "the quick brown"}]
@@ -130,6 +132,31 @@ def test_logit_bias_and_penalties_reach_the_engine(client, tokenizer):
     penalised = client.completions.create(**request, frequency_penalty=2)
     assert {penalised.choices[0].text.count(letter) >= 3 for letter in "xy"} == {True}
     assert client.completions.create(**request).choices[0].text != penalised.choices[0].text
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_every_setting_reaches_the_engine(server, monkeypatch, tokenizer, chat):
+    asked, submit = [], server.served.engine.submit
+    monkeypatch.setattr(server.served.engine, "submit", lambda request: asked.append(request) or submit(request))
+    body = {
+        "model": MODEL, "n": 2, "temperature": 0.5, "top_p": 0.7, "top_k": 9, "seed": 3, "presence_penalty": 0.5,
+        "frequency_penalty": 0.25, "repetition_penalty": 1.5, "logit_bias": {"5": 2}, "max_tokens": 2,
+    }  # fmt: skip
+    if chat:
+        more = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 4}
+        prompt = server.served.template.encode(tokenizer, MESSAGES, add_generation_prompt=True)
+    else:
+        prompt, more = tokenizer.encode("the"), {"prompt": "the", "logprobs": 4, "echo": True}
+    assert server.request("POST", f"/v1/{'chat/' * chat}completions", {**body, **more}).status == 200
+    ends = [tokenizer.eos_token_id, *([tokenizer.special_tokens["<|im_end|>"]] if chat else [])]
+    assert asked == [
+        Request(
+            prompt, 2, temperature=0.5, top_p=0.7, top_k=9, seed=seed_of_row(3, row), presence_penalty=0.5,
+            frequency_penalty=0.25, repetition_penalty=1.5, logit_bias={5: 2}, logprobs=4, prompt_logprobs=not chat,
+            stop_tokens=ends,
+        )
+        for row in range(2)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -12,6 +12,7 @@ from gptcore.lora import add_adapter, save_adapter
 from gptcore.serving.limits import MAX_TEXTS, Limits
 from gptcore.serving.load import load
 from gptcore.tasks.pipelines import pipeline
+from gptcore.text.chat import with_special_tokens
 
 TEXTS = ["the quick brown fox", "the lazy dog jumps over the fox", "héllo € wörld"]
 
@@ -136,6 +137,21 @@ def test_adapters_are_models_by_their_name(tokenizer, tmp_path):
             for name in ("base", "poems", "base")
         ]
         assert rows[0] == rows[2] != rows[1]
+
+
+def test_an_adapter_with_another_tokenizer_is_refused(tokenizer, tmp_path):
+    model = tiny_gpt(tokenizer)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    add_adapter(model, r=2)
+    save_adapter(model, tmp_path / "same")
+    tokenizer.save_pretrained(tmp_path / "same")
+    save_adapter(model, tmp_path / "other")
+    with_special_tokens(tokenizer, ["<|more|>"]).save_pretrained(tmp_path / "other")
+    served, _ = load(tmp_path / "base", "base", Limits(), adapters={"poems": tmp_path / "same"})
+    served.close()
+    with pytest.raises(ValueError, match=r"other has another tokenizer than .*base, so they cannot be served together"):
+        load(tmp_path / "base", "base", Limits(), adapters={"poems": tmp_path / "other"})
 
 
 def test_a_model_without_a_route_is_refused(tokenizer, tmp_path):

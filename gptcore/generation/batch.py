@@ -12,7 +12,7 @@ from torch import Tensor
 from gptcore.generation.cache import KVCache
 from gptcore.generation.prompts import EMPTY
 from gptcore.generation.sampling import Settings, limit_repetition, limits, sample, whole_number
-from gptcore.generation.step import next_logits
+from gptcore.generation.step import first_logits, next_logits
 from gptcore.inputs import check_one_dtype
 from gptcore.modes import module_mode
 from gptcore.ops.documents import assume_valid
@@ -122,6 +122,8 @@ class Batch:
 
     def _read(self, rows: list[_Row], cache: KVCache | None) -> Tensor:
         """Return logits (rows, V) after the whole text of each row, packed if their lengths differ; fills the cache."""
+        if cache is not None and (logits := first_logits(self.model, [row.tokens for row in rows], cache)) is not None:
+            return logits
         lengths = [len(row.tokens) for row in rows]
         if len(set(lengths)) == 1:
             ids = torch.tensor([row.tokens for row in rows], device=self._device)

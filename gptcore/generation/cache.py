@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,27 @@ from torch import Tensor
 from gptcore import ops
 from gptcore.ops.documents import assume_valid
 
+if TYPE_CHECKING:
+    from gptcore.model import GPT
+
+
+GROUP = 8  # queries of a row that attend together: as many as the decoding kernel takes
+
+
+def new_memory(model: GPT, rows: int, capacity: int) -> Tensor:
+    """Return zeros for the keys and values of all layers, (layers, 2, rows, H, capacity, D)."""
+    config, like = model.config, next(model.parameters())
+    return like.new_zeros(config.n_layer, 2, rows, config.n_head, capacity, config.head_dim)
+
 
 class KVCache:
     """Keys and values of every layer. Each row of text has its own length and starts at position 0, without padding.
 
     The first forward pass with a cache fills it: each row of the batch, or each document of cu_seqlens, becomes a row.
     Every later pass adds T tokens to each row. `extend` takes in the rows of another cache; `drop` removes a row.
+
+    On CPUs the first pass attends as decoding does, at most GROUP queries at a time, so that a text has the same bits
+    however it is divided into passes.
 
     A layer has one tensor (2, rows, H, capacity, D), in the dtype and on the device of its first keys. Free space holds
     zeros: kernels are slow where masked values are NaN.
@@ -32,6 +48,7 @@ class KVCache:
         self._added: list[int] = []  # tokens that this forward pass adds to each row
         self._new_positions = torch.empty(0, dtype=torch.int64, device="cpu")  # of these tokens
         self._ragged: Ragged | None = None  # set in a pass over rows of different lengths
+        self._groups: list[tuple[int, int, int, int]] = []  # first token, past the last, row, place of the first
 
     @property
     def length(self) -> int:
@@ -58,6 +75,7 @@ class KVCache:
                 f"{self.length} + {max(self._added)} tokens do not fit into a KV cache of {self.capacity} tokens a row"
             )
         if not self.lengths:
+            self._group((row, 0, count) for row, count in enumerate(self._added))
             return None
         self._new_positions, self._ragged = self.positions()[:, None] + torch.arange(T, device=input_ids.device), None
         return self._new_positions
@@ -72,6 +90,8 @@ class KVCache:
         if not self.lengths:
             if layer == len(self.layers):
                 self.layers.append(qkv.new_zeros(2, len(self._added), H, self.capacity, D))
+            if qkv.device.type == "cpu" and not torch.is_grad_enabled():
+                return self._attend_in_groups(layer, qkv.reshape(1, B * T, 3, H, D), settings).view(B, T, H, D)
             texts = new if cu_seqlens is None else new.flatten(0, 1).split(self._added)
             for row, text in enumerate(texts):
                 self.layers[layer][:, row, :, : len(text)] = text.permute(1, 2, 0, 3)
@@ -87,17 +107,32 @@ class KVCache:
         queries = qkv[:, :, 0].transpose(1, 2)
         return ops.attention(queries, keys, values, cu_seqlens=pair, **settings).transpose(1, 2)
 
+    def _group(self, texts: Iterable[tuple[int, int, int]]) -> None:
+        """Divide adjacent tokens into groups, given row, place of the first token and number of tokens of each text."""
+        self._groups, begin = [], 0
+        for row, place, count in texts:
+            ends = [min(done + GROUP, count) for done in range(0, count, GROUP)]
+            starts = [0, *ends]
+            self._groups += [(begin + a, begin + b, row, place + a) for a, b in zip(starts, ends, strict=False)]
+            begin += count
+
+    def _attend_in_groups(self, layer: int, qkv: Tensor, settings: dict[str, Any]) -> Tensor:
+        """Write the keys and values in qkv (1, N, 3, H, D), and attend from its queries; returns (1, N, H, D)."""
+        out = torch.empty_like(qkv[:, :, 0])
+        for begin, end, row, place in self._groups:
+            cached = self.layers[layer][:, row : row + 1, :, : place + end - begin]  # (2, 1, H, tokens, D)
+            cached[:, :, :, place:] = qkv[:, begin:end, 1:].permute(2, 0, 3, 1, 4)
+            queries = qkv[:, begin:end, 0].transpose(1, 2)
+            out[:, begin:end] = ops.attention(queries, *cached, **settings).transpose(1, 2)
+        return out
+
     def end(self) -> None:
         """Count the tokens of a pass, after its last layer."""
         if self.lengths:
             self._positions = self.positions() + self._added[0]
             self.lengths = [length + added for length, added in zip(self.lengths, self._added, strict=True)]
         else:
-            self._set_lengths(self._added)
-
-    def count_step(self) -> None:
-        """Count a token in each row, which the native step has written."""
-        self._set_lengths([length + 1 for length in self.lengths])
+            self.set_lengths(self._added)
 
     def extend(self, other: KVCache) -> None:
         """Append copies of the rows of another cache of the same model."""
@@ -112,7 +147,7 @@ class KVCache:
             ours[:, used:rows, :, : other.length] = theirs[:, : len(other.lengths), :, : other.length]
             self.layers[layer : layer + 1] = [ours]
         self.capacity = capacity
-        self._set_lengths([*self.lengths, *other.lengths])
+        self.set_lengths([*self.lengths, *other.lengths])
 
     def drop(self, row: int) -> None:
         """Remove a row. The last row takes its place."""
@@ -126,9 +161,10 @@ class KVCache:
         del self.lengths[last]
         if not self.lengths:
             self.layers = []
-        self._set_lengths(self.lengths)
+        self.set_lengths(self.lengths)
 
-    def _set_lengths(self, lengths: list[int]) -> None:
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Say how many tokens each row has."""
         self.lengths, self._positions = lengths, None
 
 

@@ -1,4 +1,4 @@
-"""A decoding step through the whole model in one native call, with the bits of GPT.forward.
+"""A decoding step, or the reading of prompts, through the whole model in one native call, with the bits of GPT.forward.
 
 At batch 1 a small model's kernels take less time than the Python code between them. The call computes what the classes
 that are registered here compute, in eval mode and without gradients. Whatever would be noticed in Python is left to
@@ -7,6 +7,7 @@ GPT.forward: hooks, other classes or methods, autocast, another backend, tensors
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from gptcore import _C
-from gptcore.generation.cache import KVCache
+from gptcore.generation.cache import KVCache, new_memory
 from gptcore.ops import native, registry
 
 if TYPE_CHECKING:
@@ -41,10 +42,26 @@ def next_logits(model: GPT, tokens: list[int], cache: KVCache) -> Tensor:
     if cache.length < cache.capacity:
         logits = native_logits(model, tokens, cache.layers, rows, cache.lengths, rows)
         if logits is not None:
-            cache.count_step()
+            cache.set_lengths([length + 1 for length in cache.lengths])
             return logits
     ids = torch.tensor(tokens, device=cache.layers[0].device)[:, None]
     return model(ids, cache=cache).logits[:, -1]
+
+
+def first_logits(model: GPT, texts: list[list[int]], cache: KVCache) -> Tensor | None:
+    """Fill an empty cache; return the logits (B, V) after each text, or None where GPT.forward has to compute them."""
+    if next(model.parameters()).device.type != "cpu":
+        return None
+    memory, lengths = list(new_memory(model, len(texts), cache.capacity)), list(map(len, texts))
+    tokens = [token for text in texts for token in text]
+    rows = [row for row, length in enumerate(lengths) for _ in range(length)]
+    places = [place for length in lengths for place in range(length)]
+    kept = [end - 1 for end in itertools.accumulate(lengths)]
+    logits = native_logits(model, tokens, memory, rows, places, kept)
+    if logits is not None:
+        cache.layers = memory
+        cache.set_lengths(lengths)
+    return logits
 
 
 def native_logits(

@@ -21,7 +21,8 @@ from gptcore.generation.sampling import whole_number
 from gptcore.generation.slots import Slots
 from gptcore.lora import set_adapter
 from gptcore.model import GPT
-from gptcore.serving.prefix import BLOCK, PrefixCache
+from gptcore.serving.calls import Call, make, take
+from gptcore.serving.prefix import PrefixCache
 from gptcore.serving.requests import EngineClosed, EngineFull, Request, Ticket
 from gptcore.serving.rows import Row, described
 
@@ -77,7 +78,7 @@ class Engine:
             self._slots, self._ends = Slots(self._gpt, max_batch), [self._gpt.config.eos_token_id]
         self._rows: list[Row] = []  # in the order in which they joined
         self._waiting: deque[Ticket] = deque()
-        self._calls: deque[_Call] = deque()
+        self._calls: deque[Call] = deque()
         self._counts: Counter[str] = Counter()
         self._changed = threading.Condition()
         self._closing = self._aborted = False
@@ -107,7 +108,7 @@ class Engine:
 
         Raises ValueError for an adapter that the model lacks, EngineFull if too many calls wait, and EngineClosed.
         """
-        return self._queue(_Call(lambda items: [function()], None, adapter))
+        return self._queue(Call(lambda items: [function()], None, adapter))
 
     def batch(
         self, function: Callable[[list[Item]], Sequence[Result]], item: Item, adapter: str | None = None
@@ -117,9 +118,9 @@ class Engine:
         function: takes up to max_batch items and returns as many results, such as a model with a head. An exception is
             that of one item: if it raises for several, it is called with each alone.
         """
-        return self._queue(_Call(function, item, adapter))
+        return self._queue(Call(function, item, adapter))
 
-    def _queue(self, call: _Call) -> Future[Any]:
+    def _queue(self, call: Call) -> Future[Any]:
         self._check_adapter(call.adapter)
         with self._changed:
             self._check_open()
@@ -190,7 +191,7 @@ class Engine:
         try:
             with torch.no_grad():
                 while self._wait():
-                    self._make_call()
+                    self._make_calls()
                     self._admit()
                     self._step()
             self._select(selected)
@@ -212,33 +213,10 @@ class Engine:
             self._changed.wait_for(lambda: self._rows or self._waiting or self._calls or self._closing)
             return not self._aborted and bool(self._rows or self._waiting or self._calls)
 
-    def _make_call(self) -> None:
-        """Make the call that has waited longest, with all that can be made with it."""
+    def _make_calls(self) -> None:
         with self._changed:
-            first = self._calls.popleft() if self._calls else None
-            if first is None:
-                return
-            others = [call for call in self._calls if call.function == first.function and call.adapter == first.adapter]
-            calls = [first, *others[: self.max_batch - 1]]
-            self._calls = deque(call for call in self._calls if call not in calls)
-        self._make([call for call in calls if call.future.set_running_or_notify_cancel()])
-
-    def _make(self, calls: list[_Call]) -> None:
-        if not calls:
-            return
-        try:
-            self._select(calls[0].adapter)
-            results = calls[0].function([call.item for call in calls])
-            if len(results) != len(calls):
-                raise ValueError(f"the function returned {len(results)} results for {len(calls)} items")
-        except Exception as error:
-            if len(calls) == 1:
-                return calls[0].future.set_exception(error)
-            for call in calls:
-                self._make([call])
-        else:
-            for call, result in zip(calls, results, strict=True):
-                call.future.set_result(result)
+            calls = take(self._calls, self.max_batch)
+        make(calls, self._select)
 
     def _admit(self) -> None:
         """Drop cancelled requests, and let waiting ones take the free slots."""
@@ -263,8 +241,8 @@ class Engine:
             for row in self._rows:
                 if row.request.adapter != adapter:
                     continue
-                self._take_prefix(row)
-                key = self._next_key(row)
+                self._counts["cached_tokens"] += row.take_prefix(self._prefix, self._slots.memory)
+                key = row.next_key(self._prefix)
                 if row.unread == 1:
                     parts.append((row, 1))
                 elif budget and (key is None or key not in coming):
@@ -302,7 +280,7 @@ class Engine:
         for (row, count), *mine in zip(parts, *(t.split(outputs) for t in (logits, scores, finite)), strict=True):
             self._counts["prompt_tokens"] += 0 if row.new else count
             row.done += count
-            self._keep_prefix(row)
+            row.keep_prefix(self._prefix, self._slots.memory)
             try:
                 self._continue(row, *mine)
             except Exception as error:
@@ -341,38 +319,3 @@ class Engine:
         if adapter != self._selected:
             set_adapter(self.model, adapter)
             self._selected = adapter
-
-    # ---- the prefix cache --------------------------------------------------------------------------------------------
-
-    def _next_key(self, row: Row) -> Any:
-        """Return the key of a row's next block; None if it may not take it, or no token would remain to be read."""
-        end = row.kept + BLOCK
-        if self._prefix.limit < BLOCK or end >= len(row.tokens) or row.request.prompt_logprobs:
-            return None
-        return PrefixCache.key(row.root, row.block, row.tokens[row.kept : end])
-
-    def _take_prefix(self, row: Row) -> None:
-        """Copy blocks of the prefix cache into the slot of a row, as far as its next tokens are there."""
-        while row.unread > 1 and (block := self._prefix.get(self._next_key(row))) is not None:
-            self._slots.memory[:, :, row.slot, :, row.kept : row.kept + BLOCK] = block.memory
-            row.block, row.kept = block, row.kept + BLOCK
-            new = max(0, row.kept - row.done)
-            row.ticket.cached_tokens += new
-            self._counts["cached_tokens"] += new
-            row.done += new
-
-    def _keep_prefix(self, row: Row) -> None:
-        """Copy whole blocks of a row into the prefix cache."""
-        while self._prefix.limit >= BLOCK and row.kept + BLOCK <= row.done:
-            key = PrefixCache.key(row.root, row.block, row.tokens[row.kept : row.kept + BLOCK])
-            memory = self._slots.memory[:, :, row.slot, :, row.kept : row.kept + BLOCK]
-            row.block = self._prefix.get(key) or self._prefix.put(key, row.block, memory)
-            row.kept += BLOCK
-
-
-class _Call:
-    """A function that waits to be called with its item, or with those of several calls."""
-
-    def __init__(self, function: Callable[[list[Any]], Sequence[Any]], item: Any, adapter: str | None) -> None:
-        self.function, self.item, self.adapter = function, item, adapter
-        self.future: Future[Any] = Future()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptcore.generation.sampling import limit_repetition, sample
-from gptcore.serving.prefix import Block
+from gptcore.serving.prefix import BLOCK, Block, PrefixCache
 from gptcore.serving.requests import Ticket, Token
 
 
@@ -37,6 +38,34 @@ class Row:
     def outputs(self, count: int) -> int:
         """Return for how many of the next `count` tokens logits are needed: the last ones."""
         return count if self.request.prompt_logprobs and not self.new else int(self.unread == count)
+
+    def next_key(self, prefix: PrefixCache) -> Any:
+        """Return the key of the next block; None if it may not be taken, or no token would remain to be read."""
+        end = self.kept + BLOCK
+        if prefix.limit < BLOCK or end >= len(self.tokens) or self.request.prompt_logprobs:
+            return None
+        return PrefixCache.key(self.root, self.block, self.tokens[self.kept : end])
+
+    def take_prefix(self, prefix: PrefixCache, memory: Tensor) -> int:
+        """Copy blocks of the prefix cache into the slot as far as the next tokens are there; return how many they are.
+
+        memory: of all slots (layers, 2, slots, H, places, D).
+        """
+        before = self.done
+        while self.unread > 1 and (block := prefix.get(self.next_key(prefix))) is not None:
+            memory[:, :, self.slot, :, self.kept : self.kept + BLOCK] = block.memory
+            self.block, self.kept = block, self.kept + BLOCK
+            self.done = max(self.done, self.kept)
+        self.ticket.cached_tokens += self.done - before
+        return self.done - before
+
+    def keep_prefix(self, prefix: PrefixCache, memory: Tensor) -> None:
+        """Copy whole blocks of what is read into the prefix cache."""
+        while prefix.limit >= BLOCK and self.kept + BLOCK <= self.done:
+            end = self.kept + BLOCK
+            key = PrefixCache.key(self.root, self.block, self.tokens[self.kept : end])
+            self.block = prefix.get(key) or prefix.put(key, self.block, memory[:, :, self.slot, :, self.kept : end])
+            self.kept = end
 
     def choose(self, logits: Tensor) -> int:
         """Return the next token, given logits (V,)."""
