@@ -89,7 +89,9 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_from_file_to_model_to_prediction(base: Path, tmp_path: Path, task: str) -> None:
+def test_from_file_to_model_to_prediction(
+    base: Path, tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = run(base, tmp_path, task, num_train_epochs=24 if task == "answer" else 12)
     result = report.result
     assert result.metrics[report.metric] > 0.9  # five seeds gave 1 for each task
@@ -104,6 +106,9 @@ def test_from_file_to_model_to_prediction(base: Path, tmp_path: Path, task: str)
     examples = made.read(tmp_path / f"{task}.jsonl", Columns()).examples
     predictions = made.predict(model, examples)
     assert made.score(examples, predictions).metrics == result.metrics
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(tmp_path / "out"), str(tmp_path / f"{task}.jsonl"), "--device", "cpu"]) == 0
+    assert f" {result.metrics[report.metric]:.4f}" in capsys.readouterr().out
     for example, prediction in list(zip(examples, predictions, strict=True))[:6]:
         assert made.predict(model, [example], 1) == [prediction], "a prediction has other bits in a batch"
 
