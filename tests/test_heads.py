@@ -173,6 +173,16 @@ def test_a_true_end_of_text_is_seen_though_its_id_is_the_padding() -> None:
     assert not torch.allclose(model(padded, mask).logits, model(text[:, :2]).logits)
 
 
+def test_a_forward_pass_changes_no_setting_and_needs_no_padding_token() -> None:
+    """transformers guesses problem_type from the first labels, keeps it, and refuses batches without a padding id."""
+    model, ids = GPTForSequenceClassification(tiny(), 3).eval(), torch.tensor([[5, 6], [7, 8]])
+    assert model.config.pad_token_id is None
+    logits, labels = model(ids, labels=torch.tensor([0, 2])).logits, torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    assert model.problem_type is None
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    torch.testing.assert_close(model(ids, labels=labels).loss, expected)
+
+
 def test_padding_has_neither_label_nor_answer() -> None:
     ids, mask = torch.tensor([[5, 6, 7, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])
     tokens = GPTForTokenClassification(tiny(), 3, head_dropout=0.0)

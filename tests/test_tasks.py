@@ -295,6 +295,23 @@ def test_answers_of_all_windows_share_one_softmax(base: Path) -> None:
         assert len(starts) > 1 or length == 48, "windows without the answer point to their last token"
 
 
+def test_the_first_word_and_no_answer_can_win(base: Path) -> None:
+    """The pipeline of transformers 4 finds neither: it masks position 0, whose scores are those of no answer."""
+    task = Answer(Tokenizer.from_pretrained(base), [], {"max_length": 48, "threshold": 0.0})
+    example = Question("here", "who?", "Ada ran.")
+    (window,) = task.windows(example)
+    part, outputs = window.marks, torch.zeros(2, len(window.input_ids))
+    last = max(i for i, (_, end) in enumerate(part.spans) if end <= len("Ada"))
+    outputs[0, part.begin] = outputs[1, part.begin + last] = 5.0
+    found = task.decode(example, [window], [outputs])
+    assert (found["answer"], found["start"], found["no_answer"]) == ("Ada", 0, -10.0)
+    outputs[:, -1] = 6.0
+    found = task.decode(example, [window], [outputs], top_k=2)
+    assert [one["answer"] for one in found["candidates"]] == ["", "Ada"]
+    assert found["answer"] == ""
+    assert found["no_answer"] == 2.0
+
+
 def test_the_threshold_of_no_answer_is_the_best_of_the_validation_set(base: Path) -> None:
     """The reported predictions are by thresholds of other contexts: own labels change nothing."""
     task = Answer(Tokenizer.from_pretrained(base), [], {"max_length": 16})
