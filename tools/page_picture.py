@@ -39,7 +39,7 @@ def draw(page: Page, address: str) -> None:
         page.wait_for_selector("#export:not([disabled])")
     page.locator("#output .token").nth(SHOWN).focus()
     print(page.locator("#numbers").text_content())
-    page.screenshot(path=PICTURE)
+    page.screenshot(path=PICTURE, full_page=True)
 
 
 def main() -> None:
