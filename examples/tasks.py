@@ -2,7 +2,7 @@
 
 The base is pre-trained once, on film reviews and the training texts of the tasks, without their labels. Its files and
 the data stay in out/tasks. Each task ends with its metrics beside those of the baselines, on the same validation
-examples, whose texts neither the base nor the task has seen.
+examples, whose texts are in the training data of neither the base nor the task.
 """
 
 from __future__ import annotations

@@ -147,9 +147,9 @@ class Answer(Task[Question]):
         return {**shown, **best, "no_answer": no_answer, "span": span, "candidates": [best, *others][:top_k]}
 
     def tune(self, examples: Sequence[Question], predictions: list[Prediction]) -> list[Prediction]:
-        """Choose the threshold with the highest F1; return predictions to report, by thresholds that did not see them.
+        """Choose the threshold with the highest F1; return predictions to report, by thresholds chosen on others.
 
-        Those of one half of the contexts are by the threshold that is the best for the other half.
+        Each half of the contexts is judged by the threshold that is the best for the other half.
         """
         contexts = {context: i % 2 for i, context in enumerate(dict.fromkeys(e.context for e in examples))}
         halves = [contexts[e.context] if len(contexts) > 1 else i % 2 for i, e in enumerate(examples)]
