@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gptcore import _C, ops
+from gptcore.ops import native, registry, verify
 from gptcore.training.optim import AdamW, Update
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
@@ -115,13 +116,24 @@ def test_the_kernel_of_gpus_equals_pytorchs_functions(dtype: torch.dtype) -> Non
                 update = Update(list(group["params"]), masters, gradients, *lists, group, scale, found_inf)
                 before = [p.detach().clone() for p in params]
                 with torch.no_grad():
-                    ops.registry.BACKENDS[backend].implementations["adamw"](update)
+                    registry.BACKENDS[backend].implementations["adamw"](update)
                 assert step != 4 or all(map(torch.equal, before, params))
         states = [optimizer.state[p] for p in params]
         assert {float(state["step"]) for state in states} == {5.0}
         results.append([*params, *(tensor for state in states for tensor in state.values())])
     for ours, theirs in zip(*reversed(results), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(ours.dtype).eps, atol=1e-7)
+
+
+@pytest.mark.skipif(ops.backends()["triton"] is not None or ON_GPU != [], reason="compiled, not interpreted")
+def test_the_check_on_first_use_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, like = registry.OPERATIONS["adamw"].first_use, torch.zeros(1, dtype=BF16)
+    assert make is not None
+    assert verify._compare("triton", make(0), like) is None
+    kernels = native.triton_module("adamw")
+    step = kernels.step
+    monkeypatch.setattr(kernels, "step", lambda *args, **numbers: step(*args, **{**numbers, "betas": (0.8, 0.999)}))
+    assert "relative error" in str(verify._compare("triton", make(0), like))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])

@@ -403,7 +403,7 @@ def _adamw_cuda(update: Update, check_only: bool = False) -> None:
 def _two_steps(parameter: Tensor, gradient: Tensor, backend: str | None = None) -> Tensor:
     """Return the parameter after two steps; as the check on first use expects, it can be differentiated."""
     updated = parameter.detach().clone()
-    optimizer = AdamW([updated], lr=0.1, backend=backend)
+    optimizer = AdamW([updated], lr=10.0, backend=backend)  # so that the update is not lost in the rounding
     for factor in (1.0, -0.5):
         updated.grad = gradient.detach() * factor
         optimizer.step()
