@@ -272,6 +272,7 @@ TILES = [
     for mask in [axes.pop("mask")]
 ]
 TILES += [case for case in GRID if case.documents and case.head_dim == 5][::3]
+TILES += [Attention(lengths=(66, 131), head_dim=128, dropout_p=0.4, dtype=BF16, heads=(2, 1))]  # in pairs of warps
 TILES += [case for case in GRID if case.dropout_p or 0 in (*case.lengths, case.batch)]
 # Of 25 draws: with one head, since to these backends another is the same program run once more; and each head_dim with
 # one of the magnitudes.

@@ -6,6 +6,7 @@ import pytest
 
 from gptcore import _C
 from tools import sass
+from tools.sass_loops import main_loop
 
 pytestmark = pytest.mark.slow
 
@@ -52,3 +53,28 @@ def test_the_gate_can_fail() -> None:
         assert len(sass.problems({"layer_norm": {"sm_80": row | {field: bad}}})) == 1
     assert sass.worsened({}, before) == ["layer_norm is gone"]
     assert sass.worsened(before, {}) == ["layer_norm is new"]
+
+
+def test_the_main_loop_is_the_pass_with_all_loads_and_products_and_no_exceptions() -> None:
+    code = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_1:
+        /*0010*/                   LDGSTS.E.128 [R1], desc[UR4][R2.64] ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+        /*0030*/                   FSEL R3, R3, -INF , P1 ;
+.L_x_2:
+        /*0040*/              @!P1 BRA `(.L_x_3) ;
+        /*0050*/                   BRA `(.L_x_4) ;
+.L_x_3:
+        /*0060*/                   LDSM.16.M88.4 R4, [R1] ;
+        /*0070*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+.L_x_5:
+        /*0080*/                   IADD3 R9, R9, 0x1, RZ ;
+        /*0090*/               @P3 BRA `(.L_x_5) ;
+.L_x_4:
+        /*00a0*/               @P2 BRA `(.L_x_1) ;
+        /*00b0*/                   EXIT ;
+"""
+    names = [name.split(".")[0] for name in main_loop(code.splitlines())]
+    assert names == ["LDGSTS", "BRA", "BRA", "LDSM", "HMMA", "IADD3", "BRA", "BRA"]
+    assert main_loop(["        /*0000*/                   EXIT ;"]) == []

@@ -13,7 +13,7 @@ using namespace gptcore::GPTCORE_GPU;
 template <class Math, int kWidth, Gradients kOf>
 void attention_backward(const char* math) {
   using Shared = BackwardShared<Math, kWidth, kOf>;
-  std::printf("attention_backward_kernel<%s, %d, Gradients%d> %d %d\n", math, kWidth, int(kOf),
+  std::printf("attention_backward_kernel<%s, %d, Gradients%d %d %d\n", math, kWidth, int(kOf),
               Shared::kTile.threads(), Shared::kBytes);
 }
 
@@ -21,8 +21,8 @@ template <class Math, int kWidth>
 void attention(const char* math) {
   using Forward = ForwardShared<Math, kWidth, false>;
   using Decode = ForwardShared<Math, kWidth, true>;
-  std::printf("attention_forward_kernel<%s, %d, false> %d %d\n", math, kWidth, Forward::kThreads, Forward::kBytes);
-  std::printf("attention_forward_kernel<%s, %d, true> %d %d\n", math, kWidth, Decode::kThreads, Decode::kBytes);
+  std::printf("attention_forward_kernel<%s, %d, false %d %d\n", math, kWidth, Forward::kThreads, Forward::kBytes);
+  std::printf("attention_forward_kernel<%s, %d, true %d %d\n", math, kWidth, Decode::kThreads, Decode::kBytes);
   attention_backward<Math, kWidth, Gradients::query>(math);
   attention_backward<Math, kWidth, Gradients::key>(math);
   attention_backward<Math, kWidth, Gradients::value>(math);

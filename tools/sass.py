@@ -4,7 +4,7 @@
     python -m tools.sass --write   rewrite it, after an intended change
 
 For each kernel and architecture: registers a thread, bytes of stack (spilled registers), shared memory and threads of a
-block, resident blocks per multiprocessor, and counts of some instructions.
+block, resident blocks per multiprocessor, counts of some instructions, and the length of the main loop.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gptcore import _C
+from tools.sass_loops import main_loop
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tools" / "data" / "sass.json"
@@ -49,19 +50,25 @@ COUNTED = {
     "local": r"LDL|STL",  # accesses to the stack
     "fp64": r"D(ADD|MUL|FMA|MMA|SETP)|.*\.F64",
 }
-FIELDS = ("registers", "stack", "shared", "threads", "blocks", *COUNTED)
-MORE_IS_WORSE = ("registers", "stack", "shared", "local", "fp64")
+# Of what a warp executes in one pass through the main loop; 0 without tensor cores
+LOOP = {"loop": "", "loop_mma": COUNTED["mma"], "loop_ldmatrix": COUNTED["ldmatrix"]}
+FIELDS = ("registers", "stack", "shared", "threads", "blocks", *COUNTED, *LOOP)
+MORE_IS_WORSE = ("registers", "stack", "shared", "local", "fp64", "loop", "loop_ldmatrix")
 LESS_IS_WORSE = ("blocks", "mma", "ldmatrix", "cp_async", "wide")
 
 COUNTED_IN_SUMMARY = {
-    "mma": "HMMA", "ldmatrix": "LDSM", "cp_async": "LDGSTS", "wide": "16-byte LDG, STG",
+    "mma": "HMMA", "ldmatrix": "LDSM", "cp_async": "LDGSTS", "wide": "16-byte LDG, STG", "loop": "loop",
+    "loop_mma": "HMMA", "loop_ldmatrix": "LDSM",
 }  # fmt: skip
-# What the last template argument of a kernel means
-LAST_ARGUMENT = {
-    "attention_forward": {"false": "", "true": "decoding"},
-    "attention_backward": {"Gradients0": "dQ", "Gradients1": "dK", "Gradients2": "dV", "Gradients3": "dK and dV"},
+# What the template arguments of a kernel mean
+CALLS = {"Calls0": "common calls", "Calls1": ""}
+ARGUMENTS = {
+    "attention_forward": {"false": "", "true": "decoding", **CALLS},
+    "attention_backward": {
+        "Gradients0": "dQ", "Gradients1": "dK", "Gradients2": "dV", "Gradients3": "dK and dV", **CALLS
+    },
     "gelu": {"false": "erf", "true": "tanh"},
-}
+}  # fmt: skip
 
 Row = dict[str, int]
 Table = dict[str, dict[str, Row]]  # kernel: architecture: row
@@ -112,16 +119,23 @@ def resident_blocks(arch: str, registers: int, threads: int, shared: int) -> int
     return min(by_registers, max_threads // threads, max_blocks, max_shared // (shared + 1024))
 
 
+def count_kinds(names: list[str], kinds: dict[str, str]) -> collections.Counter[str]:
+    counted = collections.Counter(names)
+    return collections.Counter(
+        {kind: sum(n for name, n in counted.items() if re.match(match, name)) for kind, match in kinds.items()}
+    )
+
+
 def instructions(cubin: Path) -> dict[tuple[str, str], collections.Counter[str]]:
     """How often each kind of COUNTED occurs, by function and architecture."""
     text = subprocess.run([find_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     arch = cubin.suffixes[-2][1:]  # name.3.sm_90.cubin
     counts = {}
     for part in re.split(r"^\.text\.", text, flags=re.M)[1:]:
-        names = collections.Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", part, re.M))
-        counts[part[: part.index(":")], arch] = collections.Counter(
-            {kind: sum(n for name, n in names.items() if re.match(match, name)) for kind, match in COUNTED.items()}
-        )
+        names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", part, re.M)
+        count = count_kinds(names, COUNTED)
+        loop = main_loop(part.splitlines()) if count["mma"] else []
+        counts[part[: part.index(":")], arch] = count + count_kinds(loop, LOOP)
     return counts
 
 
@@ -158,7 +172,7 @@ def measure(module: Path = MODULE) -> Table:
         blocks = resident_blocks(arch, registers, threads, shared)
         count = counts[function, arch]
         row = {"registers": registers, "stack": stack, "shared": shared, "threads": threads, "blocks": blocks}
-        table[name][arch] = row | {kind: count[kind] for kind in COUNTED}
+        table[name][arch] = row | {kind: count[kind] for kind in (*COUNTED, *LOOP)}
     return {name: table[name] for name in sorted(table)}
 
 
@@ -181,6 +195,11 @@ def problems(table: Table) -> list[str]:
     return found
 
 
+def amount(row: Row, field: str) -> float:
+    """Return a figure of a row that can be compared: for loops per tensor-core instruction, since tiles differ."""
+    return row[field] / max(row["loop_mma"], 1) if field in LOOP else row[field]
+
+
 def worsened(table: Table, before: Table) -> list[str]:
     """Numbers that are worse than they were, and kernels that one of the tables lacks."""
     found = [f"{name} is new" for name in table if name not in before]
@@ -191,10 +210,8 @@ def worsened(table: Table, before: Table) -> list[str]:
             if old is None:
                 continue
             for field in FIELDS:
-                worse = (field in MORE_IS_WORSE and row[field] > old[field]) or (
-                    field in LESS_IS_WORSE and row[field] < old[field]
-                )
-                if worse:
+                new, before_it = amount(row, field), amount(old, field)
+                if (field in MORE_IS_WORSE and new > before_it) or (field in LESS_IS_WORSE and new < before_it):
                     found.append(f"{name} {arch}: {field} was {old[field]}, is {row[field]}")
     return found
 
@@ -228,9 +245,9 @@ def title(name: str) -> str:
     """Return a kernel's name in words: attention backward, bfloat16, 64, dQ."""
     kernel, _, arguments = name.removesuffix(">").partition("<")
     words = arguments.split(", ")
-    for start, meaning in LAST_ARGUMENT.items():
-        if kernel.startswith(start) and words[-1] in meaning:
-            words[-1] = meaning[words[-1]]
+    for start, meanings in ARGUMENTS.items():
+        if kernel.startswith(start):
+            words = [meanings.get(word, word) for word in words]
     return ", ".join(filter(None, [kernel.removesuffix("_kernel").replace("_", " "), *words]))
 
 

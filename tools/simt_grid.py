@@ -118,6 +118,10 @@ GRID = {
         attention(BF16, (1, 1, 1, 130, 192, 64), causal=False, window=(28, 200)),  # a warp's last, all but the first
         attention(F16, (1, 4, 2, 33, 33, 32)),
         attention(F16, (1, 7, 7, 150, 20, 32), causal=False),  # waves of four and three heads
+        # Pairs of warps, some with no key in a tile, and masks within half of the rows of a pair
+        attention(BF16, (1, 2, 1, 150, 150, 128), window=(90, 0)),
+        attention(F16, (1, 1, 1, 70, 85, 124), causal=False, window=(9, 40), dropout_p=0.25),
+        attention(BF16, (1, 2, 1, 70, 70, 128), cu_seqlens=torch.tensor([0, 40, 70]), bad=((2, 60, NAN), (0, 5, INF))),
         decode(BF16, (4, 1, 1100, 64)),
         decode(BF16, (6, 1, 1100, 45)),
         decode(BF16, (2, 2, 1100, 64), cu_seqlens=HALF_BLIND),

@@ -34,6 +34,8 @@ inline void set_common(AttentionParams& p, const AttentionArgs& args, std::initi
   p.seed = args.seed;
 }
 
+inline bool is_common(const AttentionParams& p) { return p.vectors && !p.dropout; }  // of Calls::common
+
 // heads_per_wave for heads of rows, `sharing` of which read the same `columns` rows of two tensors.
 inline int heads_per_wave(const AttentionArgs& args, int64_t heads, int64_t columns, int64_t sharing) {
   const int64_t bytes = 2 * columns * args.head_dim * (args.dtype == DType::float32 ? 4 : 2) / sharing;

@@ -31,8 +31,10 @@ void launch_gradients(const AttentionArgs& args, AttentionBackwardParams p) {
                                       : heads_per_wave(args, heads, args.kv_len, p.group);
   constexpr const char* kNames[] = {"attention_backward_query", "attention_backward_key", "attention_backward_value",
                                     "attention_backward_key_value"};
-  launch({kNames[int(kOf)], unsigned(blocks), 1, 1, Shared::kThreads, Shared::kBytes, args.stream},
-         attention_backward_kernel<Math, kWidth, kOf>, p);
+  void (*kernel)(AttentionBackwardParams) = attention_backward_kernel<Math, kWidth, kOf, Calls::all>;
+  if constexpr (has_common_kernel(kWidth, sizeof(Storage<Math>)))
+    if (is_common(p)) kernel = attention_backward_kernel<Math, kWidth, kOf, Calls::common>;
+  launch({kNames[int(kOf)], unsigned(blocks), 1, 1, Shared::kThreads, Shared::kBytes, args.stream}, kernel, p);
 }
 
 template <class Math, int kWidth>

@@ -51,9 +51,12 @@ AttentionForwardParams forward_params(const AttentionArgs& args, const ForwardPl
 template <class Math, int kWidth, bool kIsDecode>
 void launch_forward(const AttentionArgs& args, const ForwardPlan& plan, const AttentionForwardParams& p) {
   using Shared = ForwardShared<Math, kWidth, kIsDecode>;
+  void (*kernel)(AttentionForwardParams) = attention_forward_kernel<Math, kWidth, kIsDecode, Calls::all>;
+  if constexpr (!kIsDecode && has_common_kernel(kWidth, sizeof(Storage<Math>)))
+    if (is_common(p)) kernel = attention_forward_kernel<Math, kWidth, kIsDecode, Calls::common>;
   launch({kIsDecode ? "attention_decode" : "attention_forward", unsigned(plan.blocks * plan.num_splits), 1, 1,
           Shared::kThreads, Shared::kBytes, args.stream},
-         attention_forward_kernel<Math, kWidth, kIsDecode>, p);
+         kernel, p);
 }
 
 template <class Math>

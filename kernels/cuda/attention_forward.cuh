@@ -31,7 +31,7 @@ struct RowSoftmax {
 };
 
 struct AttentionForwardParams : AttentionParams {
-  // args.scale = sign x scale, with scale > 0; for 0, sign is 0 and scale 1. S is multiplied by sign, so that the
+  // args.scale = sign x scale, with scale > 0; for 0, sign is 0 and scale 1. Q is multiplied by sign, so that the
   // largest score has the largest probability, and exponents by scale_log2 = scale x log2(e).
   float sign, scale, scale_log2;
   // With several splits each block processes a part of the key tiles; attention_combine adds the partial results.
@@ -168,7 +168,20 @@ struct ForwardShared {
   static constexpr int kBytes = kRanges + kRows * sizeof(Range);
 };
 
-template <class Math, int kWidth, bool kIsDecode>
+// Multiplies the rows of Q by the sign, each thread the chunks that it copied.
+template <int kRows, int kThreads, class T, int kWidth>
+GPTCORE_DEVICE void apply_sign(SharedTile<T, kWidth> queries, float sign) {
+  constexpr unsigned kChunks = SharedTile<T, kWidth>::kChunks, kPerChunk = SharedTile<T, kWidth>::kPerChunk;
+  copy_wait<0>();
+#pragma unroll 1
+  for (unsigned i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
+    T* const chunk = reinterpret_cast<T*>(queries.chunk(i / kChunks, i % kChunks));
+#pragma unroll
+    for (unsigned j = 0; j < kPerChunk; ++j) chunk[j] = from_float<T>(to_float(chunk[j]) * sign);
+  }
+}
+
+template <class Math, int kWidth, bool kIsDecode, Calls kCalls>
 __global__ void
 __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShared<Math, kWidth, kIsDecode>::kBlocks)
     attention_forward_kernel(AttentionForwardParams p) {
@@ -176,6 +189,7 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
   using Shared = ForwardShared<Math, kWidth, kIsDecode>;
   constexpr int kThreads = Shared::kThreads, kRows = Shared::kRows, kKeys = Shared::kTile.keys;
   constexpr int kM = Shared::kTile.m_tiles;
+  if constexpr (kCalls == Calls::common) p.dropout = false, p.vectors = true;
 
   char* const shared = shared_memory();
   const SharedTile<T, kWidth> query_tile{shared};
@@ -232,6 +246,7 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
     load_rows<kRows, kThreads>(query_tile, [&](int row) -> const T* { return row_of(p.query, row); }, p.head_dim,
                                p.vectors);
     load_keys(first_tile);
+    if (p.sign != 1.0f) apply_sign<kRows, kThreads>(query_tile, p.sign);
   }
 #pragma unroll 1
   for (int tile = first_tile; tile < end_tile; ++tile) {
@@ -243,14 +258,6 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
     if (key >= warp_last.end || key + kKeys <= warp_first.begin || first_row + warp_row >= all_rows) continue;
     float acc_s[kM][kKeys / 8][4];
     multiply_transposed<Math>(acc_s, query_tile, warp_row, key_tile(tile), 0, lane);
-    if (p.sign != 1.0f) {
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) acc_s[m][n][i] *= p.sign;
-    }
     const bool masked = key < warp_last.begin || key + kKeys > warp_first.end;  // some row does not attend to some key
     if (masked) mask_scores(acc_s, ranges + warp_row, key, kMinusInfinity, lane);
     softmax_step<T>(acc_s, rows, acc_o, p.scale_log2);
@@ -319,7 +326,7 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
     if (lse == kMinusInfinity) lse = 0.0f;  // all scores are -inf, and -inf - -inf is NaN
     const auto weight = [&](int, int key) {
       const float s = dot<Math>(row_of(p.query, i), rows_of<const T>(p.key, batch, kv_head, key), p.head_dim);
-      const float weight = probability(s * p.sign, p.scale, lse);
+      const float weight = probability<T>(s * p.sign, p.scale, lse);
       return p.dropout && !is_kept(p, head, row / p.group, key) ? 0.0f : weight;
     };
     RowColumns keys{ranges[i], batch, kv_head, 1, p.value};

@@ -15,6 +15,11 @@ constexpr int tile_width(int head_dim, int element_size) {
   return head_dim <= 128 ? 128 : 256;
 }
 
+// Most calls have no dropout, and rows of whole 16-byte vectors. Kernels for these alone have fewer instructions and
+// registers. They are compiled where time matters most: for 16 bits and usual widths.
+enum class Calls { common, all };
+constexpr bool has_common_kernel(int width, int element_size) { return element_size == 2 && width >= 64 && width <= 128; }
+
 struct ForwardTile {
   int warps;    // in a block
   int m_tiles;  // 16-row tiles per warp
@@ -68,9 +73,10 @@ struct BackwardTile {
   int columns;  // in one stage
   int chunk;    // columns multiplied at a time: bounds the registers of P and dS
   int blocks;   // resident on a multiprocessor at least: bounds the registers of a thread
+  bool paired = false;  // two warps have the same rows: one computes S, the other dP
 
   constexpr int threads() const { return 32 * warps; }
-  constexpr int rows() const { return 16 * m_tiles * warps; }
+  constexpr int rows() const { return 16 * m_tiles * warps / (paired ? 2 : 1); }
 };
 
 // `keys`: the rows are keys, with two accumulators (dK and dV). `plain`: products without tensor cores.
@@ -80,10 +86,10 @@ constexpr BackwardTile backward_tile(int width, int element_size, bool keys, boo
     if (width <= 128) return {4, 1, 16, 16, 1};
     return plain ? BackwardTile{2, 1, 8, 8, 1} : BackwardTile{1, 1, 16, 16, 1};
   }
-  if (width <= 32) return {4, 2, 64, 32, 2};
+  if (width <= 32) return {4, 2, 64, 32, keys ? 2 : 3};
   if (width <= 64) return {4, 2, 64, keys ? 16 : 32, 2};
   if (width <= 96) return {8, 1, 64, 32, 1};
-  if (width <= 128) return {8, 1, 32, 32, 1};
+  if (width <= 128) return {8, 2, 32, 32, 1, true};
   return {4, 1, 16, 16, 1};
 }
 

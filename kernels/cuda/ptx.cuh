@@ -39,7 +39,10 @@ GPTCORE_DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char gptcore_shared[];
   return gptcore_shared;
 }
-GPTCORE_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+// Addresses of shared memory have 32 bits, which take half the registers and instructions of pointers.
+using SharedAddress = uint32_t;
+GPTCORE_DEVICE SharedAddress shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+GPTCORE_DEVICE char* shared_pointer(SharedAddress a) { return static_cast<char*>(__cvta_shared_to_generic(a)); }
 
 // If not `valid`, writes zeros and does not read `global`.
 template <int Bytes>
@@ -160,6 +163,9 @@ GPTCORE_DEVICE bool any(bool x, GPTCORE_SITE) {
 }
 
 GPTCORE_DEVICE char* shared_memory() { return simt::shared_memory(); }
+using SharedAddress = uintptr_t;
+GPTCORE_DEVICE SharedAddress shared_address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+GPTCORE_DEVICE char* shared_pointer(SharedAddress a) { return reinterpret_cast<char*>(a); }
 
 template <int Bytes>
 GPTCORE_DEVICE void copy_async(void* shared, const void* global, bool valid, GPTCORE_SITE) {

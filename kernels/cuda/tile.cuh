@@ -72,9 +72,8 @@ struct SharedTile {
   GPTCORE_DEVICE char* chunk(unsigned row, unsigned index, unsigned more = 0) const {
     constexpr unsigned kPermuted = kChunks % 8 == 0 ? 8 : 4;
     const unsigned swizzle = kPermuted == 8 ? row % 8 : row / 2 % 4;
-    char* const base = data + (row * kChunks + (index ^ swizzle)) * 16;
-    return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(base) ^ more % kPermuted * 16) +
-           more / kPermuted * kPermuted * 16;
+    const SharedAddress base = shared_address(data) + (row * kChunks + (index ^ swizzle)) * 16;
+    return shared_pointer((base ^ more % kPermuted * 16) + more / kPermuted * kPermuted * 16);
   }
   GPTCORE_DEVICE T* pair(int row, int column) const {  // two adjacent elements, from an even column
     return reinterpret_cast<T*>(chunk(row, column / kPerChunk)) + column % kPerChunk;
@@ -134,6 +133,10 @@ GPTCORE_DEVICE void store_pair(T* to, float first, float second) {
   else store_words(to, bits_of(first), bits_of(second));
 }
 
+GPTCORE_DEVICE void store_float4(void* to, const float (&v)[4]) {
+  store_vec(to, {{bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])}});
+}
+
 // A warp stores kRows rows of a tile from first_row; row_at(i) is the destination of row i of the tile, or null.
 template <int kRows, class T, int kWidth, class RowAt>
 GPTCORE_DEVICE void store_rows(SharedTile<T, kWidth> from, int first_row, RowAt row_at, int head_dim, bool vectors,
@@ -191,18 +194,46 @@ GPTCORE_DEVICE Float4 load_shared<Float4>(const void* from) {
   return {{float_of(four.w[0]), float_of(four.w[1]), float_of(four.w[2]), float_of(four.w[3])}};
 }
 
-// S = A B^T: the warp's rows of A times 8 kN rows of B, over the width of the tiles.
-template <class Math, int kM, int kN, int kWidth>
-GPTCORE_DEVICE void multiply_transposed(float (&s)[kM][kN][4], SharedTile<Storage<Math>, kWidth> a_tile, int a_row,
-                                        SharedTile<Storage<Math>, kWidth> b_tile, int b_row, int lane) {
+template <int kM, int kN>
+GPTCORE_DEVICE void clear(float (&s)[kM][kN][4]) {
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int n = 0; n < kN; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[m][n][i] = 0.0f;
+}
 
+// The mma of S = A B^T. fragments(m, step, a) sets the operand of rows 16 m of A.
+template <class Math, int kM, int kN, int kWidth, class Fragments>
+GPTCORE_DEVICE void multiply_fragments(float (&s)[kM][kN][4], Fragments fragments,
+                                       SharedTile<Storage<Math>, kWidth> b_tile, int b_row, int lane) {
+  clear(s);
+#pragma unroll
+  for (int step = 0; step < SharedTile<Storage<Math>, kWidth>::kChunks / 2; ++step) {
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) fragments(m, step, a[m]);
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      uint32_t b[4];
+      load_b(b, b_tile, b_row + n * 8, step, lane);
+      if constexpr (kTf32<Math>) round_to_tf32(b);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        mma<Math>(s[m][n], a[m], b[0], b[1]);
+        mma<Math>(s[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// S = A B^T: the warp's rows of A times 8 kN rows of B, over the width of the tiles.
+template <class Math, int kM, int kN, int kWidth>
+GPTCORE_DEVICE void multiply_transposed(float (&s)[kM][kN][4], SharedTile<Storage<Math>, kWidth> a_tile, int a_row,
+                                        SharedTile<Storage<Math>, kWidth> b_tile, int b_row, int lane) {
   if constexpr (kPlainFloat<Math>) {
+    clear(s);
 #pragma unroll 2
     for (int c = 0; c < kWidth / 4; ++c) {
       Float4 a[kM][2];
@@ -225,28 +256,45 @@ GPTCORE_DEVICE void multiply_transposed(float (&s)[kM][kN][4], SharedTile<Storag
         }
     }
   } else {
-#pragma unroll
-    for (int step = 0; step < SharedTile<Storage<Math>, kWidth>::kChunks / 2; ++step) {
-      uint32_t a[kM][4];
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        load_a(a[m], a_tile, a_row + m * 16, step, lane);
-        if constexpr (kTf32<Math>) round_to_tf32(a[m]);
-      }
-#pragma unroll
-      for (int n = 0; n < kN; n += 2) {
-        uint32_t b[4];
-        load_b(b, b_tile, b_row + n * 8, step, lane);
-        if constexpr (kTf32<Math>) round_to_tf32(b);
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          mma<Math>(s[m][n], a[m], b[0], b[1]);
-          mma<Math>(s[m][n + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
+    const auto fragments = [&](int m, int step, uint32_t (&a)[4]) {
+      load_a(a, a_tile, a_row + m * 16, step, lane);
+      if constexpr (kTf32<Math>) round_to_tf32(a);
+    };
+    multiply_fragments<Math>(s, fragments, b_tile, b_row, lane);
   }
 }
+
+// Rows of A as operands of several products, for 16-bit types. The fragments of the first kHeld steps stay in registers.
+// Each lane parks the others in shared memory, as vectors of 16 bytes, 512 bytes apart.
+template <int kM, int kWidth, int kHeld>
+struct RowFragments {
+  static constexpr int kSteps = kWidth / 16, kParkedBytes = kM * (kSteps - kHeld) * 512;  // of a warp
+  uint32_t fragments[kM][kSteps][4];
+  char* parked;  // of this lane
+
+  // Sets rows 16 m of A to those from `row` on.
+  template <class T>
+  GPTCORE_DEVICE void load(int m, SharedTile<T, kWidth> tile, int row, int lane) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) load_a(fragments[m][step], tile, row, step, lane);
+  }
+  GPTCORE_DEVICE void park(char* to) {
+    parked = to;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int step = kHeld; step < kSteps; ++step) {
+        const auto& a = fragments[m][step];
+        store_vec(parked + (m * (kSteps - kHeld) + step - kHeld) * 512, {{a[0], a[1], a[2], a[3]}});
+      }
+  }
+  GPTCORE_DEVICE void operator()(int m, int step, uint32_t (&a)[4]) const {
+    Vec16 v{};
+    if (step >= kHeld) v = load_vec(parked + (m * (kSteps - kHeld) + step - kHeld) * 512);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = step < kHeld ? fragments[m][step][i] : v.w[i];
+  }
+};
 
 // acc += P B: P in registers, 8 kN columns wide, times 8 kN rows of B.
 template <class Math, int kM, int kN, int kWidth>
@@ -397,9 +445,11 @@ struct Philox {
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
-// exp(scale s - lse), with scale s rounded as in the forward (see log_sum_exp).
+// exp(scale s - lse). float32: scale s is rounded as in the forward (see log_sum_exp). 16 bits: one fused multiply-add.
+template <class T>
 GPTCORE_DEVICE float probability(float s, float scale, float lse) {
-  return exp2_approx(mul_rn(mul_rn(s, scale) - lse, kLog2e));
+  if constexpr (sizeof(T) == 4) return exp2_approx(mul_rn(mul_rn(s, scale) - lse, kLog2e));
+  else return exp2_approx(fmaf(s, mul_rn(scale, kLog2e), -mul_rn(lse, kLog2e)));
 }
 
 }  // namespace gptcore
