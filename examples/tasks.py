@@ -82,7 +82,7 @@ def entities_of_tweets() -> int:
     """WNUT-16: entities of ten types in 2,394 tweets."""
     rows = [(tweet.text, {"tokens": words(tweet), "tags": list(tweet.tags or ())}) for tweet in tweets()]
     return finetune(
-        "entities", "entities", rows, ["--num-train-epochs", "6", "--learning-rate", "1e-3", "--eval-steps", "114"]
+        "entities", "entities", rows, ["--num-train-epochs", "12", "--learning-rate", "5e-4", "--eval-steps", "114"]
     )
 
 
