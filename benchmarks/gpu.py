@@ -334,6 +334,8 @@ PARTS = {
     "kernels": Part(150, kernels),
     "layer norm": Part(40, warm_and_cold),
     "generation": Part(60, lambda dry: steps.generation(DEVICE, dry)),
+    # In a process of their own: a capture that fails leaves CUDA unusable
+    "graphs": Part(90, lambda dry: steps.steps(DEVICE, dry, graphs=True)),
     "units": Part(40, unit_rates),
     "golden": Part(30, golden_values),
 }

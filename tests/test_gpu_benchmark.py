@@ -98,6 +98,7 @@ def test_steps_and_generation_run_without_a_gpu(tiny: None, tmp_path: Path) -> N
     assert len(rows) == 7
     assert not [row["failure"] for row in rows if "failure" in row]
     assert all(row["ms"] > 0 and row["launches"] == 0 for row in rows)
+    assert len(rows_of("graphs", tmp_path)) == 5
     assert {row["name"] for row in rows_of("generation", tmp_path)} >= {"gptcore", "transformers"}
 
 

@@ -101,8 +101,11 @@ def captured(run: Run) -> Run:
     return graph.replay
 
 
-def steps(device: str, dry: bool) -> Iterator[Row]:
-    """Yield a row for each contestant: forward, backward, clipping and update in bfloat16, 8 x 1024 tokens."""
+def steps(device: str, dry: bool, graphs: bool = False) -> Iterator[Row]:
+    """Yield a row for each contestant: forward, backward, clipping and update in bfloat16, 8 x 1024 tokens.
+
+    graphs: forward and backward alone instead, called and replayed as a CUDA graph.
+    """
     from benchmarks.models import NO_DROPOUT
     from gptcore import GPT, GPTConfig, ops
     from gptcore.training.optim import AdamW, clip_factor
@@ -163,15 +166,17 @@ def steps(device: str, dry: bool) -> Iterator[Row]:
 
             for _ in range(1 if dry else 5):
                 step()
+            if graphs:
+                if "compile" not in name:
+                    ms = wall(gradients, device, 1 if dry else 21)
+                    replay = gradients if dry else captured(gradients)
+                    yield {"name": name, "ms": ms, "graph_ms": wall(replay, device, 1 if dry else 21)}
+                continue
             row = {"name": name, "ms": wall(step, device, 1 if dry else 21)} | profiled(step, device)
             row["gradients_ms"] = wall(gradients, device, 1 if dry else 11)
             if device == "cuda":
                 row["memory"] = torch.cuda.max_memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
-                try:
-                    row["graph_ms"] = wall(captured(gradients), device, 21)
-                except RuntimeError as error:
-                    row["graph"] = str(error)[:200]
             yield row
         except Exception as error:
             yield {"name": name, "failure": f"{type(error).__name__}: {error}"[:300]}
