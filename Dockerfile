@@ -10,7 +10,7 @@ RUN GPTCORE_CUDA=OFF PIP_CONSTRAINT=constraints.txt /opt/gptcore/bin/pip install
 
 FROM python:3.12-slim
 RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
- && useradd --system --uid 10001 gptcore
+ && useradd --uid 10001 --no-create-home gptcore
 COPY --from=build /opt/gptcore /opt/gptcore
 USER gptcore
 ENV XDG_CACHE_HOME=/tmp/cache PYTHONUNBUFFERED=1
