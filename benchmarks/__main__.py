@@ -17,6 +17,14 @@ from benchmarks import report, tables
 
 HERE = Path(__file__).parent
 NOTHING_SELECTED = 5  # pytest's exit status
+LIMITED = {
+    "avx2": {
+        "GPTCORE_CPU_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+}
 
 
 def main() -> int:
@@ -31,11 +39,14 @@ def main() -> int:
         "--toy", action="store_true", help="tiny sizes, to test that everything runs; the times are meaningless"
     )
     parser.add_argument("--compile", action="store_true", help="compare with torch.compile where possible")
+    parser.add_argument("--isa", choices=LIMITED, help="limit gptcore, PyTorch, oneDNN and MKL to this instruction set")
     parser.add_argument("--output", default="out/benchmarks", metavar="DIR", help="default: %(default)s")
     args, rest = parser.parse_known_args()
     # environment variables, because pytest needs the sizes, which are parameters, at import
     os.environ["GPTCORE_BENCH"] = "full" if args.full else "toy" if args.toy else "quick"
     os.environ["GPTCORE_BENCH_COMPILE"] = str(int(args.compile))
+    if args.isa:
+        os.environ.update(LIMITED[args.isa])
     if args.toy:
         os.environ["OMP_NUM_THREADS"] = "1"  # starting threads would take longer than the work
     fixed = ["-q", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-p", "no:cacheprovider"]

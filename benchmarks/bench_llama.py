@@ -18,11 +18,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import measure
 from benchmarks.bench_generation import SIZES
 from benchmarks.measure import pick
 from gptcore import GPT, Tokenizer
 from gptcore.export import export_gguf
 from gptcore.generation import Batch, Settings
+from gptcore.ops.quantized_linear import BLOCK, BYTES
 
 PREFILL, NEW, ROUNDS = pick((16, 4, 2), (256, 32, 5))
 MOST_ROWS = 8
@@ -57,6 +59,18 @@ def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     path = write_model(size, kind, tmp_path_factory.mktemp("llama"))
     server = llama_server(path, MOST_ROWS, PREFILL + NEW)
     return f"{size}, {kind}", GPT.from_pretrained(path).eval(), server
+
+
+def limit_of(model: GPT, kind: str, tokens: int) -> measure.Limit:
+    """Return the limit of a pass: reading all weights, or multiplying them by the tokens."""
+    matrices = [w for name, w in model.state_dict().items() if w.dim() == 2 and not name.startswith("wpe.")]
+    if kind in BYTES:
+        arithmetic = measure.integer_matmul()
+        count = sum(w.nbytes // BYTES[kind] * BLOCK for w in matrices)
+    else:
+        arithmetic = measure.matmul(measure.operand(matrices[0].dtype))
+        count = sum(w.numel() for w in matrices)
+    return measure.Slower(arithmetic, sum(w.nbytes for w in matrices), 2 * tokens * count)
 
 
 def prompts(rows: int, length: int) -> list[list[int]]:
@@ -94,11 +108,15 @@ def bench_llama(rows: int, sides: tuple[str, GPT, Any], record: Callable[..., No
     case, model, server = sides
     length = min(PREFILL, model.config.n_positions - NEW) if rows == 1 else 8
     texts = prompts(rows, length)
-    runs = [(time_ours(model, texts), time_theirs(server, texts)) for _ in range(ROUNDS + 1)][1:]
-    ours, theirs = zip(*runs, strict=True)
     kinds = [(f"prefill of {length} tokens", 0, length)] * (rows == 1) + [(f"decoding at batch {rows}", 1, rows)]
-    for group, index, tokens in kinds:
+    limits = [limit_of(model, case.rpartition(" ")[2], tokens) for _, _, tokens in kinds]
+    runs = [
+        (time_ours(model, texts), time_theirs(server, texts), [limit.rate() for limit in limits])
+        for _ in range(ROUNDS + 1)
+    ][1:]
+    ours, theirs, rates = zip(*runs, strict=True)
+    for (group, index, tokens), limit, found in zip(kinds, limits, zip(*rates, strict=True), strict=True):
         record(
             f"against llama.cpp, {group}", case, [run[index] for run in ours], [run[index] for run in theirs],
-            against="llama.cpp", extra={"tokens": tokens},
+            against="llama.cpp", limit=limit, rates=found, extra={"tokens": tokens},
         )  # fmt: skip

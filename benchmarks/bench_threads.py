@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import measure
 from benchmarks.bench_kernels import forward_backward
+from benchmarks.bench_small_model import FUSED, SMALL, SMALL_BATCH, small_pair
 from benchmarks.measure import PYTORCH, Run, pick, reference
 from gptcore import ops
 
@@ -87,6 +88,22 @@ def bench_forked_worker(compare: Compare) -> None:
     compare("in a forked DataLoader worker", CASE, lambda: ask("ours"), lambda: ask("theirs"), against=PYTORCH)
     parent.send("stop")
     assert list(items) == [0]
+
+
+@pytest.mark.skipif(measure.FORM == "toy", reason="a toy must not load the machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=measure.name_of)
+def bench_training_under_load(dtype: torch.dtype, compare: Compare) -> None:
+    """Time steps of the small model while one other process for each core computes without pause."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(torch.get_num_threads())]
+    try:
+        compare(
+            f"training step with a busy process on each core {measure.name_of(dtype)}", "the small model",
+            *small_pair(SMALL, SMALL_BATCH, dtype, dtype, dtype, fused=True), against=FUSED,
+        )  # fmt: skip
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.skipif(measure.FORM == "toy", reason="a toy must not load the machine")

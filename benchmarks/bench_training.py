@@ -20,15 +20,17 @@ CASE = "batch {} x {}".format(*BATCH)
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def pair(dtype: torch.dtype, weights: torch.dtype = torch.float32) -> tuple[Trainee, Trainee]:
+def pair(
+    dtype: torch.dtype, weights: torch.dtype = torch.float32, batch: tuple[int, int] = BATCH
+) -> tuple[Trainee, Trainee]:
     """Return our model, with weights in `weights`, and transformers' with the same weights in float32."""
     torch.manual_seed(0)
     model = GPT(GPT2)
     other = transformers_gpt2(model)
     model.to(weights)
-    ours = Trainee(model, AdamW(model.parameters(), lr=1e-4), BATCH, dtype)
+    ours = Trainee(model, AdamW(model.parameters(), lr=1e-4), batch, dtype)
     # fused, as transformers' Trainer uses by default
-    return ours, Trainee(other, torch.optim.AdamW(other.parameters(), lr=1e-4, fused=True), BATCH, dtype)
+    return ours, Trainee(other, torch.optim.AdamW(other.parameters(), lr=1e-4, fused=True), batch, dtype)
 
 
 @pytest.mark.parametrize(("dtype", "weights"), [(dtype, torch.float32) for dtype in DTYPES] + [(torch.bfloat16,) * 2])

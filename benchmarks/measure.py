@@ -148,6 +148,16 @@ def matmul(dtype: torch.dtype) -> Limit:
     return _limit(name, make)
 
 
+def has_bfloat16() -> bool:
+    """Return whether the instruction set in use multiplies bfloat16."""
+    return "bf16" in _C.cpu_isa()
+
+
+def operand(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which linear layers of `dtype` are multiplied: float32 without instructions for it."""
+    return dtype if dtype is torch.bfloat16 and has_bfloat16() else torch.float32
+
+
 def copy() -> Limit:
     """Return the limit of copying 128 MiB, more than a cache holds; bytes read and written both count."""
 
@@ -167,6 +177,31 @@ def read() -> Limit:
         return Limit("read", a.max, a.nbytes, "B")
 
     return _limit("read", make)
+
+
+def integer_matmul() -> Limit:
+    """Return the limit of PyTorch's product of 8-bit integers."""
+
+    def make() -> Limit:
+        n = pick(64, 2048)
+        a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8) for _ in range(2))
+        return Limit("matmul int8", lambda: torch._int_mm(a, b), 2 * n**3, "FLOP")
+
+    return _limit("matmul int8", make)
+
+
+class Slower(Limit):
+    """The slower of reading `bytes` and computing `flops`: a limit of kernels that do both at once."""
+
+    def __init__(self, arithmetic: Limit, bytes: float, flops: float) -> None:
+        self.parts = (read(), bytes), (arithmetic, flops)
+        name = f"the slower of {' and '.join(part.name for part, _ in self.parts)}"
+        super().__init__(name, lambda: [part.run() for part, _ in self.parts], 1, "call")
+
+    def rate(self) -> float:
+        """Return the calls in a second."""
+        self.rates.append(min(part.rate() / work for part, work in self.parts))
+        return self.rates[-1]
 
 
 def limits() -> dict[str, dict[str, Any]]:
@@ -245,7 +280,8 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "form": FORM + (", against torch.compile" if COMPILE else ""),
         "versions": versions,
-        "cpu": describe()["cpu"],
+        "cpu": describe()["cpu"]
+        + f" limited to {_C.cpu_isa().upper()} instructions" * (_C.cpu_isa() != _C.supported_isas()[-1]),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": _C.cpu_isa(),

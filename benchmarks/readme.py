@@ -88,10 +88,15 @@ def claims(results: Results, folder: Path = COMMITTED) -> str:
     tokens, head_dims = (between([case[axis] for case in cases], ",") for axis in "SD")
 
     def on(headline: Headline, against: str, bfloat16: str, name: Callable[[Results], str]) -> str:
-        pairs = [[speedup(find(machine, headline, dtype)) for dtype in ("bfloat16", "float32")] for machine in machines]
-        first, *others = (f"on {name(machine)}" for machine in machines)
-        text = f"{pairs[0][0]} times as fast as {against} in {bfloat16} and {pairs[0][1]} in float32 {first}"
-        return "; ".join([text, *(f"{a} and {b} {there}" for (a, b), there in zip(pairs[1:], others, strict=True))])
+        found = [[find(machine, headline, dtype) for dtype in ("bfloat16", "float32")] for machine in machines]
+        shapes = [[{row["case"] for row in rows} for rows in pair] for pair in found]
+        (first, *others) = (  # the machines on which all cases were measured
+            ([speedup(rows) for rows in pair], f"on {name(machine)}")
+            for pair, cases, machine in zip(found, shapes, machines, strict=True)
+            if cases == shapes[0]
+        )
+        text = f"{first[0][0]} times as fast as {against} in {bfloat16} and {first[0][1]} in float32 {first[1]}"
+        return "; ".join([text, *(f"{a} and {b} {there}" for (a, b), there in others)])
 
     lines = [
         f"**Attention on a CPU**, forward and backward, {tokens} tokens, head_dim {head_dims}: "

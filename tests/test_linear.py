@@ -232,10 +232,14 @@ def test_the_number_of_threads_does_not_matter(kernel: str, dtype: torch.dtype) 
 
 @on_the_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("outer", [5, 130])
-def test_a_row_has_the_same_bits_whatever_the_number_of_rows(kernel: str, dtype: torch.dtype, outer: int) -> None:
-    """And of threads: few rows and many take different ways through the kernel."""
-    inner = 1100 if outer == 130 else 1101  # several blocks of the sum; pairs of 16-bit weights, and an odd one
+@pytest.mark.parametrize(("outer", "inner"), [(5, 1101), (130, 1100), (33, 1024)])
+def test_a_row_has_the_same_bits_whatever_the_number_of_rows(
+    kernel: str, dtype: torch.dtype, outer: int, inner: int
+) -> None:
+    """And of threads: few rows and many take different ways through the kernel.
+
+    Several blocks of the sum; an odd number of 16-bit weights, pairs of them, and rows that share few places of the cache.
+    """
     x, weight = randn(300, inner, dtype=dtype), randn(outer, inner, seed=1, dtype=dtype)
     bias = randn(outer, seed=2, dtype=dtype)
     whole, out = torch.empty(300, outer, dtype=dtype), torch.empty(300, outer, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import gguf
@@ -146,9 +147,14 @@ def test_neighbours_in_memory_are_neither_read_nor_written(kernel: str, kind: st
         assert out_room[-64:].isnan().all()
 
 
+@pytest.mark.parametrize("decoded", [2**22, 1])
 @pytest.mark.parametrize("backend", ["torch", "cpu", *OTHERS])
 @kinds
-def test_gradients_of_input_and_bias(backend: str, kind: str) -> None:
+def test_gradients_of_input_and_bias(
+    backend: str, kind: str, decoded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a weight that is decoded at once, and one column of blocks after the other."""
+    monkeypatch.setattr(sys.modules[quantize.__module__], "DECODED", decoded)
     x, bias = leaves(randn(2, 5, 64), randn(9))
     weight = weights(9, 64, kind)
     grad_out = randn(2, 5, 9, seed=3)

@@ -101,10 +101,13 @@ def describe_choice() -> str:
         ", ".join(str(d).removeprefix("torch.") for d in registry.FLOATS if uses_kernel(d, training=True) == kernel)
         for kernel in (True, False)
     )
-    return (
+    text = (
         "without gradients in gptcore's kernel: a row has the same bits alone and in any batch\n"
         f"in training, what is faster: {ours} in gptcore's kernel, {theirs} in PyTorch"
     )
+    if _C.cpu_isa() == "amx_bf16":
+        text += "\nAMX: bfloat16 in training only, in PyTorch; gptcore's kernel uses AVX-512 BF16 (not measured on this CPU)"
+    return text
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:

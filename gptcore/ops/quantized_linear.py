@@ -18,6 +18,7 @@ from gptcore.ops.operation import Operation, Sample
 
 BLOCK = 32  # numbers that share a float16 scale
 BYTES = {"q8_0": 34, "q4_0": 18}  # of a block
+DECODED = 2**22  # numbers of a weight that the backward has in memory at once, unless one column of blocks has more
 
 
 def quantized_linear(
@@ -151,6 +152,13 @@ _forward = native.define(
 )
 
 
+def _grad_x(grad_out: Tensor, weight: Tensor, kind: str) -> Tensor:
+    """Return grad_out @ dequantize(weight, kind), a few columns of blocks at a time."""
+    columns = max(1, DECODED // BLOCK // max(1, len(weight)))
+    parts = weight.unflatten(1, (-1, BYTES[kind])).split(columns, 1)
+    return torch.cat([grad_out @ dequantize(part.flatten(1), kind, grad_out.dtype) for part in parts], -1)
+
+
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, backend: str) -> Tensor:
@@ -164,7 +172,7 @@ class _QuantizedLinear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         if not torch.compiler.is_compiling():
             _C.check_storage((weight,))
-        grad_x = grad_out @ dequantize(weight, ctx.kind, grad_out.dtype) if ctx.needs[0] else None
+        grad_x = _grad_x(grad_out, weight, ctx.kind) if ctx.needs[0] else None
         rows = grad_out.reshape(-1, grad_out.shape[-1])
         grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs[2] else None
         return grad_x, None, grad_bias, None, None

@@ -19,11 +19,11 @@ namespace {
 constexpr int64_t kSteps = 256;      // of a block: the fewer terms in a float32 sum, the more exact it is
 constexpr int64_t kMostTiles = 8;    // of a band, one above the other: a block of a panel stays in the cache for them
 constexpr int64_t kFewRows = 64;     // with up to so many, B is packed block by block
-constexpr int64_t kFused = 8;        // with up to so many, it is not even packed
+constexpr int64_t kFused = kLanes == 16 ? 16 : 8;  // with up to so many, it is not even packed
 constexpr int64_t kSerial = 1 << 17;  // multiplications that take less time than waking a thread
 
 // The vectors of columns that are multiplied at once: sums of all rows, and B, stay in registers.
-constexpr int fused_vectors(int rows) { return kLanes == 16 || rows <= 2 ? kVectors : 1; }
+constexpr int fused_vectors(int rows) { return rows <= (kLanes == 16 ? 8 : 2) ? kVectors : 1; }
 
 template <class T>
 struct Product {
@@ -42,7 +42,7 @@ struct Product {
   bool few_rows() const { return b_transposed && rows <= kFewRows; }
   // B can be multiplied as it is transposed, in units of 32 bits.
   bool fused() const {
-    const int64_t numbers = b.dtype == DType::bfloat16 ? 2 : 1;
+    const int64_t numbers = b.dtype == DType::float32 ? 1 : 2;
     return rows <= kFused && depth % numbers == 0 && b.stride % numbers == 0 && numbers >= kStep<T>;
   }
   Prefetch prefetch(int64_t panel, int64_t next) const {
@@ -59,7 +59,9 @@ struct Product {
   // Else a band of it is packed, in rows or, transposed, in panels of kRows like B's.
   int64_t left_row() const { return round_up(depth, 128) + 64; }  // never such a stride
   int64_t left_panel() const { return round_up(steps() * kRows + kLanes, kLanes); }
+  bool stepwise() const { return few_rows() && fused() && !(rows == 1 && ready()); }  // A is packed step by step
   size_t left_bytes() const {  // of a thread, or of all with few rows
+    if (stepwise()) return rows * steps() * sizeof(Wide<T>);
     if (ready()) return 0;
     if (few_rows()) return rows * left_row() * sizeof(T);
     return kMostTiles * (a_transposed ? left_panel() * sizeof(Wide<T>) : kRows * left_row() * sizeof(T));
@@ -107,6 +109,20 @@ void pack_left(const Product<T>& p, int64_t row, int64_t rows, int64_t tile_rows
         pack_from_rows<kRows, S, T>((Wide<T>*)to + r / tile_rows * p.left_panel() + k / kStep<T> * kRows,
                                     source + k * p.a.stride + row + r, p.a.stride, smaller(kStretch, p.depth - k),
                                     p.rows - row - r);
+  });
+}
+
+// Packs one row of A for steps that hold a number of each row.
+template <class T>
+void pack_steps(const Product<T>& p, int64_t row, Wide<T>* to) {
+  with_type(p.a.dtype, [&](auto zero) {
+    const auto* source = (const decltype(zero)*)p.a.data + row * p.a.stride;
+    for (int64_t k = 0; k < p.depth; k += kStretch) {
+      alignas(Wide<T>) T narrow[kStretch];
+      const int64_t here = smaller(kStretch, p.depth - k);
+      pack_rows(narrow, here, source + k, 0, 1, here);
+      for (int64_t i = 0; i < here; i += kStep<T>) memcpy(to + ((k + i) / kStep<T>)*p.rows + row, narrow + i, sizeof *to);
+    }
   });
 }
 
@@ -204,38 +220,36 @@ GPTCORE_INLINE void multiply_panel(const Product<T>& p, const char* left, int64_
     }
 }
 
-// Some columns of C for up to kFused rows: B is multiplied as it is transposed, without a copy in memory.
+// Some columns of C for up to kFused rows: B is multiplied as it is transposed, without a copy in memory. `a` holds the
+// numbers of all rows step by step.
 template <int Rows, class S, class T>
-void multiply_fused(const Product<T>& p, Left<T> a, int64_t column, Prefetch& next) {
+void multiply_fused(const Product<T>& p, const Wide<T>* a, int64_t column, Prefetch& next) {
   constexpr int kSome = fused_vectors(Rows);
-  using Unit = typename UnitOf<S>::Type;
-  constexpr int64_t kNumbers = sizeof(Unit) / sizeof(S), kStepsOfUnit = kNumbers / kStep<T>;
+  constexpr int64_t kNumbers = 4 / sizeof(S), kStepsOfUnit = kNumbers / kStep<T>, kBlock = kSteps / kStepsOfUnit;
   const int64_t columns = smaller(kSome * kLanes, p.columns - column), units = p.depth / kNumbers;
-  const int64_t stride = p.b.stride / kNumbers, block = kSteps / kStepsOfUnit;
-  const Unit* source = (const Unit*)((const S*)p.b.data + column * p.b.stride);
+  const float* source = (const float*)((const S*)p.b.data + column * p.b.stride);
   Vec bias[kSome] = {}, acc[Rows][kSome], sum[Rows][kSome];
   if (p.bias) load_bias(p, column, columns, bias);
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < kSome; ++v) acc[r][v] = bias[v];
-  for (int64_t k = 0; k < units; k += block) {
+  for (int64_t k = 0; k < units; k += kBlock) {
     GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
       GPTCORE_UNROLL for (int v = 0; v < kSome; ++v) sum[r][v] = kStep<T> == 2 ? acc[r][v] : Vec{};
-    transpose_units<kSome>(source + k, stride, columns, smaller(block, units - k), next,
+    transpose_units<kSome>(source + k, p.b.stride / kNumbers, columns, smaller(kBlock, units - k), next,
                            [&](int64_t unit, const Vec (&b)[kSome]) {
-      const Left<T> at = a.from_step((k + unit) * kStepsOfUnit);
+      const Wide<T>* at = a + (k + unit) * kStepsOfUnit * Rows;
       if constexpr (kStepsOfUnit == 2) {
         Vec both[kSome][2];
-        GPTCORE_UNROLL for (int v = 0; v < kSome; ++v) split(bit_cast<UintVec>(b[v]), both[v], S());
+        GPTCORE_UNROLL for (int v = 0; v < kSome; ++v) split(b[v], both[v], S());
         GPTCORE_UNROLL for (int s = 0; s < 2; ++s)
           GPTCORE_UNROLL for (int r = 0; r < Rows; ++r) {
-            const Vec number = splat(at.data[r * at.row + s]);
+            const Vec number = splat(at[s * Rows + r]);
             GPTCORE_UNROLL for (int v = 0; v < kSome; ++v) sum[r][v] += number * both[v][s];
           }
       } else {
         GPTCORE_UNROLL for (int r = 0; r < Rows; ++r) {
-          const auto number = splat_wide(at.data + r * at.row);
-          GPTCORE_UNROLL for (int v = 0; v < kSome; ++v)
-            multiply_add(sum[r][v], number, bit_cast<decltype(splat_wide(at.data))>(b[v]));
+          auto number = splat_wide((const T*)(at + r));
+          GPTCORE_UNROLL for (int v = 0; v < kSome; ++v) multiply_add(sum[r][v], number, bit_cast<decltype(number)>(b[v]));
         }
       }
     });
@@ -250,7 +264,7 @@ void multiply_fused(const Product<T>& p, Left<T> a, int64_t column, Prefetch& ne
 
 // The same for the number of rows that there are, at most Rows.
 template <int Rows, class S, class T>
-GPTCORE_INLINE void multiply_fused_some(const Product<T>& p, Left<T> a, int64_t column, Prefetch& next) {
+GPTCORE_INLINE void multiply_fused_some(const Product<T>& p, const Wide<T>* a, int64_t column, Prefetch& next) {
   if constexpr (Rows > 1)
     if (p.rows < Rows) return multiply_fused_some<Rows - 1, S>(p, a, column, next);
   const int64_t end = smaller(column + kWidth, p.columns);
@@ -265,10 +279,14 @@ void multiply_few(const Product<T>& p, char* workspace, int num_threads) {
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
     Wide<T>* packed = (Wide<T>*)workspace + omp_get_thread_num() * kSteps * kWidth;
-    if (!p.ready()) {
+    if (p.stepwise()) {
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < p.rows; ++row) pack_steps(p, row, (Wide<T>*)left);
+    } else if (!p.ready()) {
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < p.rows; ++row) pack_left(p, row, 1, 1, left + row * p.left_row() * sizeof(T));
     }
+    const Wide<T>* a = (const Wide<T>*)(p.stepwise() ? left : p.a.data);
     take_panels(taken, p.panels(), num_threads, [&](int64_t panel, int64_t next_panel) {
       Prefetch next = p.prefetch(panel, next_panel);
       if (!p.fused())
@@ -279,7 +297,7 @@ void multiply_few(const Product<T>& p, char* workspace, int num_threads) {
       with_type(p.b.dtype, [&](auto zero) {
         using S = decltype(zero);
         if constexpr (sizeof(S) <= sizeof(T) && (kStep<T> == 1 || kSame<S, T>))
-          multiply_fused_some<kFused, S>(p, p.left(left, 0, 0, 1), panel * kWidth, next);
+          multiply_fused_some<kFused, S>(p, a, panel * kWidth, next);
       });
     });
   }

@@ -50,65 +50,76 @@ void pack_from_rows(Wide<T>* to, const S* source, int64_t stride, int64_t rows, 
   for (; k < rows; k += kStep<T>) pack(smaller(kStep<T>, rows - k), some);
 }
 
-// The units of a row that are transposed: floats, pairs of bfloat16, or float16, which are converted when loaded.
-template <class S> struct UnitOf { using Type = float; };
-template <> struct UnitOf<float16> { using Type = float16; };
-
-// Returns four units each of rows 0, 4, 8 and so on up to kLanes, side by side.
-GPTCORE_INLINE Vec load_units(const float* p, int64_t stride) { return load_quads(p, stride * sizeof *p); }
-GPTCORE_INLINE Vec load_units(const float16* p, int64_t stride) {
-  float16 quads[kLanes];
-  for (int i = 0; i < kLanes; i += 4) memcpy(quads + i, p + i * stride, 4 * sizeof *quads);
-  return load(quads);
-}
-
-// Transposes up to Vectors * kLanes rows of units and calls emit(unit, vectors), units in order. Prefetches as much.
-template <int Vectors, class Unit, class Emit>
-GPTCORE_INLINE void transpose_units(const Unit* source, int64_t stride, int64_t rows, int64_t units, Prefetch& next,
+// Transposes up to Vectors * kLanes rows of units of 32 bits, floats or pairs of 16-bit numbers, and calls emit(unit,
+// vectors), units in order. Prefetches as many bytes.
+template <int Vectors, class Emit>
+GPTCORE_INLINE void transpose_units(const float* source, int64_t stride, int64_t rows, int64_t units, Prefetch& next,
                                     Emit emit) {
-  constexpr int64_t kRowsAtOnce = Vectors * kLanes, kStaged = 128, kPitch = kStaged + 64 / sizeof(Unit);
-  auto transpose = [&](const Unit* from, int64_t pitch, int64_t begin, int64_t end, int64_t bytes) {
-    for (int64_t k = begin; k < end; k += 4, from += 4) {
+  constexpr int64_t kRowsAtOnce = Vectors * kLanes;
+  // At such strides rows share few sets of the first-level cache, and evict one another between two parts of a line.
+  if (rows >= kRowsAtOnce && units % 4 == 0 && stride * (int64_t)sizeof(float) % 2048 != 0) {
+    for (int64_t k = 0; k < units; k += 4) {
       Vec v[Vectors][4];
       GPTCORE_UNROLL for (int u = 0; u < Vectors; ++u) {
-        GPTCORE_UNROLL for (int i = 0; i < 4; ++i) v[u][i] = load_units(from + (u * kLanes + i) * pitch, pitch);
+        GPTCORE_UNROLL for (int i = 0; i < 4; ++i) v[u][i] = load_quads(source + k + (u * kLanes + i) * stride, stride * 4);
         transpose_quads(v[u]);
       }
-      next.fetch(bytes);
+      next.fetch<kRowsAtOnce * 16>();
       GPTCORE_UNROLL for (int i = 0; i < 4; ++i) {
         Vec of_unit[Vectors];
         GPTCORE_UNROLL for (int u = 0; u < Vectors; ++u) of_unit[u] = v[u][i];
-        if (i == 0 || k + i < units) emit(k + i, of_unit);
+        emit(k + i, of_unit);
       }
     }
-  };
-  // Rows at such strides share few sets of the first-level cache, and would evict one another.
-  if (rows >= kRowsAtOnce && units % 4 == 0 && stride * (int64_t)sizeof(Unit) % 2048 != 0)
-    return transpose(source, stride, 0, units, kRowsAtOnce * 4 * sizeof(Unit));
-  Unit staged[kRowsAtOnce * kPitch];
-  for (int64_t k = 0; k < units; k += kStaged) {
-    const int64_t here = smaller(kStaged, units - k), all = round_up(here, 4);
-    for (int64_t r = 0; r < kRowsAtOnce; ++r) {
-      pack_rows(staged + r * kPitch, all, source + smaller(r, rows - 1) * stride + k, stride, 1, here);
-      next.fetch(here * sizeof(Unit) / 2);
+    return;
+  }
+  // So whole lines are transposed.
+  Vec staged[kLanes][Vectors] = {};
+  for (int64_t k = 0; k < units; k += kLanes) {
+    const int64_t here = smaller(kLanes, units - k);
+    for (int u = 0; u < Vectors; ++u) {
+      Vec square[kLanes];
+      if (rows >= kRowsAtOnce && here == kLanes) {
+        GPTCORE_UNROLL for (int i = 0; i < kLanes; ++i) square[i] = load(source + k + (u * kLanes + i) * stride);
+      } else {
+        load_square(square, source + k + u * kLanes * stride, stride, rows - u * kLanes, here);
+      }
+      transpose(square);
+      GPTCORE_UNROLL for (int i = 0; i < kLanes; ++i) staged[i][u] = square[i];
     }
-    transpose(staged, kPitch, k, k + all, kRowsAtOnce * 2 * sizeof(Unit));
+    next.fetch_some(kRowsAtOnce * here * 4);
+    for (int64_t i = 0; i < here; ++i) emit(k + i, staged[i]);
   }
 }
 
 // The two numbers of each 32-bit unit.
-GPTCORE_INLINE void split(UintVec pairs, Vec (&v)[2], bfloat16) {
-  v[0] = bit_cast<Vec>(pairs << 16), v[1] = bit_cast<Vec>(pairs & 0xffff0000u);
+GPTCORE_INLINE void split(Vec pairs, Vec (&v)[2], bfloat16) {
+  const UintVec u = bit_cast<UintVec>(pairs);
+  v[0] = bit_cast<Vec>(u << 16), v[1] = bit_cast<Vec>(u & 0xffff0000u);
 }
-template <class S>
-GPTCORE_INLINE void split(UintVec, Vec (&)[2], S) {}  // not called
+GPTCORE_INLINE void split(Vec pairs, Vec (&v)[2], float16) {
+#if defined(__AVX512F__)
+  const IntVec lane = lane_index(), first = lane * 4 % 32 + lane / 8;  // the even numbers, then the odd ones
+  const __m512i order = (__m512i)(first | (first + 2) << 16), halves = _mm512_permutexvar_epi16(order, (__m512i)pairs);
+  v[0] = (Vec)_mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+  v[1] = (Vec)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+#elif defined(__F16C__)
+  const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,
+                                         0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_shuffle_epi8((__m256i)pairs, order), 0xd8);
+  v[0] = (Vec)_mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  v[1] = (Vec)_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+#else
+  const UintVec u = bit_cast<UintVec>(pairs);
+  const HalfBits even = __builtin_convertvector(u & 0xffffu, HalfBits), odd = __builtin_convertvector(u >> 16, HalfBits);
+  v[0] = load((const float16*)&even), v[1] = load((const float16*)&odd);
+#endif
+}
+GPTCORE_INLINE void split(Vec, Vec (&)[2], float) {}  // not called
 
 // Packs rows of a source side by side, up to kWidth: depth runs along its columns.
 template <class S, class T>
 void pack_from_columns(Wide<T>* to, const S* source, int64_t stride, int64_t rows, int64_t columns, Prefetch& next) {
-  auto store_unit = [&](int64_t k, const Vec (&v)[kVectors]) {
-    for (int u = 0; u < kVectors; ++u) store((float*)to + k * kWidth + u * kLanes, v[u]);
-  };
   if constexpr (sizeof(S) > sizeof(T)) {
     for (int64_t k = 0; k < columns; k += kStretch, source += kStretch, to += kStretch / kStep<T> * kWidth) {
       T narrow[kWidth * kStretch];
@@ -116,20 +127,20 @@ void pack_from_columns(Wide<T>* to, const S* source, int64_t stride, int64_t row
       pack_rows(narrow, kStretch, source, stride, rows, here);
       pack_panel_columns<T, T, kWidth>(to, narrow, kStretch, rows, round_up(here, kStep<T>), 1.0f);
     }
-  } else if constexpr (!kSame<S, bfloat16>) {
-    transpose_units<kVectors>(source, stride, rows, columns, next, store_unit);
-  } else if (columns % 2 != 0 || stride % 2 != 0) {
-    pack_panel_columns<S, T, kWidth>(to, source, stride, rows, columns, 1.0f);
-  } else if constexpr (kStep<T> == 2) {
-    transpose_units<kVectors>((const float*)source, stride / 2, rows, columns / 2, next, store_unit);
   } else {
-    transpose_units<kVectors>((const float*)source, stride / 2, rows, columns / 2, next,
+    constexpr int64_t kNumbers = 4 / sizeof(S);
+    if (columns % kNumbers != 0 || stride % kNumbers != 0)
+      return pack_panel_columns<S, T, kWidth>(to, source, stride, rows, columns, 1.0f);
+    transpose_units<kVectors>((const float*)source, stride / kNumbers, rows, columns / kNumbers, next,
                               [&](int64_t k, const Vec (&v)[kVectors]) {
       for (int u = 0; u < kVectors; ++u) {
-        float* at = (float*)to + 2 * k * kWidth + u * kLanes;
-        Vec both[2];
-        split(bit_cast<UintVec>(v[u]), both, S());
-        store(at, both[0]), store(at + kWidth, both[1]);
+        if constexpr (kNumbers == kStep<T>) {
+          store((float*)to + k * kWidth + u * kLanes, v[u]);
+        } else {
+          Vec both[2];
+          split(v[u], both, S());
+          for (int i = 0; i < 2; ++i) store((float*)to + (2 * k + i) * kWidth + u * kLanes, both[i]);
+        }
       }
     });
   }

@@ -21,13 +21,22 @@ class Prefetch {
   // `rows` rows of `size` bytes, at a distance of `stride` bytes. `next` may be null.
   Prefetch(const char* panel, const char* next, int64_t rows, int64_t size, int64_t stride)
       : panel_(panel), next_(next), rows_(rows), size_(size), stride_(stride), pieces_((rows * size + kAhead - 1) / kAhead) {
-    width_ = ((size + pieces_ - 1) / larger(pieces_, 1) + 63) / 64 * 64;
+    if (stride == size && pieces_ == 1) size_ = stride_ = rows * size, rows_ = 1;
+    width_ = ((size_ + pieces_ - 1) / larger(pieces_, 1) + 63) / 64 * 64;
   }
   // Fetches as many bytes as are multiplied meanwhile.
-  __attribute__((always_inline)) void fetch(int64_t bytes) {
-    for (; bytes > 0; bytes -= 64, at_ += 64, left_ -= 64) {
+  template <int64_t kBytes>
+  __attribute__((always_inline)) void fetch() {
+    if (left_ < kBytes) return fetch_some(kBytes);
+    GPTCORE_UNROLL for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch((const void*)(at_ + i), 0, 2);
+    at_ += kBytes, left_ -= kBytes;
+  }
+  __attribute__((noinline)) void fetch_some(int64_t bytes) {
+    while (bytes > 0) {
       if (left_ <= 0 && !begin_row()) return;
-      __builtin_prefetch((const void*)at_, 0, 2);
+      const int64_t here = smaller(bytes, left_);
+      for (int64_t i = 0; i < here; i += 64) __builtin_prefetch((const void*)(at_ + i), 0, 2);
+      at_ += here, left_ -= here, bytes -= here;
     }
   }
 

@@ -28,27 +28,56 @@ constexpr int64_t kSerial = 1 << 18;             // multiplications: below, one 
 constexpr int kUnits = kBlock / 4;  // vectors of a block: a lane holds four numbers
 constexpr int kPacked = kUnits + 1;  // and its scale
 #if defined(__AVX512VNNI__)
-constexpr bool kUnsigned = true;  // weights are stored with an offset
+constexpr bool kDots = true;  // an instruction multiplies and adds four numbers
 #else
-constexpr bool kUnsigned = false;
+constexpr bool kDots = false;
 #endif
 #if defined(__AVX2__)
-constexpr int64_t kFused = 4;  // with up to so many rows of x, weights are not packed
+constexpr bool kPairs = true;  // an instruction multiplies and adds two numbers, in 16 bits
 #else
-constexpr int64_t kFused = 0;
+constexpr bool kPairs = false;
+#endif
+// Both take weights without sign: an offset is added to them. In 16 bits, the sum of a block with this offset fits for q4_0.
+template <BlockType Type> constexpr bool kShorts = kPairs && !kDots && Type == BlockType::q4_0;
+template <BlockType Type> constexpr int kOffset = Type == BlockType::q4_0 ? (kPairs || kDots ? 8 : 0) : kDots ? 128 : 0;
+
+// With up to so many rows of x, weights are not packed.
+constexpr int64_t kFused = 64;
+constexpr int kTogether = kLanes == 16 ? 4 : 2;  // rows of x, whose sums are in registers beside the weights
+
+#if defined(__AVX2__)
+#if defined(__AVX512BW__)
+GPTCORE_INLINE IntVec multiply_pairs(IntVec weights, IntVec x) {
+  return (IntVec)_mm512_maddubs_epi16((__m512i)weights, (__m512i)x);
+}
+GPTCORE_INLINE IntVec add_shorts(IntVec a, IntVec b) { return (IntVec)_mm512_add_epi16((__m512i)a, (__m512i)b); }
+GPTCORE_INLINE IntVec sum_pairs(IntVec v) { return (IntVec)_mm512_madd_epi16((__m512i)v, _mm512_set1_epi16(1)); }
+#else
+GPTCORE_INLINE IntVec multiply_pairs(IntVec weights, IntVec x) {
+  return (IntVec)_mm256_maddubs_epi16((__m256i)weights, (__m256i)x);
+}
+GPTCORE_INLINE IntVec add_shorts(IntVec a, IntVec b) { return (IntVec)_mm256_add_epi16((__m256i)a, (__m256i)b); }
+GPTCORE_INLINE IntVec sum_pairs(IntVec v) { return (IntVec)_mm256_madd_epi16((__m256i)v, _mm256_set1_epi16(1)); }
+#endif
 #endif
 
-// Adds the products of the four numbers of each lane. With kUnsigned, weights are unsigned.
+// Adds the products of the four numbers of each lane, or with kShorts of pairs of them in 16 bits.
+template <BlockType Type>
 GPTCORE_INLINE void add_products(IntVec& sum, IntVec weights, IntVec x) {
 #if defined(__AVX512VNNI__)
   sum = (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
-#elif defined(__AVX512BW__)
-  const __m512i w = (__m512i)weights;
-  const __m512i signed_x = _mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), (__m512i)x);
-  sum += (IntVec)_mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_abs_epi8(w), signed_x), _mm512_set1_epi16(1));
 #elif defined(__AVX2__)
-  const __m256i w = (__m256i)weights, signed_x = _mm256_sign_epi8((__m256i)x, w);
-  sum += (IntVec)_mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), signed_x), _mm256_set1_epi16(1));
+  if (kShorts<Type>) {
+    sum = add_shorts(sum, multiply_pairs(weights, x));
+    return;
+  }
+#if defined(__AVX512BW__)
+  const __m512i w = (__m512i)weights, absolute = _mm512_abs_epi8(w);
+  const __m512i signed_x = _mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), (__m512i)x);
+#else
+  const __m256i w = (__m256i)weights, absolute = _mm256_abs_epi8(w), signed_x = _mm256_sign_epi8((__m256i)x, w);
+#endif
+  sum += sum_pairs(multiply_pairs((IntVec)absolute, (IntVec)signed_x));
 #elif defined(__SSE2__)
   const auto even = [](IntVec v) { return _mm_srai_epi16(_mm_slli_epi16((__m128i)v, 8), 8); };
   const auto odd = [](IntVec v) { return _mm_srai_epi16((__m128i)v, 8); };
@@ -61,22 +90,28 @@ GPTCORE_INLINE void add_products(IntVec& sum, IntVec weights, IntVec x) {
 // ---- weights -------------------------------------------------------------------------------------------------------
 
 constexpr int64_t block_bytes(BlockType type) { return type == BlockType::q8_0 ? 34 : 18; }
-constexpr int offset_of(BlockType type) { return !kUnsigned ? 0 : type == BlockType::q8_0 ? 128 : 8; }
 
-// Loads a block of kLanes rows: v[i] holds numbers 0 to 15 of rows i, i + 4, i + 8 and so on, v[4 + i] the other ones.
+// Loads a block of kLanes rows, transposed: v[i] holds four numbers of each row.
 template <BlockType Type>
-GPTCORE_INLINE void load_numbers(IntVec (&v)[kUnits], const uint8_t* block, int64_t stride) {
+GPTCORE_INLINE void load_units(IntVec* v, const uint8_t* block, int64_t stride) {
+  Vec quads[kUnits];
   GPTCORE_UNROLL for (int i = 0; i < 4; ++i) {
     const uint8_t* numbers = block + i * stride + 2;
-    v[i] = bit_cast<IntVec>(load_quads(numbers, stride));
+    quads[i] = load_quads(numbers, stride);
+    if (Type == BlockType::q8_0) quads[i + 4] = load_quads(numbers + 16, stride);
+  }
+  transpose_quads(quads);
+  if (Type == BlockType::q8_0) transpose_quads(quads + 4);
+  GPTCORE_UNROLL for (int i = 0; i < 4; ++i) {
+    v[i] = bit_cast<IntVec>(quads[i]);
     if constexpr (Type == BlockType::q8_0) {
-      v[i + 4] = bit_cast<IntVec>(load_quads(numbers + 16, stride));
-      if (kUnsigned) v[i] ^= (int32_t)0x80808080, v[i + 4] ^= (int32_t)0x80808080;
+      v[i + 4] = bit_cast<IntVec>(quads[i + 4]);
+      if (kOffset<Type>) v[i] ^= (int32_t)0x80808080, v[i + 4] ^= (int32_t)0x80808080;
     } else {
       typedef int8_t Bytes __attribute__((vector_size(kLanes * 4)));
       const IntVec low = v[i] & 0x0f0f0f0f, high = v[i] >> 4 & 0x0f0f0f0f;
-      v[i] = kUnsigned ? low : bit_cast<IntVec>(bit_cast<Bytes>(low) - 8);
-      v[i + 4] = kUnsigned ? high : bit_cast<IntVec>(bit_cast<Bytes>(high) - 8);
+      v[i] = kOffset<Type> ? low : bit_cast<IntVec>(bit_cast<Bytes>(low) - 8);
+      v[i + 4] = kOffset<Type> ? high : bit_cast<IntVec>(bit_cast<Bytes>(high) - 8);
     }
   }
 }
@@ -97,90 +132,104 @@ GPTCORE_INLINE Vec load_scales(const uint8_t* block, int64_t stride) {
     v = _mm_insert_epi16(v, at(4), 4), v = _mm_insert_epi16(v, at(5), 5), v = _mm_insert_epi16(v, at(6), 6);
     eights[i] = _mm_insert_epi16(v, at(7), 7);
   }
-  memcpy(&scales, eights, sizeof scales);
+#if defined(__AVX512F__)
+  scales = (HalfBits)_mm256_set_m128i(eights[1], eights[0]);
+#else
+  scales = (HalfBits)eights[0];
+#endif
 #else
   for (int i = 0; i < kLanes; ++i) memcpy((uint16_t*)&scales + i, block + i * stride, sizeof(uint16_t));
 #endif
   return load((const float16*)&scales);
 }
 
-// Returns 16 bytes in each lane of 128 bits.
-GPTCORE_INLINE IntVec splat_quad(const int8_t* p) {
-#if defined(__AVX512F__)
-  return (IntVec)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
-#elif defined(__AVX2__)
-  return (IntVec)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
-#else
-  return bit_cast<IntVec>(load((const float*)p));
-#endif
-}
+// Blocks of consecutive rows.
+struct Blocks {
+  const uint8_t* first;
+  int64_t stride;
+};
 
-// Calls body(source, stride) for blocks [begin, end) of kLanes rows. Rows beyond the last are copies of it.
-template <BlockType Type, class Body>
-GPTCORE_INLINE void with_rows(const QuantizedLinearArgs& args, int64_t column, int64_t begin, int64_t end, Body body) {
+// Returns blocks [begin, end) of kLanes rows, end - begin <= kChunk. Rows beyond the last are copies of it.
+template <BlockType Type>
+GPTCORE_INLINE Blocks rows_at(const QuantizedLinearArgs& args, int64_t column, int64_t begin, int64_t end,
+                              uint8_t (&copies)[kLanes * kChunk * block_bytes(Type)]) {
   constexpr int64_t kBytes = block_bytes(Type), kStep = kChunk * kBytes;
   const int64_t stride = args.in_features / kBlock * kBytes, rows = args.out_features - column;
   const uint8_t* source = args.weight + column * stride + begin * kBytes;
-  if (rows >= kLanes) return body(source, stride);
-  uint8_t copies[kLanes * kStep];
+  if (rows >= kLanes) return {source, stride};
   for (int64_t i = 0; i < kLanes; ++i)
     memcpy(copies + i * kStep, source + smaller(i, rows - 1) * stride, (end - begin) * kBytes);
-  body(copies, kStep);
+  return {copies, kStep};
 }
 
-// Packs blocks [begin, end) of a panel, vectors of a block side by side.
-template <BlockType Type>
+// Loads block b of a panel of Vectors * kLanes rows: numbers, then scales, of each vector of rows.
+template <BlockType Type, int Vectors>
+GPTCORE_INLINE void load_panel(IntVec* to, const Blocks (&panel)[Vectors], int64_t b) {
+  GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) {
+    const uint8_t* block = panel[v].first + b * block_bytes(Type);
+    load_units<Type>(to + v * kPacked, block, panel[v].stride);
+    to[v * kPacked + kUnits] = bit_cast<IntVec>(load_scales(block, panel[v].stride));
+  }
+}
+
+// Packs blocks [begin, end) of a panel.
+template <BlockType Type, int Vectors>
 void pack_panel(const QuantizedLinearArgs& args, int64_t column, int64_t begin, int64_t end, IntVec* to) {
-  for (int v = 0; v < kVectors && column + v * kLanes < args.out_features; ++v)
-    with_rows<Type>(args, column + v * kLanes, begin, end, [&](const uint8_t* source, int64_t stride) {
-      for (int64_t b = 0; b < end - begin; ++b) {
-        const uint8_t* block = source + b * block_bytes(Type);
-        IntVec numbers[kUnits], *packed = to + (b * kVectors + v) * kPacked;
-        load_numbers<Type>(numbers, block, stride);
-        for (int half = 0; half < kUnits; half += 4) {
-          Vec quads[4];
-          for (int i = 0; i < 4; ++i) quads[i] = bit_cast<Vec>(numbers[half + i]);
-          transpose_quads(quads);
-          for (int i = 0; i < 4; ++i) packed[half + i] = bit_cast<IntVec>(quads[i]);
-        }
-        packed[kUnits] = bit_cast<IntVec>(load_scales(block, stride));
-      }
-    });
+  uint8_t copies[kLanes * kChunk * block_bytes(Type)];
+  Blocks panel[Vectors];
+  for (int v = 0; v < Vectors; ++v) panel[v] = rows_at<Type>(args, column + v * kLanes, begin, end, copies);
+  for (int64_t b = 0; b < end - begin; ++b) load_panel<Type, Vectors>(to + b * kVectors * kPacked, panel, b);
 }
 
 // ---- activations ---------------------------------------------------------------------------------------------------
 
 struct Activations {
-  int8_t* numbers;   // (rows, in_features)
-  float* scales;     // (rows, blocks)
-  int32_t* offsets;  // (rows, blocks), minus what the offset of the weights adds to the sum of a block
+  int8_t* numbers;   // (blocks, rows, kBlock)
+  float* scales;     // (blocks, rows)
+  int32_t* offsets;  // (blocks, rows), minus what the offset of the weights adds to the sum of a block
 };
+
+// Stores integers from -127 to 127 as bytes.
+GPTCORE_INLINE void store_bytes(int8_t* to, IntVec n) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)n));
+#elif defined(__AVX2__)
+  const __m256i whole = (__m256i)n;
+  const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(shorts, shorts));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i] = n[i];
+#endif
+}
+
+GPTCORE_INLINE float max_lanes(Vec v) {
+  const IntVec lane = lane_index();
+  GPTCORE_UNROLL for (int half = kLanes / 2; half > 0; half /= 2) v = max(v, __builtin_shuffle(v, lane ^ half));
+  return v[0];
+}
 
 // Rounds a row to 8 bits, a scale for each block; the scale is NaN where the block is not finite.
 template <class S>
-void round_row(const S* x, int64_t blocks, int weight_offset, int8_t* numbers, float* scales, int32_t* offsets) {
-  for (int64_t b = 0; b < blocks; ++b, x += kBlock, numbers += kBlock) {
+void round_row(const S* x, int64_t blocks, int64_t rows, int weight_offset, int8_t* numbers, float* scales,
+               int32_t* offsets) {
+  for (int64_t b = 0; b < blocks; ++b, x += kBlock, numbers += rows * kBlock, scales += rows, offsets += rows) {
     Vec maxima = {}, not_finite = {};  // x * 0 is NaN for infinity and NaN
     for (int j = 0; j < kBlock; j += kLanes) {
       const Vec v = load(x + j);
       maxima = max(maxima, max(v, -v));
       not_finite += v * 0.0f;
     }
-    float largest = 0.0f;
-    for (int i = 0; i < kLanes; ++i) largest = maxima[i] > largest ? maxima[i] : largest;
+    const float largest = max_lanes(maxima);
     const bool is_zero = largest < 1e-36f;  // below, the inverse would overflow
     const float inverse = is_zero ? 0.0f : 127.0f / largest;
-    scales[b] = (is_zero ? 0.0f : largest / 127.0f) + sum_lanes(not_finite);
-    IntVec sums = {};
+    *scales = (is_zero ? 0.0f : largest / 127.0f) + sum_lanes(not_finite);
+    Vec sum = {};  // of integers, which is exact
     for (int j = 0; j < kBlock; j += kLanes) {
       const Vec whole = rounded(load(x + j) * inverse) + 0x1.8p23f;  // the integer in the low bits of the mantissa
-      const IntVec n = bit_cast<IntVec>(whole) - 0x4b400000;
-      sums += n;
-      for (int i = 0; i < kLanes; ++i) numbers[j + i] = n[i];
+      sum += whole - 0x1.8p23f;
+      store_bytes(numbers + j, bit_cast<IntVec>(whole) - 0x4b400000);
     }
-    int32_t sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += sums[i];
-    offsets[b] = -weight_offset * sum;
+    *offsets = -weight_offset * (int32_t)sum_lanes(sum);
   }
 }
 
@@ -217,7 +266,30 @@ GPTCORE_INLINE void load_bias(const QuantizedLinearArgs& args, int64_t column, i
     });
 }
 
-template <int Rows>
+// Adds the product of a block of each vector of columns: kUnits vectors of numbers and one of scales.
+template <BlockType Type, int Rows, int Vectors>
+GPTCORE_INLINE void add_block(Vec (&acc)[Rows][Vectors], const IntVec* weights, const Activations& x, int64_t at) {
+  IntVec sum[Rows][Vectors];
+  GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
+    GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) sum[r][v] = IntVec{} + (kShorts<Type> ? 0 : x.offsets[at + r]);
+  GPTCORE_UNROLL for (int u = 0; u < kUnits; ++u)
+    GPTCORE_UNROLL for (int r = 0; r < Rows; ++r) {
+      int32_t group;
+      memcpy(&group, x.numbers + (at + r) * kBlock + u * 4, sizeof group);
+      GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) 
+        add_products<Type>(sum[r][v], weights[v * kPacked + u], IntVec{} + group);
+    }
+  GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
+    GPTCORE_UNROLL for (int v = 0; v < Vectors; ++v) {
+#if defined(__AVX2__)
+      if (kShorts<Type>) sum[r][v] = sum_pairs(sum[r][v]) + x.offsets[at + r];
+#endif
+      acc[r][v] += __builtin_convertvector(sum[r][v], Vec) *
+                   (bit_cast<Vec>(weights[v * kPacked + kUnits]) * splat(x.scales[at + r]));
+    }
+}
+
+template <BlockType Type, int Rows>
 void multiply_tile(const QuantizedLinearArgs& args, const Chunk& chunk, const Activations& x, int64_t row,
                    float* partial) {
   Vec acc[Rows][kVectors];
@@ -225,26 +297,8 @@ void multiply_tile(const QuantizedLinearArgs& args, const Chunk& chunk, const Ac
     GPTCORE_UNROLL for (int v = 0; v < kVectors; ++v)
       acc[r][v] = chunk.bias ? chunk.bias[v] : load(partial + r * kWidth + v * kLanes);
   const IntVec* packed = chunk.packed;
-  for (int64_t b = chunk.begin; b < chunk.end; ++b, packed += kVectors * kPacked) {
-    const int8_t* numbers = x.numbers + (row * chunk.blocks + b) * kBlock;
-    IntVec sum[Rows][kVectors];
-    GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
-      GPTCORE_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] = IntVec{} + x.offsets[(row + r) * chunk.blocks + b];
-    GPTCORE_UNROLL for (int u = 0; u < kUnits; ++u)
-      GPTCORE_UNROLL for (int r = 0; r < Rows; ++r) {
-        int32_t group;
-        memcpy(&group, numbers + r * chunk.blocks * kBlock + u * 4, sizeof group);
-        GPTCORE_UNROLL for (int v = 0; v < kVectors; ++v)
-          add_products(sum[r][v], packed[v * kPacked + u], IntVec{} + group);
-      }
-    GPTCORE_UNROLL for (int r = 0; r < Rows; ++r) {
-      const Vec scale = splat(x.scales[(row + r) * chunk.blocks + b]);
-      GPTCORE_UNROLL for (int v = 0; v < kVectors; ++v) {
-        const Vec scales = bit_cast<Vec>(packed[v * kPacked + kUnits]) * scale;
-        acc[r][v] += __builtin_convertvector(sum[r][v], Vec) * scales;
-      }
-    }
-  }
+  for (int64_t b = chunk.begin; b < chunk.end; ++b, packed += kVectors * kPacked)
+    add_block<Type>(acc, packed, x, b * args.rows + row);
   if (!chunk.last) {
     GPTCORE_UNROLL for (int r = 0; r < Rows; ++r)
       GPTCORE_UNROLL for (int v = 0; v < kVectors; ++v) store(partial + r * kWidth + v * kLanes, acc[r][v]);
@@ -253,12 +307,12 @@ void multiply_tile(const QuantizedLinearArgs& args, const Chunk& chunk, const Ac
   store_sums(args, row, chunk.column, chunk.columns, acc);
 }
 
-template <int Rows>
+template <BlockType Type, int Rows>
 GPTCORE_INLINE void multiply_rows(int64_t rows, const QuantizedLinearArgs& args, const Chunk& chunk,
                                   const Activations& x, int64_t row, float* partial) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return multiply_rows<Rows - 1>(rows, args, chunk, x, row, partial);
-  multiply_tile<Rows>(args, chunk, x, row, partial);
+    if (rows < Rows) return multiply_rows<Type, Rows - 1>(rows, args, chunk, x, row, partial);
+  multiply_tile<Type, Rows>(args, chunk, x, row, partial);
 }
 
 // Computes rows [begin, end) of one panel.
@@ -271,63 +325,42 @@ void multiply_panel(const QuantizedLinearArgs& args, const Activations& x, int64
   const int64_t tiles = (end - begin + kRows - 1) / kRows, tile_rows = (end - begin + tiles - 1) / tiles;
   for (int64_t b = 0; b < blocks || b == 0; b += kChunk) {
     const int64_t stop = smaller(b + kChunk, blocks);
-    pack_panel<Type>(args, column, b, stop, packed);
+    if (columns > kLanes) pack_panel<Type, kVectors>(args, column, b, stop, packed);
+    else pack_panel<Type, 1>(args, column, b, stop, packed);
     const Chunk chunk{packed, b, stop, blocks, b ? nullptr : bias, stop == blocks, column, columns};
     for (int64_t row = begin; row < end; row += tile_rows) {
-      multiply_rows<kRows>(smaller(tile_rows, end - row), args, chunk, x, row, partial + (row - begin) * kWidth);
-      next.fetch((stop - b) * block_bytes(Type) * kWidth / tiles);
+      multiply_rows<Type, kRows>(smaller(tile_rows, end - row), args, chunk, x, row, partial + (row - begin) * kWidth);
+      next.fetch_some((stop - b) * block_bytes(Type) * kWidth / tiles);
     }
   }
 }
 
-// The sums of the four lanes of each quad, of numbers that load_numbers has ordered.
-GPTCORE_INLINE IntVec sum_quads(const IntVec (&v)[4]) {
-  Vec quads[4];
-  for (int i = 0; i < 4; ++i) quads[i] = bit_cast<Vec>(v[i]);
-  transpose_quads(quads);
-  return (bit_cast<IntVec>(quads[0]) + bit_cast<IntVec>(quads[1])) +
-         (bit_cast<IntVec>(quads[2]) + bit_cast<IntVec>(quads[3]));
-}
-
-// kLanes columns for few rows of x: products of 16 numbers of each output are summed in the end.
-template <int Rows, BlockType Type>
+// Some columns for few rows of x: a block of weights stays in registers for all of them.
+template <BlockType Type, int Vectors>
 void multiply_fused(const QuantizedLinearArgs& args, const Activations& x, int64_t column, Prefetch& next) {
-  const int64_t blocks = args.in_features / kBlock, columns = smaller(kLanes, args.out_features - column);
-  Vec acc[Rows][1] = {};
-  load_bias(args, column, columns, acc[0]);
-  GPTCORE_UNROLL for (int r = 1; r < Rows; ++r) acc[r][0] = acc[0][0];
+  const int64_t blocks = args.in_features / kBlock, columns = smaller(Vectors * kLanes, args.out_features - column);
+  Vec bias[Vectors] = {}, acc[kFused][Vectors];
+  load_bias(args, column, columns, bias);
+  for (int64_t r = 0; r < args.rows; ++r)
+    for (int v = 0; v < Vectors; ++v) acc[r][v] = bias[v];
   for (int64_t begin = 0; begin < blocks; begin += kChunk) {
     const int64_t end = smaller(begin + kChunk, blocks);
-    with_rows<Type>(args, column, begin, end, [&](const uint8_t* source, int64_t stride) {
-      for (int64_t b = begin; b < end; ++b, source += block_bytes(Type)) {
-        IntVec weights[kUnits];
-        load_numbers<Type>(weights, source, stride);
-        const Vec scale = load_scales(source, stride);
-        next.fetch(kLanes * block_bytes(Type));
-        GPTCORE_UNROLL for (int r = 0; r < Rows; ++r) {
-          const int64_t at = r * blocks + b;
-          const IntVec low = splat_quad(x.numbers + at * kBlock), high = splat_quad(x.numbers + at * kBlock + 16);
-          IntVec sums[4] = {};
-          GPTCORE_UNROLL for (int i = 0; i < 4; ++i) add_products(sums[i], weights[i], low);
-          GPTCORE_UNROLL for (int i = 0; i < 4; ++i) add_products(sums[i], weights[i + 4], high);
-          const IntVec sum = sum_quads(sums) + x.offsets[at];
-          acc[r][0] += __builtin_convertvector(sum, Vec) * (scale * splat(x.scales[at]));
-        }
-      }
-    });
+    uint8_t copies[kLanes * kChunk * block_bytes(Type)];
+    Blocks panel[Vectors];
+    for (int v = 0; v < Vectors; ++v) panel[v] = rows_at<Type>(args, column + v * kLanes, begin, end, copies);
+    for (int64_t b = begin; b < end; ++b) {
+      IntVec weights[Vectors * kPacked];
+      load_panel<Type, Vectors>(weights, panel, b - begin);
+      next.fetch<Vectors * kLanes * block_bytes(Type)>();
+      const int64_t at = b * args.rows;
+      int64_t r = 0;
+      for (; r + kTogether <= args.rows; r += kTogether)
+        add_block<Type, kTogether, Vectors>(*(Vec(*)[kTogether][Vectors])(acc + r), weights, x, at + r);
+      for (; r < args.rows; ++r) add_block<Type, 1, Vectors>(*(Vec(*)[1][Vectors])(acc + r), weights, x, at + r);
+    }
   }
-  store_sums(args, 0, column, columns, acc);
-}
-
-// The same for the number of rows that there are, at most Rows.
-template <int Rows, BlockType Type>
-GPTCORE_INLINE void multiply_fused_rows(const QuantizedLinearArgs& args, const Activations& x, int64_t column,
-                                        Prefetch& next) {
-  if constexpr (Rows > 1)
-    if (args.rows < Rows) return multiply_fused_rows<Rows - 1, Type>(args, x, column, next);
-  if constexpr (Rows > 0)
-    for (int64_t end = smaller(column + kWidth, args.out_features); column < end; column += kLanes)
-      multiply_fused<Rows, Type>(args, x, column, next);
+  for (int64_t r = 0; r < args.rows; ++r)
+    store_sums<1, Vectors>(args, r, column, columns, *(Vec(*)[1][Vectors])(acc + r));
 }
 
 // Scratch memory: the rounded x, then for each thread a packed chunk and the partial sums of a band.
@@ -359,8 +392,8 @@ void multiply_all(const QuantizedLinearArgs& args) {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < args.rows; ++row)
       with_type(args.x.dtype, [&](auto zero) {
-        round_row((const decltype(zero)*)args.x.data + row * args.x.stride, blocks, offset_of(Type),
-                  x.numbers + row * args.in_features, x.scales + row * blocks, x.offsets + row * blocks);
+        round_row((const decltype(zero)*)args.x.data + row * args.x.stride, blocks, args.rows, kOffset<Type>,
+                  x.numbers + row * kBlock, x.scales + row, x.offsets + row);
       });
     const auto panel_of = [&](int64_t task) {
       return task < tasks ? (const char*)args.weight + task % panels * kWidth * row_bytes : nullptr;
@@ -368,7 +401,11 @@ void multiply_all(const QuantizedLinearArgs& args) {
     take_panels(taken, tasks, num_threads, [&](int64_t task, int64_t next_task) {
       Prefetch next(panel_of(task), panel_of(next_task), kWidth, row_bytes, row_bytes);
       const int64_t begin = task / panels * band, column = task % panels * kWidth;
-      if (args.rows <= kFused) return multiply_fused_rows<kFused, Type>(args, x, column, next);
+      if (args.rows <= kFused) {
+        if (args.out_features - column > kLanes) multiply_fused<Type, kVectors>(args, x, column, next);
+        else multiply_fused<Type, 1>(args, x, column, next);
+        return;
+      }
       multiply_panel<Type>(args, x, begin, smaller(begin + band, args.rows), column, (IntVec*)scratch,
                            (float*)(scratch + layout.packed), next);
     });

@@ -43,7 +43,17 @@ struct float16 { uint16_t bits; };
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2e = 1.44269504088896340736f;
 
-GPTCORE_INLINE Vec splat(float x) { return Vec{} + x; }
+GPTCORE_INLINE Vec splat(float x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_set1_ps(x);
+#else
+  Vec v;  // not Vec{} + x, which is an addition: it turns -0 into 0
+  for (int i = 0; i < kLanes; ++i) v[i] = x;
+  return v;
+#endif
+}
 GPTCORE_INLINE IntVec lane_index() {
   IntVec v;
   for (int i = 0; i < kLanes; ++i) v[i] = i;

@@ -15,25 +15,41 @@ constexpr int kTileRows = 6;                    // rows of a tile in vector regi
 // where a product is rounded before it is added.
 constexpr int kDepth = 4 * kLanes;
 
+// Unrolled explicitly: otherwise GCC 12 keeps part of the accumulators in memory.
+#define GPTCORE_UNROLL _Pragma("GCC unroll 16")
+
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-template <int Half>
-GPTCORE_INLINE void exchange(Vec (&v)[kLanes]) {
-  const IntVec lane = lane_index();
-  const IntVec low = (lane & Half) ? lane - Half + kLanes : lane, high = (lane & Half) ? lane + kLanes : lane + Half;
-  for (int i = 0; i < kLanes; ++i)
-    if (!(i & Half)) {
-      Vec a = v[i], b = v[i + Half];
-      v[i] = __builtin_shuffle(a, b, low);
-      v[i + Half] = __builtin_shuffle(a, b, high);
-    }
-  if constexpr (Half > 1) exchange<Half / 2>(v);
+// Transposes each square of 4 vectors x 4 lanes.
+GPTCORE_INLINE void transpose_quads(Vec* v) {
+  const IntVec lane = lane_index(), quad = lane & ~3, odd = lane & 1, upper = lane >> 1 & 1;
+  const IntVec ones = quad + upper + odd * kLanes, pairs = quad + odd + upper * kLanes;
+  const Vec a = __builtin_shuffle(v[0], v[1], ones), b = __builtin_shuffle(v[0], v[1], ones + 2);
+  const Vec c = __builtin_shuffle(v[2], v[3], ones), d = __builtin_shuffle(v[2], v[3], ones + 2);
+  v[0] = __builtin_shuffle(a, c, pairs), v[1] = __builtin_shuffle(a, c, pairs + 2);
+  v[2] = __builtin_shuffle(b, d, pairs), v[3] = __builtin_shuffle(b, d, pairs + 2);
 }
 
-// Transposes kLanes vectors in registers, by recursive exchange of halves.
-GPTCORE_INLINE void transpose(Vec (&v)[kLanes]) { exchange<kLanes / 2>(v); }
+// Transposes kLanes vectors in registers: squares of 4 x 4 numbers, then the squares.
+GPTCORE_INLINE void transpose(Vec (&v)[kLanes]) {
+  GPTCORE_UNROLL for (int i = 0; i < kLanes; i += 4) transpose_quads(v + i);
+#if defined(__AVX512F__)
+  GPTCORE_UNROLL for (int i = 0; i < 4; ++i) {
+    const __m512 a = (__m512)v[i], b = (__m512)v[i + 4], c = (__m512)v[i + 8], d = (__m512)v[i + 12];
+    const __m512 even = _mm512_shuffle_f32x4(a, b, 0x88), odd = _mm512_shuffle_f32x4(a, b, 0xdd);
+    const __m512 even_2 = _mm512_shuffle_f32x4(c, d, 0x88), odd_2 = _mm512_shuffle_f32x4(c, d, 0xdd);
+    v[i] = (Vec)_mm512_shuffle_f32x4(even, even_2, 0x88), v[i + 8] = (Vec)_mm512_shuffle_f32x4(even, even_2, 0xdd);
+    v[i + 4] = (Vec)_mm512_shuffle_f32x4(odd, odd_2, 0x88), v[i + 12] = (Vec)_mm512_shuffle_f32x4(odd, odd_2, 0xdd);
+  }
+#elif defined(__AVX2__)
+  GPTCORE_UNROLL for (int i = 0; i < 4; ++i) {
+    const __m256 a = (__m256)v[i], b = (__m256)v[i + 4];
+    v[i] = (Vec)_mm256_permute2f128_ps(a, b, 0x20), v[i + 4] = (Vec)_mm256_permute2f128_ps(a, b, 0x31);
+  }
+#endif
+}
 
 // Returns 16 bytes each of rows 0, 4, 8 and so on up to kLanes, side by side. `stride` is in bytes.
 GPTCORE_INLINE Vec load_quads(const void* p, int64_t stride) {
@@ -48,16 +64,6 @@ GPTCORE_INLINE Vec load_quads(const void* p, int64_t stride) {
 #else
   return load((const float*)p);
 #endif
-}
-
-// Transposes each square of 4 vectors x 4 lanes.
-GPTCORE_INLINE void transpose_quads(Vec (&v)[4]) {
-  const IntVec lane = lane_index(), quad = lane & ~3, odd = lane & 1, upper = lane >> 1 & 1;
-  const IntVec ones = quad + upper + odd * kLanes, pairs = quad + odd + upper * kLanes;
-  const Vec a = __builtin_shuffle(v[0], v[1], ones), b = __builtin_shuffle(v[0], v[1], ones + 2);
-  const Vec c = __builtin_shuffle(v[2], v[3], ones), d = __builtin_shuffle(v[2], v[3], ones + 2);
-  v[0] = __builtin_shuffle(a, c, pairs), v[1] = __builtin_shuffle(a, c, pairs + 2);
-  v[2] = __builtin_shuffle(b, d, pairs), v[3] = __builtin_shuffle(b, d, pairs + 2);
 }
 
 // ---- the matrix product ---------------------------------------------------------------------------------------------
@@ -110,9 +116,6 @@ GPTCORE_INLINE UintVec splat_wide(const bfloat16* p) {
 }
 GPTCORE_INLINE UintVec load_wide(const uint32_t* p) { return bit_cast<UintVec>(load((const float*)p)); }
 #endif
-
-// Unrolled explicitly: otherwise GCC 12 keeps part of the accumulators in memory.
-#define GPTCORE_UNROLL _Pragma("GCC unroll 12")
 
 template <int Rows, int Vectors, int Panel, class T>
 GPTCORE_INLINE void add_products(Vec (&acc)[Rows][Vectors], Left<T> a, const Wide<T>* b, int64_t steps) {
