@@ -87,6 +87,22 @@ def test_limit_measures_a_rate() -> None:
     assert measure.limits()["copy"]["unit"] == "B/s"
 
 
+class FixedRate(Limit):
+    def rate(self) -> float:
+        return self.amount
+
+
+def test_the_slower_of_reading_and_computing_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "read", lambda: FixedRate("read", lambda: None, 10, "B"))
+    arithmetic = FixedRate("matmul", lambda: None, 100, "FLOP")
+    assert measure.Slower(arithmetic, bytes=20, flops=50).rate() == 0.5
+    limit = measure.Slower(arithmetic, bytes=1, flops=500)
+    assert limit.rate() == 0.2
+    line = row("g", "c", [10.0], [20.0], against="x", limit=limit, rates=[0.2], bytes=1, flops=500)
+    assert line["percent"] == [50, 50, 50]
+    assert line["limit"] == "the slower of read and matmul"
+
+
 # ---- goals
 
 
@@ -183,6 +199,11 @@ def test_the_readme_shows_ratios_and_names_what_is_slower(tmp_path: Path) -> Non
     assert ", 256 to 1,024 tokens, head_dim 64: 3.00 to 4.00 times as fast as PyTorch " in claims
     assert " in bfloat16 and 1.50 in float32 on CPU (AVX-512 BF16, 2 threads)." in claims
     assert "†" not in claims
+    (tmp_path / "other").mkdir()
+    other = {**results, "cpu": "Other", "rows": rows[1:]}  # it lacks a case of attention
+    (tmp_path / "other" / "results.json").write_text(json.dumps(other))
+    assert ["Other" in line for line in readme.claims(results, tmp_path).splitlines()] == [False, True]
+    (tmp_path / "other" / "results.json").unlink()
     for measured in rows:  # quartiles that include 1
         measured["ratio"] = [measured["ratio"][0], 0.9, 5.0]
     assert "3.00 to 4.00† times as fast" in readme.claims(results, tmp_path)

@@ -238,7 +238,7 @@ def test_a_row_has_the_same_bits_whatever_the_number_of_rows(
 ) -> None:
     """And of threads: few rows and many take different ways through the kernel.
 
-    Several blocks of the sum; an odd number of 16-bit weights, pairs of them, and rows that share few places of the cache.
+    Several blocks of the sum; an odd number of 16-bit weights, pairs, and rows that share few sets of the cache.
     """
     x, weight = randn(300, inner, dtype=dtype), randn(outer, inner, seed=1, dtype=dtype)
     bias = randn(outer, seed=2, dtype=dtype)

@@ -150,9 +150,7 @@ def test_neighbours_in_memory_are_neither_read_nor_written(kernel: str, kind: st
 @pytest.mark.parametrize("decoded", [2**22, 1])
 @pytest.mark.parametrize("backend", ["torch", "cpu", *OTHERS])
 @kinds
-def test_gradients_of_input_and_bias(
-    backend: str, kind: str, decoded: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_of_input_and_bias(backend: str, kind: str, decoded: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a weight that is decoded at once, and one column of blocks after the other."""
     monkeypatch.setattr(sys.modules[quantize.__module__], "DECODED", decoded)
     x, bias = leaves(randn(2, 5, 64), randn(9))

@@ -106,7 +106,7 @@ def describe_choice() -> str:
         f"in training, what is faster: {ours} in gptcore's kernel, {theirs} in PyTorch"
     )
     if _C.cpu_isa() == "amx_bf16":
-        text += "\nAMX: bfloat16 in training only, in PyTorch; gptcore's kernel uses AVX-512 BF16 (not measured on this CPU)"
+        text += "\nAMX: for bfloat16 in training, by PyTorch; the kernel uses AVX-512 BF16 (not measured with AMX)"
     return text
 
 
