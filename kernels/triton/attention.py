@@ -27,7 +27,7 @@ from gptcore.kernels.masks import (
     spans_of,
 )
 from gptcore.kernels.nonfinite import any_nonfinite, sum_nonfinite
-from gptcore.kernels.numerics import LOG2E, dot, narrow
+from gptcore.kernels.numerics import LN2, LOG2E, dot, narrow
 from gptcore.kernels.tiles import tiles
 
 # Arguments that vary between calls: a kernel is not specialised for their values, as it would be for those of a tuple.
@@ -72,7 +72,11 @@ def _forward_block(
         scores = tl.where(attended(first_query, QUERIES, side, first_key, KEYS), scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     base = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max  # -inf - -inf is NaN
-    weights = tl.exp2((scores - base[:, None]) * factor)
+    if q.dtype == tl.float32:  # the maximum has a weight of exactly 1
+        weights = tl.exp2((scores - base[:, None]) * factor)
+    else:  # one fused multiply-add; the rounding error of the shift is the same in all weights of a row
+        shift = base * factor
+        weights = tl.exp2(scores * factor - shift[:, None])
     rescale = tl.exp2((row_max - base) * factor)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     if dropout is not None:  # the sum is over all keys; dropout_scale is applied at the end
@@ -140,6 +144,9 @@ def _forward_kernel(
         acc *= dropout_scale
     store_tile(head_rows(out, batch, head), acc, first_query, query_len, HEAD_DIM, QUERIES, BLOCK_D)
     row_lse = row_max * size + tl.log(row_sum)
+    if q_tile.dtype != tl.float32:  # row_sum is relative to the rounded shift
+        factor = size * LOG2E
+        row_lse -= tl.where(row_max > float("-inf"), tl.fma(row_max, factor, -(row_max * factor)), 0.0) * LN2
     tl.store(lse + batch_head.to(tl.int64) * query_len + queries, row_lse, mask=queries < query_len)
     if any_nonfinite(acc):
         sum_nonfinite(

@@ -1,4 +1,4 @@
-"""log2(e), and two operations that are one instruction when compiled and need help in Triton's interpreter."""
+"""log2(e), ln(2), and two operations that are one instruction when compiled and need help in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from gptcore.kernels.launch import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
