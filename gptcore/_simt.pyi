@@ -3,6 +3,8 @@
 The functions are those of gptcore._C, on CPU tensors, with the `execution` of a GPU.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from gptcore._C import attention_backward as attention_backward
@@ -73,10 +75,10 @@ def run_copy(
     x: Tensor,
     out: Tensor,
     *,
-    box: tuple[int, ...],
+    box: Sequence[int],
     swizzle_bytes: int,
-    at: tuple[int, ...],
-    at_out: tuple[int, ...] | None = None,
+    at: Sequence[int],
+    at_out: Sequence[int] | None = None,
 ) -> None:
     """Copy a box of x, bfloat16 with four dimensions, to shared memory, and that to out, or to its box at at_out.
 

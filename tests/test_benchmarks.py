@@ -311,7 +311,7 @@ def test_every_benchmark_runs(tmp_path: Path) -> None:
         "generation",
     ):
         assert any(kind in group for group in groups), (kind, groups)
-    assert {"matmul float32", "matmul bfloat16", "copy", "read"} == results["limits"].keys()
+    assert {"matmul float32", "matmul bfloat16", "matmul int8", "copy", "read"} == results["limits"].keys()
     assert all(line["rounds"] == 2 and line["ratio"][0] > 0 for line in results["rows"])
     assert "goals met" in text
     assert "toy GELU" in text

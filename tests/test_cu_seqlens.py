@@ -117,7 +117,7 @@ def test_boundaries_are_checked_once_until_they_change(backend: str, checks: lis
 
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("backend", ["torch", *SLOW])
-def test_the_layers_of_a_model_share_one_check_and_a_step_of_a_cache_needs_none(
+def test_the_layers_of_a_model_share_one_check_and_generation_needs_none(
     backend: str, inference: bool, checks: list[tuple[Any, ...]]
 ) -> None:
     config = GPTConfig(vocab_size=17, n_positions=16, n_layer=3, n_head=1, n_embd=8, eos_token_id=None)
@@ -125,11 +125,11 @@ def test_the_layers_of_a_model_share_one_check_and_a_step_of_a_cache_needs_none(
     model = GPT(config).eval()
     batch = Batch(model)
     with ops.use(backend), torch.inference_mode(inference):
-        for prompt in ([1], [2, 3, 4], [5, 6]):
-            batch.add(prompt, Settings(5))
-        batch.step()
+        model(torch.tensor([[1, 2, 3, 4, 5, 6]]), cu_seqlens=torch.tensor([0, 1, 4, 6]))
         assert len(checks) == (3 if inference else 1)
         checks.clear()
-        tokens = [batch.step() for _ in range(2)]
+        for prompt in ([1], [2, 3, 4], [5, 6]):
+            batch.add(prompt, Settings(5))
+        tokens = [batch.step() for _ in range(3)]
     assert not checks
-    assert [len(step) for step in tokens] == [3, 3]
+    assert [len(step) for step in tokens] == [3, 3, 3]

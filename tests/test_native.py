@@ -43,6 +43,7 @@ PYBIND_TYPES = {
     "torch.Tensor": "Tensor",
     "typing.SupportsFloat | typing.SupportsIndex": "float",
     "typing.SupportsInt | typing.SupportsIndex": "int",
+    'typing.Annotated[collections.abc.Sequence[int], "FixedSize(4)"]': "Sequence[int]",
 }
 
 
