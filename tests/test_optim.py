@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from grid import BACKENDS, BF16, F16, F32, F64, ON_GPU, randn, running, threads
+from grid import BACKENDS, BF16, F16, F32, F64, randn, running, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gptcore import _C, ops
-from gptcore.ops import native, registry, verify
-from gptcore.training.optim import AdamW, Update
+from gptcore.training.optim import AdamW
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 SHAPES = ((), (1,), (15,), (16,), (17,), (3, 5, 7), (0, 4), (257, 300))  # the last is more than one piece of 65536
@@ -91,49 +90,6 @@ def test_twenty_steps_equal_pytorchs(name: str, limit: float | None, dtype: torc
     for ours, theirs, ref in zip(*results, strict=True):
         error, their_error = (ours - ref).norm(), (theirs - ref).norm()
         assert error <= 2 * their_error + 4 * torch.finfo(wide).eps * ref.norm() + 1e-12, (error, their_error)
-
-
-@pytest.mark.skipif(ops.backends()["triton"] is not None or ON_GPU != [], reason="compiled, not interpreted")
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_the_kernel_of_gpus_equals_pytorchs_functions(dtype: torch.dtype) -> None:
-    """In Triton's interpreter; a step is skipped, a tensor moves, and other code changes weights."""
-    results = []
-    for backend in ("torch", "triton"):
-        params = [nn.Parameter(p.detach()) for p in parameters(dtype)]
-        optimizer = AdamW(groups(params), lr=1e-2, backend=backend)
-        for step in range(6):
-            give_gradients(params, step, rounded_to=dtype)
-            if step == 3:
-                params[-1].data = params[-1].detach().clone()
-                params[-1].data[:2] = 7.0
-            for group in optimizer.param_groups:
-                states = [optimizer.init_state(p) for p in group["params"]]
-                masters = [state["master"] for state in states if "master" in state]
-                lists = [[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")]
-                gradients = [p.grad for p in group["params"]]
-                found_inf = torch.tensor(float(step == 4))
-                scale = torch.tensor(0.5, dtype=F64) if step % 2 else 0.25
-                update = Update(list(group["params"]), masters, gradients, *lists, group, scale, found_inf)
-                before = [p.detach().clone() for p in params]
-                with torch.no_grad():
-                    registry.BACKENDS[backend].implementations["adamw"](update)
-                assert step != 4 or all(map(torch.equal, before, params))
-        states = [optimizer.state[p] for p in params]
-        assert {float(state["step"]) for state in states} == {5.0}
-        results.append([*params, *(tensor for state in states for tensor in state.values())])
-    for ours, theirs in zip(*reversed(results), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(ours.dtype).eps, atol=1e-7)
-
-
-@pytest.mark.skipif(ops.backends()["triton"] is not None or ON_GPU != [], reason="compiled, not interpreted")
-def test_the_check_on_first_use_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    make, like = registry.OPERATIONS["adamw"].first_use, torch.zeros(1, dtype=BF16)
-    assert make is not None
-    assert verify._compare("triton", make(0), like) is None
-    kernels = native.triton_module("adamw")
-    step = kernels.step
-    monkeypatch.setattr(kernels, "step", lambda *args, **numbers: step(*args, **{**numbers, "betas": (0.8, 0.999)}))
-    assert "relative error" in str(verify._compare("triton", make(0), like))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])

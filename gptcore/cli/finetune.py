@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import shlex
 from pathlib import Path
 
 from gptcore.cli.options import add_fields, add_machine, pick
-from gptcore.cli.train import check_unused, with_resume
+from gptcore.cli.train import check_unused, in_each_process, with_resume
 from gptcore.tasks.recipe import DERIVED, RUN, FinetuneOptions, finetune
 from gptcore.training import distributed
 from gptcore.training.arguments import TrainingArguments
@@ -36,12 +37,7 @@ def run(args: argparse.Namespace) -> int:
     Under torchrun each process runs this; that of rank 0 prints and writes.
     """
     options = FinetuneOptions(**pick(args, FinetuneOptions))
-    args.device = distributed.local_device(args.device)
-    processes = distributed.join(args.device)
-    with processes.one_speaks():
-        status = _run(args, options, processes)
-    distributed.leave()
-    return status
+    return in_each_process(args, functools.partial(_run, args, options))
 
 
 def _run(args: argparse.Namespace, options: FinetuneOptions, processes: distributed.Processes) -> int:

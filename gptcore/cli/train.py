@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,15 @@ def run(args: argparse.Namespace) -> int:
     Under torchrun each process runs this; that of rank 0 prints, and reads and writes what the others need first.
     """
     arguments = TrainingArguments(**pick(args, TrainingArguments))
+    return in_each_process(args, functools.partial(_run, args, arguments))
+
+
+def in_each_process(args: argparse.Namespace, body: Callable[[distributed.Processes], int]) -> int:
+    """Return body(processes), during which only rank 0 prints; args.device becomes the device of this process."""
     args.device = distributed.local_device(args.device)
     processes = distributed.join(args.device)
     with processes.one_speaks():
-        status = _run(args, arguments, processes)
+        status = body(processes)
     distributed.leave()
     return status
 
