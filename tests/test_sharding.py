@@ -19,6 +19,9 @@ import torch.distributed as dist
 from processes import NEW, alone, check_close, command, kill, processes, run, tensors
 from tiny_run import exact, losses, tiny_gpt, tiny_trainer
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gptcore import GPT, GPTConfig
 from gptcore.cli import main
@@ -40,8 +43,6 @@ __all__ = ["alone", "command"]
 
 def whole_tensors_one_by_one(rank: int, trainer: Trainer) -> None:
     """Fail if a process holds two whole tensors at a time, as it would to hold the whole model; kill rank 1 later."""
-    from torch.distributed.tensor import DTensor
-
     gather, held = DTensor.full_tensor, []
 
     def full_tensor(self: DTensor) -> torch.Tensor:
@@ -217,29 +218,53 @@ def test_fsdp_builds_a_model_in_parts(tmp_path: Path, alone: Path) -> None:
     assert run(tmp_path / "other", 2, make=weights, **short)[0] == [0] * 2
 
 
-def peak() -> int:
-    """Return the most bytes of memory that this process has had."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+class Alive(TorchDispatchMode):
+    """Count the bytes of the tensors that are made in this process and not freed, and the most at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor goes on with the tensors that it holds
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self.known:
+            self.known.add(storage)
+            self.change(storage.nbytes())
+            weakref.finalize(storage, self.change, -storage.nbytes())
+
+    def change(self, count: int) -> None:
+        self.bytes += count
+        self.peak = max(self.peak, self.bytes)
 
 
-def measured(args: TrainingArguments, weights: Path | None) -> nn.Module:
-    config = GPTConfig(vocab_size=32, n_positions=8, n_embd=256, n_layer=12, n_head=2)
-    in_parts(args)  # loads what is imported when it is needed
-    before = peak()
-    sharded_model(lambda: GPT(config), args, "cpu", weights)
-    used, whole = peak() - before, 4 * config.num_parameters
-    assert used < 0.8 * whole, f"{used / 1e6:.1f} MB for a model of {whole / 1e6:.1f} MB"
+DEEP = GPTConfig(vocab_size=32, n_positions=8, n_embd=16, n_layer=12, n_head=2)
+
+
+def measured(args: TrainingArguments, weights: Path) -> nn.Module:
+    """Build the model from new weights and from those of a folder: half of it, and copies of one tensor at a time."""
+    whole, largest = 4 * DEEP.num_parameters, 4 * 4 * DEEP.n_embd**2
+    for source in (None, weights):
+        with Alive() as alive:
+            model = sharded_model(lambda: GPT(DEEP), args, "cpu", source)
+        assert whole / 2 <= alive.bytes < alive.peak, "the half that this process keeps was not seen"
+        assert alive.peak <= whole / 2 + 6 * largest < 0.7 * whole, f"{alive.peak} bytes of {whole} from {source}"
+        del model
     os._exit(0)
 
 
 def test_no_process_holds_the_whole_model(tmp_path: Path) -> None:
-    assert run(tmp_path / "new", 2, parallel="fsdp", make=functools.partial(measured, weights=None)) == (
-        [0, 0],
-        ["", ""],
-    )
-    GPT(GPTConfig(vocab_size=32, n_positions=8, n_embd=256, n_layer=12, n_head=2)).save_pretrained(tmp_path / "model")
-    read = functools.partial(measured, weights=tmp_path / "model")
-    assert run(tmp_path / "read", 2, parallel="fsdp", make=read) == ([0, 0], ["", ""])
+    GPT(DEEP).save_pretrained(tmp_path / "model")
+    make = functools.partial(measured, weights=tmp_path / "model")
+    assert run(tmp_path / "run", 2, parallel="fsdp", make=make) == ([0, 0], ["", ""])
 
 
 def test_fsdp_needs_several_processes(tmp_path: Path) -> None:
