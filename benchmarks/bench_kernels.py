@@ -244,7 +244,7 @@ def bench_layer_norm_in_place(dtype: torch.dtype, residual: bool, rows: int, com
         added = (y, total) if residual else (None, None)
         _C.layer_norm_forward(x, added[0], weight, bias, out, added[1], mean, rstd, 1e-5, threads)
         grads = (grad, grad_residual if residual else None)
-        _C.layer_norm_backward(*grads, x, weight, mean, rstd, grad_x, grad_weight, grad_bias, threads)
+        _C.layer_norm_backward(*grads, x, weight, mean, rstd, grad_x, None, grad_weight, grad_bias, threads)
 
     if residual:
         call = forward_backward(lambda x, w, b, y: ops.layer_norm(x, w, b, residual=y), inputs, [grad, grad_residual])

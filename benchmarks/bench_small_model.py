@@ -32,10 +32,10 @@ def fused_pytorch() -> str:
         return out.transpose(1, 2), None  # (B, T, H, D)
 
     def layer_norm(
-        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, out_dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
         total = x if residual is None else x + residual
-        return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
+        return F.layer_norm(total, total.shape[-1:], weight, bias, eps).to(out_dtype or total.dtype), total
 
     def gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
         return F.gelu(x if bias is None else x + bias, approximate="tanh" if tanh else "none")

@@ -79,10 +79,10 @@ def no_kernels(dtype: torch.dtype) -> str:
     """Register a backend whose attention, norms and GELU return their input, and return its name."""
 
     def layer_norm(
-        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, out_dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
         total = x if residual is None else x + residual
-        return total, total
+        return total.to(out_dtype or total.dtype), total
 
     nothing: dict[str, Callable[..., Any]] = {
         "attention": lambda qkv, *rest: (qkv[:, :, 2], None),

@@ -21,6 +21,15 @@ void* parameter(const OptionalView& t, const char* name, const TensorView& norma
 DType weight_dtype(const TensorView& weight, const TensorView& normalised, const Execution& execution) {
   return execution.on_gpu() && weight.dtype == normalised.dtype ? weight.dtype : DType::float32;
 }
+// Checks out or its gradient: in the dtype of the normalised tensor or, if that is float32, in 16 bits, those of x.
+void check_out(const TensorView& t, const char* name, const TensorView& normalised, DType dtype) {
+  check_float(t, name);
+  if (t.dtype != normalised.dtype &&
+      (normalised.dtype != DType::float32 || (dtype != DType::float32 && dtype != t.dtype)))
+    refuse(name, " is ", t.dtype_name(), ", expected ", normalised.dtype_name(),
+           normalised.dtype == DType::float32 ? " or the dtype of x" : "");
+  check_dense_like(t, name, normalised);
+}
 
 }  // namespace
 
@@ -37,12 +46,12 @@ LayerNormArgs layer_norm_forward_args(const TensorView& x, const OptionalView& r
   }
   if (residual.has_value() != residual_out.has_value()) refuse("residual and residual_out must be given together");
   if (residual_out) check_like(*residual_out, "residual_out", normalised);
-  check_like(out, "out", normalised);
+  check_out(out, "out", normalised, x.dtype);
   check_apart(out, "out", x, "x");
   if (residual_out) check_apart(*residual_out, "residual_out", out, "out");
 
   LayerNormArgs args{};
-  args.dtype = x.dtype, args.residual_dtype = normalised.dtype;
+  args.dtype = x.dtype, args.residual_dtype = normalised.dtype, args.out_dtype = out.dtype;
   args.weight_dtype = weight_dtype(weight, normalised, execution);
   args.rows = rows, args.width = width;
   args.x = x.data, args.residual = residual ? residual->data : nullptr;
@@ -77,17 +86,23 @@ void layer_norm_forward(const TensorView& x, const OptionalView& residual, const
 
 void layer_norm_backward(const TensorView& grad_out, const OptionalView& grad_residual_out, const TensorView& x,
                          const TensorView& weight, const TensorView& mean, const TensorView& rstd,
-                         const TensorView& grad_x, const TensorView& grad_weight, const OptionalView& grad_bias,
-                         const Execution& execution) {
+                         const TensorView& grad_x, const OptionalView& grad_narrow, const TensorView& grad_weight,
+                         const OptionalView& grad_bias, const Execution& execution) {
   const auto [rows, width] = check_rows(x, "x");
   const Kernels& kernels = kernels_for(x, execution);
-  check_like(grad_out, "grad_out", x);
+  check_out(grad_out, "grad_out", x, x.dtype);
   if (grad_residual_out) check_like(*grad_residual_out, "grad_residual_out", x);
   check_like(grad_x, "grad_x", x);
   check_apart(grad_x, "grad_x", x, "x");
+  if (grad_narrow) {
+    if (grad_out.dtype == x.dtype) refuse("grad_narrow is given, but grad_out is ", x.dtype_name(), " like x");
+    check_like(*grad_narrow, "grad_narrow", grad_out);
+    check_apart(*grad_narrow, "grad_narrow", x, "x");
+    check_apart(*grad_narrow, "grad_narrow", grad_x, "grad_x");
+  }
 
   LayerNormArgs args{};
-  args.dtype = args.residual_dtype = x.dtype;
+  args.dtype = args.residual_dtype = x.dtype, args.out_dtype = grad_out.dtype;
   args.weight_dtype = weight_dtype(weight, x, execution);
   args.rows = rows, args.width = width;
   args.x = x.data, args.grad_out = grad_out.data;
@@ -95,7 +110,7 @@ void layer_norm_backward(const TensorView& grad_out, const OptionalView& grad_re
   args.weight = parameter(weight, "weight", x, args);
   args.mean = float_array(mean, "mean", x, {rows});
   args.rstd = float_array(rstd, "rstd", x, {rows});
-  args.grad_x = grad_x.data;
+  args.grad_x = grad_x.data, args.grad_narrow = grad_narrow ? grad_narrow->data : nullptr;
   args.grad_weight = parameter(grad_weight, "grad_weight", x, args);
   args.grad_bias = parameter(grad_bias, "grad_bias", x, args);
   args.num_threads = execution.num_threads, args.stream = execution.stream;
@@ -105,8 +120,9 @@ void layer_norm_backward(const TensorView& grad_out, const OptionalView& grad_re
   DeviceTensors tensors{{"grad_out", grad_out, Access::read},       {"grad_residual_out", grad_residual_out, Access::read},
                         {"x", x, Access::read},                     {"weight", weight, Access::read},
                         {"mean", mean, Access::read},               {"rstd", rstd, Access::read},
-                        {"grad_x", grad_x, Access::write},          {"grad_weight", grad_weight, Access::write},
-                        {"grad_bias", grad_bias, Access::write},    {"workspace", workspace.view(), Access::write}};
+                        {"grad_x", grad_x, Access::write},          {"grad_narrow", grad_narrow, Access::write},
+                        {"grad_weight", grad_weight, Access::write}, {"grad_bias", grad_bias, Access::write},
+                        {"workspace", workspace.view(), Access::write}};
   py::gil_scoped_release release;
   prefer_huge_pages(grad_x);
   kernels.layer_norm_backward(args);
@@ -119,8 +135,8 @@ void bind_layer_norm(py::module_& m) {
         py::arg("bias"), py::arg("out"), py::arg("residual_out"), py::arg("mean"), py::arg("rstd"), py::arg("eps"),
         py::arg("execution"));
   m.def("layer_norm_backward", &layer_norm_backward, py::arg("grad_out"), py::arg("grad_residual_out"), py::arg("x"),
-        py::arg("weight"), py::arg("mean"), py::arg("rstd"), py::arg("grad_x"), py::arg("grad_weight"),
-        py::arg("grad_bias"), py::arg("execution"));
+        py::arg("weight"), py::arg("mean"), py::arg("rstd"), py::arg("grad_x"), py::arg("grad_narrow"),
+        py::arg("grad_weight"), py::arg("grad_bias"), py::arg("execution"));
 }
 
 }  // namespace gptcore

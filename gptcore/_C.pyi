@@ -79,11 +79,15 @@ def layer_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     grad_x: Tensor,
+    grad_narrow: Tensor | None,
     grad_weight: Tensor,
     grad_bias: Tensor | None,
     execution: Execution,
 ) -> None:
-    """Fill the gradients; x is the normalised tensor: residual_out if there was a residual."""
+    """Fill the gradients; x is the normalised tensor: residual_out if there was a residual.
+
+    grad_narrow is grad_x in the dtype of a 16-bit grad_out of float32 x.
+    """
 
 def gelu_forward(x: Tensor, bias: Tensor | None, out: Tensor, tanh_form: bool, execution: Execution) -> None:
     """Fill out with GELU(x + bias); x is (..., width)."""

@@ -36,6 +36,7 @@ from gptcore.hf import pretrained
 from gptcore.inputs import check_outputs, check_shapes, check_values, cu_seqlens_of, positions_in, targets_of
 from gptcore.lora.layers import trains_weight
 from gptcore.memory import check_fits
+from gptcore.ops.arguments import autocast_dtype
 from gptcore.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 
 
@@ -62,11 +63,21 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
         self.eps = config.layer_norm_epsilon
 
-    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (norm(residual + hidden), residual + hidden); the second is the new residual stream."""
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None = None, reader: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (norm(residual + hidden), residual + hidden); the second is the new residual stream.
+
+        reader: the layer that alone reads the first. If it is a Linear, autocast's cast is done in the same kernel.
+        """
+        stream = hidden if residual is None else residual
+        dtype = autocast_dtype(hidden) if type(reader) is Linear and stream.dtype == torch.float32 else None
+        if hidden.dtype not in (torch.float32, dtype):
+            dtype = None
+        options: Any = {"eps": self.eps, "out_dtype": dtype}
         if residual is None:  # the first norm: its input is the residual stream
-            return ops.layer_norm(hidden, self.weight, self.bias, eps=self.eps), hidden
-        return ops.layer_norm(hidden, self.weight, self.bias, eps=self.eps, residual=residual)
+            return ops.layer_norm(hidden, self.weight, self.bias, **options), hidden
+        return ops.layer_norm(hidden, self.weight, self.bias, residual=residual, **options)
 
 
 class Attention(nn.Module):
@@ -131,9 +142,9 @@ class Block(nn.Module):
             hidden, _ = self.ln_1(self.attn(hidden, cu_seqlens, cache), hidden)
             hidden, _ = self.ln_2(self.mlp(hidden), hidden)
             return hidden, None
-        hidden, residual = self.ln_1(hidden, residual)
+        hidden, residual = self.ln_1(hidden, residual, self.attn.c_attn)
         hidden = self.attn(hidden, cu_seqlens, cache)
-        hidden, residual = self.ln_2(hidden, residual)
+        hidden, residual = self.ln_2(hidden, residual, self.mlp.c_fc)
         hidden = self.mlp(hidden)
         return hidden, residual
 

@@ -55,19 +55,20 @@ struct AttentionArgs {
 };
 
 struct LayerNormArgs {
-  DType dtype;           // of x and, without a residual, of out
-  DType residual_dtype;  // of residual, residual_out and, with a residual, out: dtype or float32
-  DType weight_dtype;    // of weight, bias and their gradients: that of out, or float32; on CPUs float32
+  DType dtype;           // of x
+  DType residual_dtype;  // of residual and residual_out: dtype or float32; without a residual dtype
+  DType out_dtype;       // of out and grad_out: residual_dtype, or if that is float32, 16 bits: dtype, if it is one
+  DType weight_dtype;    // of weight, bias and their gradients: residual_dtype or float32; on CPUs float32
   int64_t rows, width;
   const void *x, *residual;     // residual may be null
   const void *weight, *bias;    // bias may be null
   void *out, *residual_out;     // residual_out = x + residual; null without a residual
   float *mean, *rstd;           // (rows,)
   float eps;
-  // Backward only. x is the normalised tensor: residual_out, if there was a residual. grad_out and grad_x have its
-  // dtype; grad_x is the gradient both of x and of the residual.
+  // Backward only. x is the normalised tensor: residual_out, if there was a residual. grad_x has its dtype, and is the
+  // gradient both of x and of the residual; grad_narrow is the same in the dtype of a 16-bit grad_out, and may be null.
   const void *grad_out, *grad_residual_out;  // grad_residual_out may be null
-  void *grad_x;
+  void *grad_x, *grad_narrow;
   void *grad_weight, *grad_bias;    // grad_bias may be null
   float* workspace;                 // layer_norm_backward_workspace bytes: partial sums over rows
   int num_threads;                  // CPU

@@ -145,7 +145,7 @@ class Recorded(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", [*SAMPLES, "layer_norm with a residual in another dtype"])
+@pytest.mark.parametrize("name", [*SAMPLES, "layer_norm of a residual in another dtype"])
 def test_the_operators_keep_what_they_promise(name: str) -> None:
     """torch.library.opcheck: the schema tells what changes, and the fake has the real one's shapes, types, strides."""
     with Recorded() as recorded:
@@ -153,7 +153,8 @@ def test_the_operators_keep_what_they_promise(name: str) -> None:
             results(lambda *tensors: SAMPLES[name].run(tensors, backend="cpu"), inputs(*SAMPLES[name].shapes.values()))
         else:
             x, weight = inputs((5, 12), (12,))
-            results(lambda x, weight: ops.layer_norm(x.bfloat16(), weight, residual=x, backend="cpu"), [x, weight])
+            options: Any = {"out_dtype": torch.bfloat16, "backend": "cpu"}
+            results(lambda x, weight: ops.layer_norm(x.bfloat16(), weight, residual=x, **options), [x, weight])
     assert recorded.calls
     for func, arguments in recorded.calls:
         torch.library.opcheck(func, arguments)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
-from grid import DTYPES, F16, F32, F64, check, covering, leaves, over, randn, there
+from grid import BF16, DTYPES, F16, F32, F64, check, covering, leaves, over, randn, there
 from torch import Tensor
 
 from gptcore import ops
@@ -24,6 +25,7 @@ class LayerNorm:
     bias: bool = True
     residual: str | None = None  # None, "same" dtype as x, or "float32"
     parameters: str = "float32"  # or the "same" dtype as x
+    out: torch.dtype | None = None
     eps: float = 1e-5
     dtype: torch.dtype = F32
 
@@ -118,6 +120,53 @@ def test_layer_norm(backend: str, case: LayerNorm) -> None:
     ref, theirs = layer_norm_expected(case)
     for name in ref:
         check(name, got[name], ref[name], theirs[name])
+
+
+IN_16_BITS = [
+    LayerNorm(rows=65, out=BF16),
+    LayerNorm(width=7, out=F16),
+    LayerNorm(width=48, rows=9, dtype=F16, residual="float32", out=F16),
+    LayerNorm(width=50, dtype=BF16, residual="float32", bias=False, out=BF16),
+    LayerNorm(width=16, residual="float32", out=BF16),
+    LayerNorm(width=12304, rows=2, dtype=BF16, residual="float32", out=BF16),
+    LayerNorm(width=12301, rows=2, out=F16),
+]
+
+
+@over(IN_16_BITS, IN_16_BITS)
+def test_out_in_16_bits_has_the_bits_of_a_cast(backend: str, case: LayerNorm) -> None:
+    assert case.out is not None
+    results = []
+    for out_dtype in (case.out, None):
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, backend: str) -> Any:
+            return ops.layer_norm(x, weight, bias, residual=residual, out_dtype=out_dtype, backend=backend)  # noqa: B023
+
+        inputs = leaves(*case.inputs())
+        result = there(run, backend)(*inputs)
+        out, *total = result if isinstance(result, tuple) else [result]
+        assert out.dtype == out_dtype or out_dtype is None
+        outs = [out.to(case.out), *total]
+        grads = [randn(*t.shape, seed=4 + i, dtype=t.dtype) for i, t in enumerate(outs)]
+        results.append([*outs, *torch.autograd.grad(outs, [t for t in inputs if t is not None], grads)])
+    for i, (ours, cast) in enumerate(zip(*results, strict=True)):
+        assert ours.dtype == cast.dtype
+        assert torch.equal(ours, cast), f"result {i} differs by up to {(ours.double() - cast.double()).abs().max()}"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "residual", "out_dtype", "expected"),
+    [
+        (F16, None, BF16, r"out_dtype is torch.bfloat16, expected torch.float16$"),
+        (F16, F32, BF16, r"out_dtype is torch.bfloat16, expected torch.float16 or torch.float32"),
+        (F32, None, F64, r"out_dtype is torch.float64, expected torch.bfloat16 or torch.float16 or torch.float32"),
+        (F32, None, "bfloat16", r"out_dtype is 'bfloat16', expected a torch.dtype"),
+    ],
+)
+def test_an_out_dtype_that_does_not_fit(dtype: Any, residual: Any, out_dtype: Any, expected: str) -> None:
+    x = randn(3, 8, dtype=dtype)
+    with pytest.raises((TypeError, ValueError), match=expected):
+        ops.layer_norm(x, randn(8), residual=None if residual is None else x.to(residual), out_dtype=out_dtype)
 
 
 def test_a_gradient_that_is_the_same_everywhere_moves_nothing(kernel: str) -> None:

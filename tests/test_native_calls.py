@@ -62,6 +62,9 @@ def recorded() -> dict[str, dict[str, Any]]:
                 tensors = [tensor.requires_grad_() for tensor in sample.tensors()]
                 outs = sample.run(tensors, backend="cpu")
                 torch.autograd.grad(outs, tensors, [torch.ones_like(out) for out in outs])
+        x, row = torch.randn(5, 12, requires_grad=True), torch.ones(12)  # and with every gradient
+        narrow = {"residual": x, "out_dtype": torch.bfloat16, "backend": "cpu"}
+        torch.autograd.backward(ops.layer_norm(x.bfloat16(), row, row, **narrow), [x.bfloat16(), x])
     return found
 
 
@@ -162,7 +165,7 @@ SPOILED: list[Callable[[torch.Tensor, list[torch.Tensor]], Any]] = [
     lambda t, others: others[len(others) // 2],
     lambda t, _: t * math.nan if t.is_floating_point() else -t,
     lambda t, _: t * math.inf if t.is_floating_point() else t + 2**40,
-    lambda t, _: t.numpy(),
+    lambda t, _: np.asarray(t.tolist()),
     lambda t, _: t.tolist(),
 ]  # fmt: skip
 ANYTHING = st.sampled_from(
@@ -313,7 +316,7 @@ def test_wrong_arguments_of_operations_raise_alike_on_every_backend(data: st.Dat
         "layer_norm": (
             ops.layer_norm,
             {"x": x, "weight": row, "bias": row + 1, "residual": x + 1},
-            {"eps": ANYTHING | st.floats()},
+            {"eps": ANYTHING | st.floats(), "out_dtype": ANYTHING | st.sampled_from([torch.bfloat16, torch.float16])},
         ),
         "gelu": (ops.gelu, {"x": x, "bias": row}, {"approximate": ANYTHING | st.just("none")}),
     }

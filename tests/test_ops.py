@@ -159,8 +159,9 @@ def test_rows_are_written_whole_and_nothing_else(compiled: str, rows: int, width
     total, mean, rstd = output(rows, width, dtype=dtype), output(rows), output(rows)
     module.layer_norm_forward(x, residual, weight, bias, output(rows, width, dtype=dtype), total, mean, rstd, 1e-5, run)
     module.layer_norm_backward(
-        grad, residual, total, weight, mean, rstd, output(rows, width, dtype=dtype), output(width), output(width), run
-    )
+        grad, residual, total, weight, mean, rstd, output(rows, width, dtype=dtype), None, output(width), output(width),
+        run,
+    )  # fmt: skip
     for tanh_form in (True, False):
         module.gelu_forward(x, bias, output(rows, width, dtype=dtype), tanh_form, run)
         module.gelu_backward(grad, x, bias, output(rows, width, dtype=dtype), output(width), tanh_form, run)

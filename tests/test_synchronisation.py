@@ -137,6 +137,22 @@ def test_launches_of_a_training_step(cuda_on_meta: None, monkeypatch: pytest.Mon
     assert len(updates) == 4
 
 
+# Of a layer 4 weights and 4 biases, and their gradients; beside them, a gradient in the last norm. So of 12 layers 193;
+# 264 before ops.layer_norm wrote in 16 bits what linear layers read
+CASTS_IN_A_LAYER, CASTS_BESIDE = 16, 1
+
+
+def test_autocast_casts_weights_and_no_activations() -> None:
+    model = GPT(GPTConfig(vocab_size=32, n_positions=8, n_embd=16, n_layer=3, n_head=2))
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    with Launches() as launches:  # under a mode linear layers are PyTorch's, as on a GPU
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids, return_logits=False).loss
+        loss.backward()
+    assert launches.counts["_to_copy"] == 3 * CASTS_IN_A_LAYER + CASTS_BESIDE
+    assert launches.counts["layer_norm_backward"] == 7
+
+
 def test_memory_and_launches_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of GPT-2, at 8 x 1024 tokens: what the Triton kernel and the matmuls around it take, beside PyTorch's formula."""
     module = sys.modules["gptcore.ops.linear_cross_entropy"]  # the name in the package is the function

@@ -157,6 +157,11 @@ def test_layer_norm(case: LayerNorm) -> None:
     layer_norm_grid.test_layer_norm("triton", case)
 
 
+@pytest.mark.parametrize("case", layer_norm_grid.IN_16_BITS[:5], ids=grid.name_of)
+def test_layer_norm_in_16_bits(case: LayerNorm) -> None:
+    layer_norm_grid.test_out_in_16_bits_has_the_bits_of_a_cast("triton", case)
+
+
 @pytest.mark.parametrize(
     "case",
     [case if case in gelu_grid.FEW else pytest.param(case, marks=pytest.mark.slow) for case in gelu_grid.GELUS],
@@ -224,7 +229,7 @@ def test_a_direct_call_of_an_operator_reads_nothing_out_of_bounds() -> None:
     settings = (None, None, None, 1.0, True, -1, -1, 0.0, False, "triton")
     entropy = (F32, -100, True, True, "triton")
     out, lse = run.attention_forward(q, k, k, *settings)
-    _, _, mean, rstd = run.layer_norm_forward(x, row, None, None, 1e-5, "triton")
+    _, _, mean, rstd = run.layer_norm_forward(x, row, None, None, 1e-5, None, "triton")
     cut = randn(6, 16)[:, 8:]
     cut.untyped_storage().resize_(4)
     for call, message in (
@@ -232,9 +237,12 @@ def test_a_direct_call_of_an_operator_reads_nothing_out_of_bounds() -> None:
         (lambda: run.gelu_forward(x.T, None, True, "triton"), "x is not contiguous"),
         (lambda: run.gelu_forward(cut, None, True, "triton"), "storage was resized"),
         (lambda: run.gelu_backward(x[:2], x, None, True, "triton"), r"grad_out has shape \(2, 8\), expected \(6, 8\)"),
-        (lambda: run.layer_norm_forward(x, row[:4], None, None, 1e-5, "triton"), r"weight has shape \(4\)"),
-        (lambda: run.layer_norm_forward(x, row, None, x[:2], 1e-5, "triton"), r"residual has shape \(2, 8\)"),
-        (lambda: run.layer_norm_backward(x, None, x, row, mean[:2], rstd, True, "triton"), r"mean has shape \(2\)"),
+        (lambda: run.layer_norm_forward(x, row[:4], None, None, 1e-5, None, "triton"), r"weight has shape \(4\)"),
+        (lambda: run.layer_norm_forward(x, row, None, x[:2], 1e-5, None, "triton"), r"residual has shape \(2, 8\)"),
+        (
+            lambda: run.layer_norm_backward(x, None, x, row, mean[:2], rstd, True, False, "triton"),
+            r"mean has shape \(2\)",
+        ),
         (lambda: run.attention_forward(q, k, k[:, :, :4], *settings), r"value has shape \(1, 2, 4, 8\)"),
         (lambda: run.attention_forward(q, k[:, :, :, :4], k[..., :4], *settings), r"key has shape \(1, 2, 9, 4\)"),
         (lambda: run.attention_forward(q, k, k, cu, cu, *settings[2:]), r"cu_seqlens_k ends at 5, expected length = 9"),
@@ -345,8 +353,8 @@ def test_a_forward_by_one_backend_and_a_backward_by_another(one: str, other: str
     x, weight = randn(65, 300), randn(300, seed=1)
     results = []
     for backend in (one, other):
-        _, total, mean, rstd = native.layer_norm_forward(x, weight, weight, x, 1e-5, backend)
-        results.append(native.layer_norm_backward(x, None, total, weight, mean, rstd, True, other))
+        _, total, mean, rstd = native.layer_norm_forward(x, weight, weight, x, 1e-5, None, backend)
+        results.append(native.layer_norm_backward(x, None, total, weight, mean, rstd, True, False, other))
     for mixed, pure in zip(*results, strict=True):
         torch.testing.assert_close(mixed, pure, rtol=1e-5, atol=1e-5)
 

@@ -63,6 +63,7 @@ def layer_norm(
     residual: torch.dtype | None = None,
     constant: bool = False,
     eps: float = 1e-5,
+    out: torch.dtype | None = None,
 ) -> Call:
     def call() -> list[torch.Tensor]:
         from gptcore import ops  # after tools.mutants has replaced gptcore._simt
@@ -73,8 +74,9 @@ def layer_norm(
         x = (x + mean).to(dtype).requires_grad_()
         parameters = [torch.randn(width, requires_grad=True) for _ in range(1 + bias)]
         added = [torch.randn(rows, width).to(residual).requires_grad_()] if residual else []
-        out = ops.layer_norm(x, *parameters, eps=eps, residual=added[0] if added else None, backend="simt")
-        outs = list(out) if isinstance(out, tuple) else [out]
+        options: dict[str, Any] = {"eps": eps, "out_dtype": out, "backend": "simt"}
+        result = ops.layer_norm(x, *parameters, residual=added[0] if added else None, **options)
+        outs = list(result) if isinstance(result, tuple) else [result]
         loss = sum(((o.float() * torch.arange(1, width + 1)).sin().sum() for o in outs), torch.zeros(()))
         return [*outs, *torch.autograd.grad(loss, [x, *parameters, *added])]
 
@@ -143,6 +145,10 @@ GRID = {
         layer_norm(F32, 2, 40001, False, F32),
         layer_norm(F16, 2, 12301, True),
         layer_norm(F32, 9, 1000, True, constant=True, eps=1e-12),  # variances of next to nothing
+        layer_norm(BF16, 9, 1000, True, F32, out=BF16),
+        layer_norm(F32, 9, 1000, True, out=BF16),
+        layer_norm(F16, 2, 12304, True, F32, out=F16),
+        layer_norm(F32, 2, 12304, False, out=F16),
     ],
     "gelu": [
         gelu(BF16, 70, 264, True, "tanh"),

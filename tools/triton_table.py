@@ -73,7 +73,7 @@ def attend_in_tf32(head_dim: int) -> None:
 def normalise(dtype: torch.dtype, width: int, rows: int = 64) -> None:
     x, weight, mean = torch.zeros(rows, width, dtype=dtype), torch.ones(width, dtype=dtype), torch.zeros(rows)
     layer_norm.forward(x, x, weight, weight, x, x, mean, mean, 1e-5)
-    layer_norm.backward(x, x, x, weight, mean, mean, x, weight, weight)
+    layer_norm.backward(x, x, x, weight, mean, mean, x, None, weight, weight)
 
 
 def curve(dtype: torch.dtype, width: int, tanh_form: bool, rows: int = 64) -> None:

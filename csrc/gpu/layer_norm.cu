@@ -31,7 +31,7 @@ template <class T>
 RowPlan backward_plan(const LayerNormArgs& args) {
   const bool vectors =
       whole_vectors(args.width, {args.x, args.grad_out, args.grad_residual_out, args.weight, args.grad_x,
-                                 args.workspace});
+                                 args.grad_narrow, args.workspace});
   const int warps = warps_of_row(args.width, kBackwardChunks<T>, kBackwardWarps);
   return {warps, warps == 0 ? 1 : kBackwardWarps / warps, vectors};
 }
@@ -42,13 +42,13 @@ unsigned backward_blocks(const LayerNormArgs& args, const RowPlan& plan) {
   return unsigned(std::min<int64_t>(ceil_div(args.rows, std::max(4, plan.groups)), multiprocessors()));
 }
 
-template <class X, class R, class W>
+template <class X, class R, class W, class O = R>
 void forward(const LayerNormArgs& args) {
   const RowPlan plan = forward_plan(args);
   if (plan.warps == 0) {
     launch({"layer_norm_forward_wide", unsigned(args.rows), 1, 1, kForwardThreads, kForwardSums * sizeof(float),
             args.stream},
-           layer_norm_forward_wide<X, R, W>, args, plan.vectors);
+           layer_norm_forward_wide<X, R, W, O>, args, plan.vectors);
     return;
   }
   // As many blocks as are resident with 128 registers per thread, each looping over many rows.
@@ -56,21 +56,21 @@ void forward(const LayerNormArgs& args) {
   const unsigned blocks = unsigned(std::min<int64_t>(ceil_div(args.rows, plan.groups), resident));
   launch({"layer_norm_forward", blocks, 1, 1, unsigned(32 * warps),
           (kForwardSums + (plan.groups > 1 ? kForwardShared : 0)) * sizeof(float), args.stream},
-         layer_norm_forward_kernel<X, R, W>, args, plan);
+         layer_norm_forward_kernel<X, R, W, O>, args, plan);
 }
 
-template <class T, class W>
+template <class T, class W, class G = T>
 void backward(const LayerNormArgs& args) {
   const RowPlan plan = backward_plan<T>(args);
   const unsigned blocks = backward_blocks(args, plan);
   if (blocks > 0 && plan.warps == 0) {
     launch({"layer_norm_backward_wide", blocks, 1, 1, kBackwardThreads, kBackwardSums * sizeof(float),
             args.stream},
-           layer_norm_backward_wide<T, W>, args, plan.vectors);
+           layer_norm_backward_wide<T, W, G>, args, plan.vectors);
   } else if (blocks > 0) {
     launch({"layer_norm_backward", blocks, 1, 1, unsigned(32 * plan.warps * plan.groups),
             (kBackwardSums + (plan.groups > 1 ? kBackwardShared<T> : 0)) * sizeof(float), args.stream},
-           layer_norm_backward_kernel<T, W>, args, plan);
+           layer_norm_backward_kernel<T, W, G>, args, plan);
   }
   launch_sum_partials(args.workspace, blocks, 2 * args.width, args.width, static_cast<W*>(args.grad_weight),
                       static_cast<W*>(args.grad_bias), args.stream);
@@ -82,7 +82,11 @@ void layer_norm_forward(const LayerNormArgs& args) {
   if (args.rows == 0) return;
   with_type(args.dtype, [&](auto zero) {
     using X = decltype(zero);
-    if (args.residual && args.residual_dtype == DType::float32) forward<X, float, float>(args);
+    if (args.out_dtype != args.residual_dtype) {  // 16 bits of a float32 residual stream
+      if constexpr (sizeof(X) == 2) forward<X, float, float, X>(args);
+      else if (args.out_dtype == DType::bfloat16) forward<float, float, float, bfloat16>(args);
+      else forward<float, float, float, float16>(args);
+    } else if (args.residual && args.residual_dtype == DType::float32) forward<X, float, float>(args);
     else if (args.weight_dtype == DType::float32) forward<X, X, float>(args);
     else forward<X, X, X>(args);
   });
@@ -97,7 +101,10 @@ size_t layer_norm_backward_workspace(const LayerNormArgs& args) {
 void layer_norm_backward(const LayerNormArgs& args) {
   with_type(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    args.weight_dtype == DType::float32 ? backward<T, float>(args) : backward<T, T>(args);
+    if (args.out_dtype != args.dtype)
+      args.out_dtype == DType::bfloat16 ? backward<float, float, bfloat16>(args) : backward<float, float, float16>(args);
+    else
+      args.weight_dtype == DType::float32 ? backward<T, float>(args) : backward<T, T>(args);
   });
 }
 

@@ -88,11 +88,11 @@ GPTCORE_DEVICE Statistics statistics(float mean, const float (&sums)[2], float w
   return {mean, rest, rsqrt_of((variance > 0.0f ? variance : 0.0f) + eps + (sums[1] - sums[1]))};
 }
 
-// X is the type of x, R that of residual, residual_out and out, W that of weight and bias. Dynamic shared memory: kForwardSums floats, and if the
-// block has several groups, kForwardShared floats for weight and bias.
+// X is the type of x, R that of residual and residual_out, W that of weight and bias, O that of out. Dynamic shared
+// memory: kForwardSums floats, and if the block has several groups, kForwardShared floats for weight and bias.
 constexpr int kForwardSums = 3 * kForwardWarps;
 constexpr int kForwardShared = SharedChunks<kForwardSharing>::floats(2 * kForwardChunks);
-template <class X, class R, class W>
+template <class X, class R, class W, class O>
 __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(LayerNormArgs args, RowPlan plan) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const RowThread lane(plan);
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(Lay
     for (int j = 0; j < kForwardChunks; ++j) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) v[j][i] = ((v[j][i] - mean) * stats.rstd - shift) * weight[j][i] + bias[j][i];
-      store_chunk(static_cast<R*>(args.out) + begin + lane.column(j), end - lane.column(j), plan.vectors, v[j]);
+      store_chunk(static_cast<O*>(args.out) + begin + lane.column(j), end - lane.column(j), plan.vectors, v[j]);
     }
     if (lane.thread == 0 && end > 0) args.mean[row] = mean + stats.rest, args.rstd[row] = stats.rstd;
   }
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(Lay
 GPTCORE_DEVICE int left(int64_t n) { return n < kChunk ? int(n) : kChunk; }
 
 // One block per row, which it reads in three passes.
-template <class X, class R, class W>
+template <class X, class R, class W, class O>
 __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(LayerNormArgs args, bool vectors) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int64_t row = blockIdx.x, width = args.width, begin = row * width;
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(Layer
     load_chunk(static_cast<const W*>(args.bias) + c, args.bias ? left(width - c) : 0, vectors, bias);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) v[i] = ((v[i] - mean) * stats.rstd - shift) * weight[i] + bias[i];
-    store_chunk(static_cast<R*>(args.out) + begin + c, left(width - c), vectors, v);
+    store_chunk(static_cast<O*>(args.out) + begin + c, left(width - c), vectors, v);
   }
   if (threadIdx.x == 0) args.mean[row] = mean + stats.rest, args.rstd[row] = stats.rstd;
 }
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(Layer
 //
 // With xhat = (x - mean) * rstd and g = weight * dy:  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)). A row adds
 // dy * xhat to dweight and dy to dbias. `shift` is the mean of xhat, which is not 0 because args.mean is rounded; it is
-// subtracted from xhat. g is rounded (mul_rn) before mean(g) is subtracted, so that the difference is 0 in a row of one
+// subtracted from xhat. T is the type of x and dx, G that of dy. g is rounded (mul_rn) before mean(g) is subtracted, so that the difference is 0 in a row of one
 // element. The sums use weight * (dy * xhat) rather than g * xhat, so that the compiler does not keep g in registers.
 struct RowMeans {
   float shift, g, g_xhat;
@@ -252,7 +252,7 @@ GPTCORE_DEVICE RowMeans row_means(const float (&sums)[3], float width) {
 constexpr int kBackwardSums = 6 * kBackwardWarps;
 template <class T>
 constexpr int kBackwardShared = SharedChunks<kBackwardSharing>::floats(2 * kBackwardChunks<T>);
-template <class T, class W>
+template <class T, class W, class G>
 __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(LayerNormArgs args, RowPlan plan) {
   constexpr int kChunks = kBackwardChunks<T>;
   float* shared = reinterpret_cast<float*>(shared_memory());
@@ -272,11 +272,12 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
     const int end = row < args.rows ? width : 0;
     float mean = 0.0f, rstd = 0.0f;
     if (threadIdx.x % 32 == 0 && end > 0) mean = args.mean[row], rstd = args.rstd[row];
-    Chunk<T> x[kChunks], dy[kChunks];
+    Chunk<T> x[kChunks];
+    Chunk<G> dy[kChunks];
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
       x[j].load(static_cast<const T*>(args.x) + begin + lane.column(j), end - lane.column(j), plan.vectors);
-      dy[j].load(static_cast<const T*>(args.grad_out) + begin + lane.column(j), end - lane.column(j), plan.vectors);
+      dy[j].load(static_cast<const G*>(args.grad_out) + begin + lane.column(j), end - lane.column(j), plan.vectors);
     }
     mean = shuffle(mean, 0), rstd = shuffle(rstd, 0);
     if (plan.groups > 1 && first == begin_rows) share(weight, chunks, 0, lane.group);
@@ -310,6 +311,10 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
         bias_sum[j][i] += dy_row[i];
       }
       store_chunk(static_cast<T*>(args.grad_x) + begin + lane.column(j), end - lane.column(j), plan.vectors, dx);
+      if constexpr (sizeof(G) < sizeof(T)) {
+        const int narrow = args.grad_narrow ? end - lane.column(j) : 0;
+        store_chunk(static_cast<G*>(args.grad_narrow) + begin + lane.column(j), narrow, plan.vectors, dx);
+      }
     }
   }
 
@@ -332,7 +337,7 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
 
 // A block processes every gridDim.x-th row, in two passes, and accumulates the sums over rows in its row of
 // args.workspace.
-template <class T, class W>
+template <class T, class W, class G>
 __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(LayerNormArgs args, bool vectors) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int64_t width = args.width;
@@ -340,8 +345,8 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(Lay
   float *weight_sum = args.workspace + int64_t(blockIdx.x) * 2 * width, *bias_sum = weight_sum + width;
   int parity = 0;  // as in the kernel above
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x, parity ^= 1) {
-    const T *x_row = static_cast<const T*>(args.x) + row * width,
-            *dy_row = static_cast<const T*>(args.grad_out) + row * width;
+    const T* x_row = static_cast<const T*>(args.x) + row * width;
+    const G* dy_row = static_cast<const G*>(args.grad_out) + row * width;
     const float mean = args.mean[row], rstd = args.rstd[row];
     float x[kChunk], dy[kChunk], weight[kChunk], sums[3] = {};
     for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {
@@ -380,6 +385,9 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(Lay
         dbias[i] += dy[i];
       }
       store_chunk(static_cast<T*>(args.grad_x) + row * width + c, left(width - c), vectors, dx);
+      if constexpr (sizeof(G) < sizeof(T))
+        store_chunk(static_cast<G*>(args.grad_narrow) + row * width + c, args.grad_narrow ? left(width - c) : 0,
+                    vectors, dx);
       store_chunk(weight_sum + c, left(width - c), vectors, dweight);
       store_chunk(bias_sum + c, left(width - c), vectors, dbias);
     }

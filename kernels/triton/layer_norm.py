@@ -70,7 +70,7 @@ def _forward_kernel(
     weight,  # * (WIDTH,)
     bias,  # * (WIDTH,) or None
     residual,  # * (rows, WIDTH) or None
-    out,  # * (rows, WIDTH): written
+    out,  # * (rows, WIDTH): written, in a dtype of its own
     residual_out,  # * (rows, WIDTH): x + residual, written if there is a residual
     mean,  # *float32 (rows,): written
     rstd,  # *float32 (rows,): 1 / standard deviation, written
@@ -145,6 +145,7 @@ def _backward_kernel(
     mean,  # *float32 (rows,)
     rstd,  # *float32 (rows,)
     grad_x,  # * (rows, WIDTH): written
+    grad_narrow,  # * (rows, WIDTH): the same in the dtype of grad_out, or None: written
     weight_partials,  # *float32 (programs, WIDTH): gradients from the rows of a program; not HELD: zero before; written
     bias_partials,  # *float32 (programs, WIDTH): likewise, or None
     rows,
@@ -194,6 +195,8 @@ def _backward_kernel(
             if grad_residual_out is not None:
                 tile += _load(grad_residual_out, row, rows, i, WIDTH, BLOCK)
             _store(grad_x, tile, row, rows, i, WIDTH, BLOCK)
+            if grad_narrow is not None:
+                _store(grad_narrow, tile, row, rows, i, WIDTH, BLOCK)
         if not HELD:
             tl.debug_barrier()  # the partial sums are read in the next iteration, possibly by other threads
 
@@ -232,9 +235,9 @@ def forward(
 
 def backward(
     grad_out: Tensor, grad_residual_out: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    grad_x: Tensor, grad_weight: Tensor, grad_bias: Tensor | None,
+    grad_x: Tensor, grad_narrow: Tensor | None, grad_weight: Tensor, grad_bias: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write grad_x (also the gradient of the residual), grad_weight and grad_bias."""
+    """Write grad_x (also the gradient of the residual), grad_narrow if given, grad_weight and grad_bias."""
     rows, width = rows_and_width(total)
     held = width <= HELD_BACKWARD
     tile = _tile(width, held, 20)
@@ -244,7 +247,7 @@ def backward(
     partials = new(1 if grad_bias is None else 2, programs, width, dtype=torch.float32, device=weight.device)
     launch(
         _backward_kernel, [tile], ("ROWS", "BLOCK"), lambda tile: programs,
-        grad_out, grad_residual_out, total, weight, mean, rstd, grad_x, partials[0],
+        grad_out, grad_residual_out, total, weight, mean, rstd, grad_x, grad_narrow, partials[0],
         None if grad_bias is None else partials[1], rows, like=total, WIDTH=width, HELD=held, **OPTIONS,
     )  # fmt: skip
     sum_rows(partials, grad_weight, grad_bias)
