@@ -301,7 +301,7 @@ def read_json(path: PathLike) -> dict[str, Any]:
     with open_file(path) as file, naming(path):
         if (size := os.fstat(file.fileno()).st_size) > JSON_LIMIT:
             raise ValueError(f"{path} has {size:,} bytes, expected JSON of at most {JSON_LIMIT:,}")
-        return parse_json(file.read(JSON_LIMIT), path)
+        return parse_json(file.read(size), path)
 
 
 def read_cache(name: str) -> dict[str, Any]:
