@@ -6,8 +6,10 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,19 @@ import torch
 import torch.distributed as dist
 from tiny_run import exact, losses, tiny_trainer
 
+from gptcore.cli import main
 from gptcore.tensor_file import load_tensors
 from gptcore.training.callbacks import TrainerCallback
 from gptcore.training.checkpoint import list_checkpoints
 from gptcore.training.signals import TrainingInterrupted
 from gptcore.training.trainer import Trainer
 
+# A server that has imported PyTorch forks each process in milliseconds; it never computes, so has no threads to lose.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     ["gptcore.training.trainer", "torch._dynamo", "torch.distributed.fsdp", "pytest", "hypothesis.strategies"]
 )
+os.fsync = os.fstat  # type: ignore[assignment]  # as in conftest.py, also in the processes
 STEPS = 20
 # 44 examples: the last step of an epoch has 6 of 8 micro-batches, so of four processes one has none
 SETTINGS = {
@@ -77,10 +82,31 @@ def run(
     return [member.exitcode for member in members], [path.read_text() if path.exists() else "" for path in reports]
 
 
-@pytest.fixture(scope="module")
+def work_by_command(argv: Sequence[str], output: Path, prepare: Callable[[], object] | None) -> None:
+    """Run `gptcore` in this process; what it prints goes into a file."""
+    torch.set_num_threads(1)
+    with open(output, "w") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    if prepare is not None:
+        prepare()
+    sys.exit(main(argv))
+
+
+def start_command(argv: Sequence[object], output: Path, prepare: Callable[[], object] | None = None) -> BaseProcess:
+    """Start `gptcore` without the seconds that imports take."""
+    member = processes.Process(target=work_by_command, args=([str(word) for word in argv], output, prepare))
+    member.start()
+    return member
+
+
+@pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    assert run(folder, 1)[0] == [0]
+    """Return the folder of a run of one process, the same for all modules that import this."""
+    folder = tmp_path_factory.getbasetemp() / "alone" / "run"
+    if not folder.exists():
+        folder.parent.mkdir()
+        assert run(folder, 1)[0] == [0]
     return folder
 
 
