@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import processes
 from tiny_run import STEPS, exact, losses, tiny_trainer
 
 from gptcore.training import checkpoint
@@ -25,15 +26,11 @@ from gptcore.training.trainer import Trainer, TrainingInterrupted
 
 pytestmark = pytest.mark.slow
 
-# A server that has imported PyTorch forks each process in milliseconds; it never computes, so has no threads to lose.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["gptcore.training.trainer", "torch._dynamo", "pytest", "hypothesis.strategies"])
-
 
 def train(folder: Path, started: Any = None, die_at_call: int | None = None, calls: Any = None, **changes: Any) -> None:
     """Train in a child process: start or resume from the newest checkpoint; it may kill itself at any point."""
     torch.set_num_threads(1)
-    callbacks = (Slow(changes.pop("slow")),) if "slow" in changes else ()
+    callbacks = (Slow(*changes.pop("slow")),) if "slow" in changes else ()
     resume = bool(list_checkpoints(folder)) if folder.exists() else False
     trainer = tiny_trainer(folder, callbacks, overwrite_output_dir=not resume, **changes)
     if calls is not None or die_at_call is not None:
@@ -50,19 +47,24 @@ def train(folder: Path, started: Any = None, die_at_call: int | None = None, cal
 
 
 class Slow(TrainerCallback):
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    """Make each step take a while; set events once there was one, and once a signal was taken as a request."""
+
+    def __init__(self, seconds: float, stepped: Any, asked: Any) -> None:
+        self.seconds, self.stepped, self.asked = seconds, stepped, asked
 
     def on_step_end(self, trainer: Trainer) -> None:
+        self.stepped.set()
         end = time.monotonic() + self.seconds
-        while (left := end - time.monotonic()) > 0:
-            time.sleep(left)
+        while time.monotonic() < end:
+            time.sleep(0.005)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self.asked.set()
 
 
 def count_disk_calls(die_at_call: int | None, calls: Any) -> None:
-    """Count what changes the disk for good; at call number `die_at_call`, die instead of doing it."""
+    """Count what changes names on the disk; at call number `die_at_call`, die instead of doing it."""
     done = 0
-    for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir"):
+    for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
 
         def counted(*args: Any, _call: Any, **kwargs: Any) -> Any:
             nonlocal done
@@ -168,17 +170,34 @@ def test_kill_during_saves(tmp_path: Path, uninterrupted: Path) -> None:
     check_end(tmp_path, uninterrupted)
 
 
-def test_kill_before_each_call_that_changes_the_disk(tmp_path: Path, uninterrupted: Path) -> None:
-    calls = processes.Value("i", 0)
-    assert finish(start(tmp_path / "count", calls=calls, max_steps=4, save_total_limit=1)) == 0
-    folder = tmp_path / "killed"
-    for call in range(calls.value):  # a start, two saves, and the deletion of a checkpoint
-        if finish(start(folder, die_at_call=call, save_total_limit=1)) == 0:  # it was near its end
+def die_at_each_call(folder: Path, uninterrupted: Path, calls: int) -> None:
+    """Resume a run and die at each of its calls; fork, because a start by the server takes as long as the run."""
+    for call in range(calls):
+        child = os.fork()
+        if child == 0:
+            try:
+                train(folder, die_at_call=call, save_total_limit=1)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == 0:  # it was near its end
             assert losses(folder) == losses(uninterrupted)
             shutil.rmtree(folder)
         else:
+            assert code == -signal.SIGKILL
             check_whole(folder, uninterrupted)
-    check_end(folder, uninterrupted)
+
+
+def test_kill_before_each_call_that_changes_the_disk(tmp_path: Path, uninterrupted: Path) -> None:
+    calls = processes.Value("i", 0)
+    assert finish(start(tmp_path / "count", calls=calls, max_steps=4, save_total_limit=1)) == 0
+    assert calls.value > 50  # a start, two saves, and the deletion of a checkpoint
+    process = processes.Process(target=die_at_each_call, args=(tmp_path / "killed", uninterrupted, calls.value))
+    process.start()
+    assert finish(process) == 0
+    check_end(tmp_path / "killed", uninterrupted)
 
 
 # ---- signals that ask ------------------------------------------------------------------------------------------------
@@ -186,10 +205,9 @@ def test_kill_before_each_call_that_changes_the_disk(tmp_path: Path, uninterrupt
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_can_be_resumed(tmp_path: Path, uninterrupted: Path, number: int) -> None:
-    started = processes.Event()
-    process = start(tmp_path, started=started, slow=0.05, save_steps=0)
-    assert started.wait(60)
-    time.sleep(0.3)
+    stepped, asked = processes.Event(), processes.Event()
+    process = start(tmp_path, slow=(0.05, stepped, asked), save_steps=0)
+    assert stepped.wait(60)
     assert process.pid is not None
     os.kill(process.pid, number)
     assert finish(process) == 77
@@ -199,14 +217,12 @@ def test_signal_saves_and_can_be_resumed(tmp_path: Path, uninterrupted: Path, nu
 
 
 def test_second_signal_stops_at_once(tmp_path: Path) -> None:
-    started = processes.Event()
-    process = start(tmp_path, started=started, slow=2.0, save_steps=0)
-    assert started.wait(60)
-    time.sleep(0.3)
+    stepped, asked = processes.Event(), processes.Event()
+    process = start(tmp_path, slow=(60, stepped, asked), save_steps=0)
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGINT)
-    time.sleep(0.2)  # two signals that are pending together are one
-    os.kill(process.pid, signal.SIGINT)
+    for event in (stepped, asked):  # two signals that are pending together are one
+        assert event.wait(30)
+        os.kill(process.pid, signal.SIGINT)
     assert finish(process) == 78
     assert list_checkpoints(tmp_path) == []
 
