@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import random
-import subprocess
-import sys
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import processes
 
 from gptcore import GPT, GPTConfig
 from gptcore.data import datasets as data
@@ -22,6 +24,7 @@ from gptcore.data.collator import DataCollatorForLanguageModeling
 from gptcore.data.corpus import write_standard_library_corpus
 from gptcore.data.datasets import TextDataset, epoch_order, split
 from gptcore.files import cache_folder, temporary_name
+from gptcore.text.pretokenize import read_blocks, split_documents
 from gptcore.text.tokenizer import Tokenizer
 
 WORDS = (
@@ -96,24 +99,28 @@ def test_a_large_vocabulary_takes_four_bytes(text_file: Path, tokenizer: Tokeniz
     assert np.array_equal(large.tokens, small.tokens)
 
 
-@pytest.mark.slow
+def kilobytes(name: str) -> int:
+    return int(re.findall(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+
+
+def tokenize_measured(folder: Path) -> None:
+    """Write by how many MiB the resident memory of this process rises at most while it tokenizes a long line."""
+    tokenizer = Tokenizer.train(folder / "small", kind="char")
+    TextDataset(tokenizer, folder / "small", 8, cache_dir=folder)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    before = kilobytes("VmRSS")
+    assert len(TextDataset(tokenizer, folder / "large", 8, cache_dir=folder).tokens) == 2_000_001
+    (folder / "MiB").write_text(str((kilobytes("VmHWM") - before) / 1024))
+
+
 def test_long_lines_are_read_in_bounded_memory(tmp_path: Path) -> None:
-    script = """
-import random, resource, sys
-from gptcore.data.datasets import TextDataset
-from gptcore.text.tokenizer import Tokenizer
-folder = sys.argv[1]
-tokenizer = Tokenizer.train(f"{folder}/small", kind="char")
-TextDataset(tokenizer, f"{folder}/small", 8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-dataset = TextDataset(tokenizer, f"{folder}/large", 8)
-assert len(dataset.tokens) == 5_000_001, len(dataset.tokens)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
     (tmp_path / "small").write_bytes(b"abc " * 300_000)
-    (tmp_path / "large").write_bytes(b"a" * 5_000_000)  # one line of one word, more than a gigabyte if encoded at once
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 250  # MiB
+    (tmp_path / "large").write_bytes(b"a" * 2_000_000)  # one line of one word, 500 MB if encoded at once
+    process = processes.Process(target=tokenize_measured, args=(tmp_path,))
+    process.start()
+    process.join(100)
+    assert process.exitcode == 0
+    assert float((tmp_path / "MiB").read_text()) < 150
 
 
 def test_the_cache_is_where_it_should_be(
@@ -186,31 +193,26 @@ def test_what_a_killed_tokenization_left_is_deleted(cache: Path, text_file: Path
     assert not left.exists()
 
 
-@pytest.mark.slow
+def tokenize(folder: Path, cache: Path, ready: Any, rank: int) -> None:
+    """Wait for the other processes, tokenize the same text, and write the hash of the tokens."""
+    warnings.simplefilter("error")
+    tokenizer = Tokenizer.from_pretrained(folder)
+    ready.wait(60)
+    dataset = TextDataset(tokenizer, folder / "text", 8, cache_dir=cache)
+    (folder / str(rank)).write_text(hashlib.sha256(dataset.tokens.tobytes()).hexdigest())
+
+
 def test_processes_that_start_at_once_agree(tmp_path: Path, cache: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "text").write_text(some_text(60_000))
     tokenizer.save_pretrained(tmp_path)
-    script = """
-import hashlib, sys, time
-from gptcore.data.datasets import TextDataset
-from gptcore.text.tokenizer import Tokenizer
-tokenizer = Tokenizer.from_pretrained(sys.argv[1])
-print("ready", flush=True)
-sys.stdin.readline()
-dataset = TextDataset(tokenizer, sys.argv[1] + "/text", 8)
-print(hashlib.sha256(dataset.tokens.tobytes()).hexdigest())
-"""
-    command = [sys.executable, "-W", "error", "-c", script, str(tmp_path)]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    results = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4
-    assert len(set(results)) == 1
+    ready = processes.Barrier(4)
+    members = [processes.Process(target=tokenize, args=(tmp_path, cache, ready, rank)) for rank in range(4)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join(60)
+    assert [member.exitcode for member in members] == [0] * 4
+    assert len({(tmp_path / str(rank)).read_text() for rank in range(4)}) == 1
     assert [p.suffix for p in (cache / "tokens").iterdir()] == [".tokens"]
 
 
@@ -409,7 +411,7 @@ def test_the_order_depends_on_its_arguments_alone() -> None:
 
 
 @pytest.mark.slow
-def test_the_corpus_is_documents_without_duplicates(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_the_corpus_is_documents_without_duplicates(tmp_path: Path) -> None:
     path = write_standard_library_corpus(tmp_path / "new" / "corpus.txt")
     text = path.read_text(encoding="utf-8")
     documents = text.split("\n<|endoftext|>\n")
@@ -422,5 +424,4 @@ def test_the_corpus_is_documents_without_duplicates(tmp_path: Path, tokenizer: T
     has_topics = importlib.util.find_spec("pydoc_data.topics") is not None  # some distributions leave them out
     assert any(document.startswith('The "assert" statement\n') for document in documents) == has_topics
     assert not any(document.startswith(("test.", "idlelib", "lib2to3")) for document in documents)
-    dataset = TextDataset(tokenizer, path, 128)
-    assert len(dataset.document_starts) == len(documents)
+    assert sum(chunk is None for chunk in split_documents(read_blocks(path))) == len(documents)
