@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import io
 import os
 import pty
-import signal
-import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import start_command
 from tiny import tiny_model
 
 from gptcore import Tokenizer, Trainer, TrainingArguments
@@ -112,38 +113,53 @@ def test_ctrl_c_ends_a_reply_and_keeps_what_was_said(folder: Path, monkeypatch: 
     assert talk(monkeypatch, "Hello\n", folder) == 130  # in a pipe there is no next line to wait for
 
 
-@pytest.mark.slow
-def test_a_terminal(folder: Path) -> None:
+def use_terminal(name: str) -> None:
+    """Read and write a terminal, which Ctrl-C reaches this process from."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    for number in range(3):
+        os.dup2(terminal, number)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (to the end of the process)
+
+
+def waits(process: BaseProcess) -> bool:
+    """Return whether the first thread of a process sleeps."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
+def test_a_terminal(folder: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "gptcore", "chat", str(folder), "--greedy", "--max-new-tokens", "20"]
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
-        os.close(theirs)
-        timer = threading.Timer(120, process.kill)
-        timer.start()
-        shown = b""
+    command = ["chat", folder, "--greedy", "--max-new-tokens", "20"]
+    process = start_command(command, tmp_path / "unused", functools.partial(use_terminal, os.ttyname(theirs)))
+    timer = threading.Timer(120, process.kill)
+    timer.start()
+    shown = b""
 
-        def until(text: bytes) -> None:
-            nonlocal shown
-            while text not in shown:
-                shown += os.read(ours, 4096)  # an error after the end of the process
-            shown = shown.partition(text)[2]
+    def until(text: bytes) -> None:
+        nonlocal shown
+        while text not in shown:
+            shown += os.read(ours, 4096)  # an error after the end of the process
+        shown = shown.partition(text)[2]
 
-        until(b"Ctrl-D the conversation")
-        until(b"> ")
-        os.write(ours, b"Helo\x1b[Dl\n")  # the arrow edits the line
-        until(b"Hello there.")
-        until(b"> ")
-        os.write(ours, b"Name?\n")
-        until("I am Ada 🙂.".encode())
-        until(b"> ")
-        for _ in range(10):  # a signal between the prompt and the wait for a key is seen with the next one
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)
-                break
-        assert process.returncode == 130
-        assert b"Traceback" not in shown
-        timer.cancel()
+    until(b"Ctrl-D the conversation")
+    os.close(theirs)  # from here on the process has it open
+    until(b"> ")
+    os.write(ours, b"Helo\x1b[Dl\n")  # the arrow edits the line
+    until(b"Hello there.")
+    until(b"> ")
+    os.write(ours, b"Name?\n")
+    until("I am Ada 🙂.".encode())
+    until(b"> ")
+    while not waits(process):  # a signal between the prompt and the wait for a key is seen with the next one
+        time.sleep(0.001)
+    for _ in range(10):
+        os.write(ours, b"\x03")
+        process.join(5)
+        if process.exitcode is not None:
+            break
+    timer.cancel()
+    assert process.exitcode == 130
+    assert b"Traceback" not in shown
     os.close(ours)
 
 

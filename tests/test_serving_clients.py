@@ -2,31 +2,35 @@
 
 import contextlib
 import gc
-import os
 import random
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from processes import start_command
 from served import MODEL, POSITIONS, Running, is_closed, running, slow_steps, tiny_gpt, tiny_tokenizer, wait_for
 
+from gptcore.model import LayerNorm
 from gptcore.serving.limits import Limits
 
 pytestmark = pytest.mark.slow
 
-LONG = {"model": MODEL, "prompt": "the", "max_tokens": 100, "logit_bias": {"0": -100}, "seed": 1}
+LONG = {"model": MODEL, "prompt": "the", "max_tokens": 60, "logit_bias": {"0": -100}, "seed": 1}
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def long_text(tokenizer):
+    with running(tokenizer) as started:
+        return started.complete(**LONG).json["choices"][0]["text"]
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def server(tokenizer):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_dropped_connection_frees_its_row(server, stream):
+def test_a_dropped_connection_frees_its_row(server, long_text, stream):
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(server.complete, **LONG)
         wait_for(lambda: server.stats()["running"] == 1)
@@ -47,12 +51,11 @@ def test_a_dropped_connection_frees_its_row(server, stream):
                 assert b"data: " in sock.recv(4096) + sock.recv(4096)
         steps = server.stats()["steps"]
         wait_for(lambda: server.stats()["running"] == 1)
-        assert (
-            server.stats()["steps"] - steps <= 8
-        )  # some until the socket is seen to be closed; 100 without cancellation
+        # Some until the server reads that the connection is closed; all 60 without cancellation
+        assert server.stats()["steps"] - steps <= 30
         answer = other.result()
-    assert answer.json["choices"][0]["text"] == server.complete(**LONG).json["choices"][0]["text"]
-    assert answer.json["usage"]["completion_tokens"] == 100
+    assert answer.json["choices"][0]["text"] == long_text
+    assert answer.json["usage"]["completion_tokens"] == 60
     server.until_idle()
 
 
@@ -95,7 +98,7 @@ def test_a_second_request_before_the_answer_ends_the_connection(server, together
 
 def test_more_than_fit_get_429_at_once(server):
     with ThreadPoolExecutor(8) as pool:
-        started = [pool.submit(server.complete, **{**LONG, "max_tokens": 50}) for _ in range(8)]
+        started = [pool.submit(server.complete, **{**LONG, "max_tokens": 40}) for _ in range(8)]
         answers = [future.result() for future in started]
     assert sorted(answer.status for answer in answers) == [200] * 4 + [429] * 4
     assert {answer.headers["Retry-After"] for answer in answers if answer.status == 429} == {"1"}
@@ -201,55 +204,51 @@ def folder(tokenizer, tmp_path_factory):
     return path
 
 
-SLOW = """
-import sys, time
-from gptcore import cli
-from gptcore.model import LayerNorm
-forward = LayerNorm.forward
-LayerNorm.forward = lambda *args: time.sleep(0.01) or forward(*args)
-sys.exit(cli.main(sys.argv[1:]))
-"""
+def slow_layers() -> None:
+    """Make each pass over the model of this process take a while."""
+    forward = LayerNorm.forward
+    LayerNorm.forward = lambda *args: time.sleep(0.01) or forward(*args)
 
 
 @contextlib.contextmanager
-def command(*arguments: str):
-    """Run `gptcore serve` with slow steps; yield the process and its port."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, "serve", *arguments, "--port", "0"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def command(output: Path, *arguments: object):
+    """Run `gptcore serve` with slow steps; yield the process, a client, and what follows the line of the address."""
+
+    def address() -> re.Match[str] | None:
+        assert process.is_alive(), output.read_text()
+        return re.search(r"API .*127\.0\.0\.1:(\d+)/v1.*\n", output.read_text()) if output.exists() else None
+
+    process = start_command(["serve", *arguments, "--port", "0"], output, slow_layers)
     try:
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if found := re.search(r"^API .*127\.0\.0\.1:(\d+)/v1", line):
-                yield process, Running(int(found[1]), None, None, None)
-                return
-        raise AssertionError("".join(lines))
+        wait_for(address, 60)
+        found = address()
+        yield process, Running(int(found[1]), None, None, None), lambda: output.read_text()[found.end() :]
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
-def test_sigterm_drains(folder):
+def test_sigterm_drains(folder, tmp_path):
     """New requests get 503, running ones finish; then the process ends."""
-    with command(str(folder)) as (process, server), ThreadPoolExecutor(1) as pool:
+    with command(tmp_path / "output", folder) as (process, server, more), ThreadPoolExecutor(1) as pool:
         stream = pool.submit(server.complete, **{**LONG, "model": "small", "max_tokens": 40, "stream": True})
         wait_for(lambda: b"running 1.0" in server.request("GET", "/metrics").data)
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         wait_for(lambda: server.request("GET", "/health").status == 503)
         refused = server.complete(model="small")
         assert (refused.status, refused.error["message"]) == (503, "the server is shutting down")
         events = stream.result().events
         assert events[-1]["choices"][0]["finish_reason"] in ("length", "stop")
-        assert process.wait(10) == 0
-        assert process.stdout.read() == "stopped\n"
+        process.join(10)
+        assert (process.exitcode, more()) == (0, "stopped\n")
 
 
-def test_the_drain_is_limited(folder):
-    with command(str(folder), "--drain-seconds", "0.3") as (process, server), ThreadPoolExecutor(1) as pool:
+def test_the_drain_is_limited(folder, tmp_path):
+    options = ["--drain-seconds", "0.3"]
+    with command(tmp_path / "output", folder, *options) as (process, server, _), ThreadPoolExecutor(1) as pool:
         stream = pool.submit(server.complete, **{**LONG, "model": "small", "stream": True, "max_tokens": 120})
         wait_for(lambda: b"running 1.0" in server.request("GET", "/metrics").data)
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         assert "shut down" in stream.result().events[-1]["error"]["message"]
-        assert process.wait(10) == 0
+        process.join(10)
+        assert process.exitcode == 0
