@@ -5,21 +5,25 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import random
 import re
 import signal
-import subprocess
-import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from processes import NEW, alone, check_same, command, kill, run
-from tiny_run import losses
+import torch
+from processes import NEW, SETTINGS, STEPS, alone, check_same, command, kill, processes, run
+from tiny_run import losses, tiny_trainer
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from gptcore.cli import main
 from gptcore.training import checkpoint, resume
+from gptcore.training.callbacks import TrainerCallback
 from gptcore.training.checkpoint import list_checkpoints
 from gptcore.training.distributed import Tree
 from gptcore.training.trainer import Trainer
@@ -134,47 +138,49 @@ def test_blocks_of_any_size_are_joined_as_one_tree() -> None:
     assert pushed(0, ["a", None, "c"]).total() == "(ac)"
     for count in range(1, 18):
         leaves = [chr(97 + i) for i in range(count)]
-        for processes in range(1, count + 1):
+        for parts in range(1, count + 1):
             joined = tree()
-            for rank in range(processes):
-                block = range(rank * count // processes, (rank + 1) * count // processes)
+            for part in range(parts):
+                block = range(part * count // parts, (part + 1) * count // parts)
                 for _, size, value in pushed(block.start, leaves[block.start : block.stop]).nodes:
                     joined.push(value, size)
             assert joined.total() == pushed(0, leaves).total()
 
 
-SCRIPT = """
-import os, random, signal, sys, threading, time, torch
-from tiny_run import tiny_trainer
-from processes import SETTINGS, STEPS
-from gptcore.training.callbacks import TrainerCallback
+def train_until_killed(folder: Path, kills: int) -> None:
+    """Train as one of two processes; in each of the first `kills` starts one is killed at a random moment."""
+    torch.set_num_threads(1)
+    attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+    Path(f"{folder}.{attempt}.{rank}").touch()
+    rng = random.Random(attempt)
+    killed, seconds = rng.randrange(2) == rank, rng.uniform(0, 0.6)
+    moment = time.monotonic() + seconds
 
-class Wait(TrainerCallback):
-    def on_step_end(self, trainer):
-        if attempt < kills and trainer.state.global_step == STEPS - 1:
-            time.sleep(max(0.0, moment - time.monotonic()) + 0.5)
+    class Wait(TrainerCallback):
+        def on_step_end(self, trainer: Trainer) -> None:
+            if attempt < kills and trainer.state.global_step == STEPS - 1:
+                time.sleep(60 if killed else max(0.0, moment - time.monotonic()))
 
-kills, attempt = int(sys.argv[2]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-random.seed(attempt)
-victim, moment = random.randrange(2), time.monotonic() + random.uniform(0, 1.5)
-if attempt < kills and int(os.environ["RANK"]) == victim:
-    threading.Timer(moment - time.monotonic(), os.kill, (os.getpid(), signal.SIGKILL)).start()
-torch.set_num_threads(1)
-tiny_trainer(sys.argv[1], (Wait(),), **SETTINGS).train()
-"""
+    if attempt < kills and killed:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    tiny_trainer(folder, (Wait(),), **SETTINGS).train()
+
+
+def launch(folder: Path, kills: int) -> None:
+    """Do what torchrun does, with a function in place of a program."""
+    place: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": folder.name}
+    config = LaunchConfig(1, 1, 2, **place, max_restarts=kills, monitor_interval=0.05, start_method="forkserver")
+    elastic_launch(config, train_until_killed)(folder, kills)
 
 
 def check_kills(folder: Path, alone: Path, kills: int) -> None:
-    """Kill one of two processes at a random moment, so many times; torchrun starts them anew each time."""
-    folder.with_suffix(".py").write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts {kills} --monitor-interval 0.1"
-    done = subprocess.run(
-        [sys.executable, *torchrun.split(), str(folder.with_suffix(".py")), str(folder), str(kills)],
-        env=environment, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("exitcode: -9") == kills
+    """Kill one of two processes at a random moment, so many times; the launcher starts them anew each time."""
+    launcher = processes.Process(target=launch, args=(folder, kills))
+    launcher.start()
+    launcher.join(500)
+    assert launcher.exitcode == 0
+    started = sorted(path.name for path in folder.parent.glob(f"{folder.name}.*"))
+    assert started == [f"{folder.name}.{attempt}.{rank}" for attempt in range(kills + 1) for rank in range(2)]
     check_same(folder, alone)
 
 
