@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_synchronisation import Launches
 from tiny import losses, same, tiny_model, tiny_trainer, weights
 
 from gptcore.training.callbacks import TrainerCallback
+from gptcore.training.mixed_precision import MixedPrecision
 from gptcore.training.state import NonFiniteError
 from gptcore.training.trainer import Trainer
 
@@ -53,6 +56,34 @@ def test_float16_computes_in_float16_and_learns_as_float32(tmp_path: Path) -> No
     assert narrow == pytest.approx(plain, rel=2e-2)
     assert narrow != plain
     assert "float16 by autocast, loss scaled by 65536" in trainer.plan()
+
+
+def test_weights_are_cast_once_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By PyTorch's linear layers, which a dispatch mode chooses, as on a GPU; the bits are those of a cast each time."""
+    results = []
+    for name in ("kept", "anew"):
+        if name == "anew":
+            monkeypatch.setattr(MixedPrecision, "kept_casts", lambda _: contextlib.nullcontext())
+        trainer = tiny_trainer(
+            tmp_path / name, data=DATA, bf16=True, max_steps=2, gradient_accumulation_steps=3, logging_steps=0
+        )
+        compute, casts = trainer.loss_of, []
+
+        def loss_of(batch: Any, compute: Any = compute, casts: list[int] = casts) -> torch.Tensor:
+            with Launches() as launches:
+                loss: torch.Tensor = compute(batch)
+            casts.append(launches.counts["_to_copy"])
+            return loss
+
+        trainer.loss_of = loss_of  # type: ignore[method-assign]
+        out = trainer.train()
+        results.append((casts, out.training_loss, weights(trainer.model)))
+    (kept, loss, ours), (anew, other_loss, theirs) = results
+    of_weights = 2 * 8  # of 2 layers
+    assert anew == 6 * [anew[0]]
+    assert kept == 2 * [anew[0], anew[0] - of_weights, anew[0] - of_weights]
+    assert loss == other_loss
+    assert same(ours, theirs)
 
 
 def test_overflows_are_skipped_and_the_schedule_waits(tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from gptcore.config import GPTConfig
 from gptcore.model import GPT
 from gptcore.precision import fastest
+
+if TYPE_CHECKING:
+    from gptcore.training.trainer import Trainer
 
 E, A, B, ALPHA, BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658  # L(N, D) = E + A / N^ALPHA + B / D^BETA
 LOSS_ROWS = 512  # tokens whose logits linear_cross_entropy holds at a time
@@ -147,6 +150,15 @@ def optimal_size(flops: float) -> tuple[float, float]:
     scale = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
     parameters = scale * (flops / 6) ** (BETA / (ALPHA + BETA))
     return float(parameters), float(flops / 6 / parameters)
+
+
+def peak_flops(trainer: Trainer) -> float | None:
+    """Return the FLOP/s of a trainer's device: as given, of a table, or as measured on a CPU that prints progress."""
+    if trainer.args.peak_flops is not None or (trainer.device.type == "cpu" and trainer.args.disable_tqdm):
+        return trainer.args.peak_flops
+    if trainer.device.type == "cpu":
+        return measured_flops(trainer.precision.dtype or next(trainer.model.parameters()).dtype)
+    return known_flops(trainer.device)
 
 
 @functools.cache

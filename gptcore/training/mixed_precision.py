@@ -47,6 +47,16 @@ class MixedPrecision:
         return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=enabled)
 
     @contextlib.contextmanager
+    def kept_casts(self) -> Iterator[None]:
+        """Keep autocast's 16-bit copies of the weights from one micro-batch in this block to the next."""
+        torch.autocast_increment_nesting()
+        try:
+            yield
+        finally:
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
+
+    @contextlib.contextmanager
     def matmuls(self) -> Iterator[None]:
         """Set the precision of float32 matrix products, and restore it."""
         before = torch.get_float32_matmul_precision()

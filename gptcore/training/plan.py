@@ -44,7 +44,7 @@ def plan(trainer: Trainer) -> str:
             flops = flops_per_token(model, length)
             total = flops * examples * length * todo
             lines += [("compute", f"{flops:,} FLOPs per token, {total:.2e} to do")]
-            if (peak := trainer.peak_flops()) is not None:
+            if (peak := estimate.peak_flops(trainer)) is not None:
                 mfu, count = estimate.CPU_MFU if trainer.device.type == "cpu" else estimate.MFU, trainer.processes.count
                 assumed = f"(assumed: MFU {mfu:g} of {count} x {peak / 1e12:.3g} TFLOP/s)"
                 lines += [("time", f"{estimate.clock(total / (peak * mfu * count))} {assumed}")]
@@ -78,7 +78,7 @@ def correction(trainer: Trainer, first_step: int) -> str:
     total = trainer.state.total
     tokens, seconds = (total.tokens - trainer.begun.tokens), (total.seconds - trainer.begun.seconds)
     text = f"after {done} steps: {tokens / seconds:,.0f} tokens/s, so {estimate.clock(seconds / done * left)} left"
-    if trainer.flops is not None and (peak := trainer.peak_flops()) is not None:
+    if trainer.flops is not None and (peak := estimate.peak_flops(trainer)) is not None:
         text += f", MFU {trainer.flops * tokens / seconds / (peak * trainer.processes.count):.2f}"
     if trainer.device.type == "cuda":
         text += f"; {torch.cuda.max_memory_allocated(trainer.device) / 1e9:,.2f} GB at the peak"

@@ -196,13 +196,14 @@ class Trainer:
             micro_batches = following
             targets, tokens, padding = self._add_up(micro_batches)
             gradients.clear()
-            for index, batch in enumerate(micro_batches, start=first):
-                loss = None
-                if batch.targets > 0 or gradients.in_step:
-                    seed_everything(keyed(args.seed, step, index, 1))  # dropout, with any number of processes
-                    loss = self.loss_of(batch.inputs) * (batch.targets / max(1, targets))
-                    torch.autograd.backward(scaler.scale(loss))
-                gradients.add(loss)
+            with self.precision.kept_casts():
+                for index, batch in enumerate(micro_batches, start=first):
+                    loss = None
+                    if batch.targets > 0 or gradients.in_step:
+                        seed_everything(keyed(args.seed, step, index, 1))  # dropout, with any number of processes
+                        loss = self.loss_of(batch.inputs) * (batch.targets / max(1, targets))
+                        torch.autograd.backward(scaler.scale(loss))
+                    gradients.add(loss)
             loss_sum, stop = gradients.finish(stopping.wish(signals), self.device)
 
             # An update with the gradients' norm clipped, which the device skips unless loss and norm are finite
@@ -440,21 +441,13 @@ class Trainer:
         """Return the means since the last log entry, and learning rate and gradient norm of the last step."""
         numbers, self.state.window = self.last_step | self.state.window.means(), Sums()
         entry: dict[str, Any] = {name: value for name, value in numbers.items() if not math.isnan(value)}
-        if self.flops is not None and "tokens_per_second" in entry and (peak := self.peak_flops()) is not None:
+        if self.flops is not None and "tokens_per_second" in entry and (peak := estimate.peak_flops(self)) is not None:
             entry["mfu"] = self.flops * entry["tokens_per_second"] / (peak * self.processes.count)
         if self.state.skipped_steps:
             entry["skipped_steps"] = self.state.skipped_steps
         if self.args.fp16:
             entry |= {"loss_scale": self.precision.scaler.get_scale(), "overflow_steps": self.state.overflow_steps}
         return entry
-
-    def peak_flops(self) -> float | None:
-        """Return the FLOP/s of the device: as given, of a table, or as measured on a CPU where progress is printed."""
-        if self.args.peak_flops is not None or (self.device.type == "cpu" and self.args.disable_tqdm):
-            return self.args.peak_flops
-        if self.device.type == "cpu":
-            return estimate.measured_flops(self.precision.dtype or next(self.model.parameters()).dtype)
-        return estimate.known_flops(self.device)
 
     def _due(self, step: int, every: int | None) -> bool:
         """Return whether `step` is the last or a multiple of `every`; False for None and 0."""
