@@ -59,7 +59,7 @@ def test_float16_computes_in_float16_and_learns_as_float32(tmp_path: Path) -> No
 
 
 def test_weights_are_cast_once_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By PyTorch's linear layers, which a dispatch mode chooses, as on a GPU; the bits are those of a cast each time."""
+    """By PyTorch's linear layers, which a dispatch mode chooses, as on a GPU; with the bits of a cast each time."""
     results = []
     for name in ("kept", "anew"):
         if name == "anew":
