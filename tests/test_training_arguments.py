@@ -29,7 +29,8 @@ def test_defaults_are_those_of_hugging_face() -> None:
         "tf32": False,
         "matmul_precision": "default", "metric_for_best_model": "eval_loss", "greater_is_better": False,
         "early_stopping_patience": None, "max_time": None, "report_to": "none", "peak_flops": None,
-        "gradient_checkpointing": False, "torch_compile": False, "packing": False, "group_by_length": False,
+        "gradient_checkpointing": False, "torch_compile": False, "cuda_graph": False, "packing": False,
+        "group_by_length": False,
     }  # fmt: skip
     assert all(field.metadata["help"] for field in dataclasses.fields(TrainingArguments))
     assert TrainingArguments(Path("out"), num_train_epochs=2).num_train_epochs == 2.0  # type: ignore[arg-type]

@@ -78,7 +78,7 @@ def attention(
             cu_seqlens_k), document i of the queries attends to document i of the keys. Positions are aligned at the end
             of each document.
         dropout_p: probability that a softmax weight is dropped; the others are scaled by 1 / (1 - dropout_p). PyTorch's
-            default generator draws the seed; every backend drops the same weights.
+            default generator draws the seed; every backend drops the same weights. Not while a CUDA graph is recorded.
         backend: None selects the first of `gptcore.ops.backends` that supports the call. A kernel gives the same bits
             in every run.
 
@@ -172,6 +172,10 @@ def _attend(
     left, right = _check_window(window)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, expected 0 <= dropout_p < 1")
+    if dropout_p > 0.0 and q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"dropout_p is {dropout_p}, but a CUDA graph would drop the same weights in every replay; expected 0"
+        )
     cu_seqlens_q, cu_seqlens_k = check_boundaries(cu_seqlens, q, k)
     run = registry.select("attention", backend, q)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device="cpu") if dropout_p > 0.0 else None

@@ -68,6 +68,7 @@ class TrainingArguments:
     )
     gradient_checkpointing: bool = _arg(False, "recompute blocks in the backward pass: less memory, more time", "free")
     torch_compile: bool = _arg(False, "run the model through torch.compile")
+    cuda_graph: bool = _arg(False, "repeat forward and backward passes as CUDA graphs, one for each shape", "free")
     packing: bool = _arg(False, "leave padding out: a batch is one row of documents (cu_seqlens)")
     group_by_length: bool = _arg(False, "put examples of similar lengths into a batch", "same")
     load_best_model_at_end: bool = _arg(False, "end with the weights of the best checkpoint, not the last", "free")
@@ -111,6 +112,10 @@ class TrainingArguments:
             ("tf32", "matmul_precision", self.tf32 and self.matmul_precision != "default"),
             ("warmup_steps", "warmup_ratio", self.warmup_steps > 0 and self.warmup_ratio > 0),
             ("parallel 'fsdp'", "gradient_reduction", self.parallel == "fsdp" and self.gradient_reduction != "tree"),
+            ("cuda_graph", "parallel 'fsdp'", self.cuda_graph and self.parallel == "fsdp"),
+            ("cuda_graph", "torch_compile", self.cuda_graph and self.torch_compile),
+            ("cuda_graph", "gradient_checkpointing", self.cuda_graph and self.gradient_checkpointing),
+            ("cuda_graph", "packing", self.cuda_graph and self.packing),
         ):
             if both:
                 raise ValueError(f"{first} and {second} are both given, but one excludes the other; leave one out")

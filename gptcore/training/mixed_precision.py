@@ -48,7 +48,13 @@ class MixedPrecision:
 
     @contextlib.contextmanager
     def kept_casts(self) -> Iterator[None]:
-        """Keep autocast's 16-bit copies of the weights from one micro-batch in this block to the next."""
+        """Keep autocast's 16-bit copies of the weights from one micro-batch in this block to the next.
+
+        Not with CUDA graphs, which would repeat the copies of the step that was recorded.
+        """
+        if self.args.cuda_graph:
+            yield
+            return
         torch.autocast_increment_nesting()
         try:
             yield

@@ -27,17 +27,9 @@ from gptcore.files import absolute
 from gptcore.lora.adapters import is_unmerged
 from gptcore.lora.files import save_adapter
 from gptcore.modes import module_mode
-from gptcore.training import arguments, checkpoint, distributed, estimate, resume
+from gptcore.training import arguments, checkpoint, distributed, estimate, graph, resume
 from gptcore.training.arguments import TrainingArguments, lr_at
-from gptcore.training.batches import (
-    Batch,
-    Batches,
-    MicroBatch,
-    count_padding,
-    count_targets,
-    count_tokens,
-    move,
-)
+from gptcore.training.batches import Batch, Batches, MicroBatch, count_padding, count_targets, count_tokens, move
 from gptcore.training.callbacks import LogFile, ProgressLine, TrainerCallback
 from gptcore.training.evaluation import evaluate
 from gptcore.training.gradients import GradientSum, check_shares
@@ -201,8 +193,7 @@ class Trainer:
                     loss = None
                     if batch.targets > 0 or gradients.in_step:
                         seed_everything(keyed(args.seed, step, index, 1))  # dropout, with any number of processes
-                        loss = self.loss_of(batch.inputs) * (batch.targets / max(1, targets))
-                        torch.autograd.backward(scaler.scale(loss))
+                        loss = self.compute(batch.inputs, batch.targets / max(1, targets))
                     gradients.add(loss)
             loss_sum, stop = gradients.finish(stopping.wish(signals), self.device)
 
@@ -301,6 +292,8 @@ class Trainer:
         if args.eval_steps is not None and self.eval_dataset is None:
             raise ValueError(f"eval_steps is {args.eval_steps}, but there is no eval_dataset")
         self.precision.check(model)
+        if args.cuda_graph:
+            graph.check(self.device, self.own_model)
         if args.gradient_checkpointing:
             blocks_of(self.own_model)
         if self.tokenizer is not None and not hasattr(self.tokenizer, "save_pretrained"):
@@ -322,6 +315,7 @@ class Trainer:
         """Put state, optimizer and random generators at the first step to do, then delete a run to be overwritten."""
         self.state, self.optimizer = TrainerState(), make_optimizer(self.model, self.args)
         self.gradients = self._make_gradients()
+        self.compute = graph.GraphedPass(self) if self.args.cuda_graph else self.backward_of
         self.precision = MixedPrecision(self.args, self.device)  # with the scale of a new run
         self.unread, self.last_step = UnreadSteps(self.device, each=self.args.fp16), {}
         self._newest, self._checked, self.last_overflow = None, False, 0
@@ -419,6 +413,13 @@ class Trainer:
             found = f"a loss of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"loss {loss!r}"
             raise TypeError(f"the model returned a {type(output).__name__} with {found}, expected a scalar tensor")
         return loss.float() if loss.dtype.itemsize == 2 else loss
+
+    def backward_of(self, batch: Batch, weight: float | Tensor) -> Tensor:
+        """Return weight x the loss of a batch, and add its gradients, scaled with fp16, to .grad."""
+        loss = self.loss_of(batch)
+        loss = loss * (weight.to(loss.dtype) if isinstance(weight, Tensor) else weight)
+        torch.autograd.backward(self.precision.scaler.scale(loss))
+        return loss
 
     def _read(self) -> None:
         """Add up the results of the steps since the last call. Raises NonFiniteError for the first bad one."""
