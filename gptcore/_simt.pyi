@@ -20,12 +20,15 @@ from gptcore._C import segments as segments
 class SimtError(RuntimeError):
     """A kernel error, such as a data race: its kind, source line, block, thread, and element of a tensor."""
 
-def configure(*, order: str = "forward", seed: int = 0, threads: int = 0, count: bool = False) -> None:
+def configure(
+    *, order: str = "forward", seed: int = 0, threads: int = 0, count: bool = False, compute_capability: int = 80
+) -> None:
     """Set how later launches run.
 
     order: of blocks, warps and lanes: forward, reverse, or random with this seed.
     threads: number of CPU threads, 0 for OpenMP's default.
     count: count memory traffic and bank conflicts, which takes a third more time.
+    compute_capability: 90 takes the kernels for sm_90a where there are any, 80 those for all GPUs.
     """
 
 def counters() -> dict[str, dict[str, int]]:

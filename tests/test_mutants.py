@@ -18,7 +18,11 @@ pytestmark = pytest.mark.slow
     [
         ("barrier", "barrier();"),
         ("wait", "copy_wait<"),
+        ("wait", "wgmma_wait<"),
         ("commit", "copy_commit();"),
+        ("commit", "wgmma_commit();"),
+        ("fence", "wgmma_fence();"),
+        ("fence", "fence_proxy_async();"),
         ("mask", "mask_scores(acc_s,"),
         ("mask", "mask_scores(dp,"),
         ("mask", " fill_chunk("),

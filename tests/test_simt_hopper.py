@@ -10,9 +10,11 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
+import test_attention as attention_grid
 import torch
+from grid import F32
 
-from gptcore import _simt
+from gptcore import _simt, ops
 
 EXAMPLES = _simt.hopper_examples()
 ORDERS = [("forward", 0), ("reverse", 0), *(("random", seed) for seed in range(4))]
@@ -84,6 +86,40 @@ def test_what_the_units_do_is_counted() -> None:
     assert count["wgmma_shared_bytes"] == 4 * 4 * (64 + 64) * 32  # A and B once for each of four products a tile
     assert count["bulk_bytes"] == 4 * 64 * 128
     assert count["mbarrier_waits"] == 4 + 4 * 128
+
+
+# ---- attention's forward kernel for sm_90a ---------------------------------------------------------------------------
+
+FORWARD = [
+    case
+    for case in attention_grid.TILES
+    if case.dtype != F32 and case.head_dim <= 128 and case.magnitude == 1.0 and case.batch * case.lengths[1] > 0
+    if case.lengths[0] * case.heads[0] > 16 * case.heads[1]  # not decoding
+]
+
+
+@pytest.mark.parametrize("case", FORWARD, ids=str)
+def test_attention_on_wgmma(case: attention_grid.Attention) -> None:
+    _simt.configure(compute_capability=90)
+    attention_grid.check_attention(case, "simt")
+    assert "attention_forward_sm90" in _simt.counters()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_attention_on_wgmma_has_the_same_bits_in_every_schedule_and_keeps_bad_numbers(dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 1, 2, 150, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    results = []
+    for order, seed in ORDERS:
+        _simt.configure(order=order, seed=seed, compute_capability=90)
+        results.append(ops.attention_with_lse(q, k, v, window=(70, 0), backend="simt"))
+    for out, lse in results:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+    v[0, 1, 100, 5] = torch.nan
+    out = ops.attention(q, k, v, window=(70, 0), backend="simt")
+    assert torch.equal(out[0, 0], results[0][0][0, 0])
+    torch.testing.assert_close(out[0, 1, :100], results[0][0][0, 1, :100], atol=1e-3, rtol=1e-2)  # summed anew
+    assert out[0, 1, 100:, 5].isnan().all()
 
 
 # ---- layouts of wgmma's operands -------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ TABLE = ROOT / "tools/data/mutants.md"
 SOURCES = {  # the kernels' files, and what is compiled of each
     "tile.cuh": ("attention_forward", "attention_backward"),
     "nonfinite.cuh": ("attention_forward", "attention_backward"),
-    "attention_forward.cuh": ("attention_forward",),
+    "attention_forward.cuh": ("attention_forward", "attention_forward_sm90"),
+    "warpgroup.cuh": ("attention_forward_sm90",),
     "attention_backward.cuh": ("attention_backward",),
     "rows.cuh": ("layer_norm", "gelu"),
     "layer_norm.cuh": ("layer_norm",),
@@ -56,6 +57,11 @@ HARMLESS: dict[tuple[str, str, str], str] = {
         "attention_forward.cuh",
         "if (p.group == 1) return rows_of<T>(view, batch, kv_head, index);",
         "p.group == 1 -> false",
+    ): "a shortcut",
+    (
+        "attention_forward.cuh",
+        "if (factors[0] * factors[1] != 1.0f) rescale(0, 0, factors[0]), rescale(0, 1, factors[1]);",
+        "factors[0] * factors[1] != 1.0f -> true",
     ): "a shortcut",
     (
         "attention_forward.cuh",
@@ -101,8 +107,8 @@ HARMLESS: dict[tuple[str, str, str], str] = {
 
 
 def families(file: str) -> list[str]:
-    """The parts of GRID that use this file."""
-    return [family for family in GRID if any(source.startswith(family) for source in SOURCES[file])]
+    """The parts of GRID that use this file: of each source that with the longest name it begins with."""
+    return list(dict.fromkeys(max(filter(source.startswith, GRID), key=len) for source in SOURCES[file]))
 
 
 @dataclass(frozen=True)
@@ -135,12 +141,15 @@ PATTERNS = [
     ("barrier", re.compile(r"\b(warp_)?barrier\(\);"), ";"),
     ("wait", re.compile(r"\bcopy_wait<0>\(\);"), ";"),
     ("wait", re.compile(r"\bcopy_wait<0>\(\);"), "copy_wait<1>();"),
-    ("commit", re.compile(r"\bcopy_commit\(\);"), ";"),
+    ("wait", re.compile(r"\bwgmma_wait<\d>\(\);"), ";"),
+    ("wait", re.compile(r"\bwgmma_wait<0>\(\);"), "wgmma_wait<1>();"),
+    ("fence", re.compile(r"\b(fence_proxy_async|wgmma_fence)\(\);"), ";"),
+    ("commit", re.compile(r"\b(copy|wgmma)_commit\(\);"), ";"),
     ("mask", re.compile(r"\b(mask_scores|fill_chunk)\(.*\);"), ";"),
     ("mask", re.compile(r"\bkept >> .+? & 1\b"), "true"),
     ("swizzle", re.compile(r"\bindex \^ swizzle\b"), "index"),
 ]
-KINDS = ("barrier", "wait", "commit", "mask", "check", "bound", "swizzle")
+KINDS = ("barrier", "wait", "fence", "commit", "mask", "check", "bound", "swizzle")
 COMPARISON = re.compile(r" (<|<=|>|>=|==|!=) ")
 WORD = r"!?(?!k[A-Z])[a-z][\w.]*"
 FLAG = re.compile(  # a condition of one word: all of it, the first of several, or the last
@@ -255,7 +264,7 @@ def run_grid(module: Path, family: str, mutant: int | None) -> Any:
     if mutant is not None:
         ctypes.c_int.in_dll(ctypes.CDLL(str(module)), "gptcore_mutant").value = mutant
     simt = load(module)
-    simt.configure(threads=1, count=True)
+    simt.configure(threads=1, count=True, compute_capability=90 if family.endswith("_sm90") else 80)
     tensors = []
     for call in GRID[family]:
         try:

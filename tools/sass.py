@@ -43,7 +43,7 @@ MULTIPROCESSOR = {
 
 # Instructions that are counted, by what their names match.
 COUNTED = {
-    "mma": r"HMMA",  # tensor cores
+    "mma": r"HG?MMA",  # tensor cores
     "ldmatrix": r"LDSM",
     "cp_async": r"LDGSTS",
     "wide": r"(LDG|STG)\..*128",  # 16-byte accesses to global memory
@@ -113,7 +113,7 @@ def launches() -> dict[str, tuple[int, int]]:
 
 
 def resident_blocks(arch: str, registers: int, threads: int, shared: int) -> int:
-    max_threads, max_blocks, max_shared = MULTIPROCESSOR[arch]
+    max_threads, max_blocks, max_shared = MULTIPROCESSOR[arch.removesuffix("a")]
     warps = threads // 32
     by_registers = 65536 // (-(-registers * 32 // 256) * 256) // warps
     return min(by_registers, max_threads // threads, max_blocks, max_shared // (shared + 1024))
@@ -146,7 +146,7 @@ def measure(module: Path = MODULE) -> Table:
     arch = function = ""
     text = subprocess.run([cuobjdump, "-res-usage", str(module)], capture_output=True, text=True, check=True).stdout
     for line in text.splitlines():
-        if match := re.match(r"arch = (sm_\d+)", line):
+        if match := re.match(r"arch = (sm_\d+a?)", line):
             arch = match[1]
         elif match := re.match(r" Function (\S+):", line):
             function = match[1]
@@ -190,7 +190,8 @@ def problems(table: Table) -> list[str]:
             attention = re.match(r"attention_(forward|backward)_kernel<(\w+)", name)
             needs = ["wide"] if name.startswith(("layer_norm", "gelu")) else []
             if attention:
-                needs += ["cp_async"] if attention[2] == "float" else ["cp_async", "mma", "ldmatrix"]
+                without = {"float": ["mma", "ldmatrix"], "Warpgroup": ["ldmatrix"]}.get(attention[2], [])
+                needs += [field for field in ("cp_async", "mma", "ldmatrix") if field not in without]
             found += [f"{at}: {field} is 0, expected some" for field in needs if not row[field]]
     return found
 
@@ -259,7 +260,7 @@ def summary(table: Table) -> str:
         rows = list(archs.values())
         least, most = (pick(row["registers"] for row in rows) for pick in (min, max))
         registers = str(most) if least == most else f"{least} to {most}"
-        blocks = ", ".join(str(archs[arch]["blocks"]) for arch in ("sm_80", "sm_90") if arch in archs)
+        blocks = ", ".join(str(archs[arch]["blocks"]) for arch in ("sm_80", "sm_90", "sm_90a") if arch in archs)
         counts = [str(rows[0][kind]) for kind in COUNTED_IN_SUMMARY]
         cells = str(rows[0]["threads"]), str(rows[0]["shared"]), registers, blocks, *counts
         words = title(name)

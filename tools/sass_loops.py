@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from functools import cache
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+) )?\s*([A-Z][\w.]*)([^;]*);")
-WORK = re.compile(r"HMMA|LDSM|LDGSTS|STS.128")  # the path passes all of them
+PRODUCT = re.compile(r"HG?MMA")  # on tensor cores
+WORK = re.compile(r"HG?MMA|LDSM|LDGSTS|STS.128")  # the path passes all of them
 
 Block = list[str]  # names of instructions
 
@@ -105,4 +106,4 @@ def main_loop(code: Iterable[str]) -> Block:
     blocks, successors = blocks_of(code)
     loops = sorted(loops_of(successors).items(), key=lambda loop: len(loop[1]))
     paths = [pass_through(header, body, blocks, successors) for header, body in loops]
-    return max(itertools.chain(paths, [[]]), key=lambda path: sum(name.startswith("HMMA") for name in path))
+    return max(itertools.chain(paths, [[]]), key=lambda path: sum(1 for name in path if PRODUCT.match(name)))

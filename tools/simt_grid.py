@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ def attention(
     tf32: bool = False,
     lse_grad: bool = True,
     bad: tuple[tuple[int, int, float], ...] = (),  # which of q, k and v has this number in this row
+    gradients: bool = True,
     **options: Any,
 ) -> Call:
     batch, query_heads, kv_heads, query_len, kv_len, head_dim = shape
@@ -32,6 +34,8 @@ def attention(
         for tensor in (q, k, v):
             tensor.requires_grad_()
         out, lse = ops.attention_with_lse(q, k, v, backend="simt", **options)
+        if not gradients:
+            return [out, lse]
         loss = out.square().sum() + (lse[lse.isfinite()].sum() if lse_grad else 0)
         grads = torch.autograd.grad(loss, (q, k, v))
         return [out, lse, *grads]
@@ -104,6 +108,7 @@ NAN, INF = float("nan"), float("inf")
 PACKED = torch.tensor([0, 40, 40, 41, 150])
 BLIND = torch.tensor([0, 20, 150]), torch.tensor([0, 20, 20])
 HALF_BLIND = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1100])
+attention_sm90 = functools.partial(attention, gradients=False)
 GRID = {
     "attention": [
         attention(BF16, (1, 2, 1, 150, 150, 64)),
@@ -131,6 +136,15 @@ GRID = {
         attention(BF16, (1, 4, 2, 70, 70, 64), dropout_p=0.25, bad=((2, 60, NAN),)),
         attention(F32, (1, 2, 1, 70, 75, 40), scale=-0.2, window=(40, 0), bad=((0, 20, NAN), (1, 60, INF))),
         decode(BF16, (4, 2, 1100, 45), window=(398, 0), bad=INF),
+    ],
+    "attention_forward_sm90": [
+        attention_sm90(BF16, (1, 2, 1, 150, 150, 64)),
+        attention_sm90(F16, (1, 1, 1, 70, 200, 33), causal=False, window=(90, 20), scale=-0.2),
+        attention_sm90(BF16, (1, 2, 1, 70, 150, 128), window=(90, 0)),
+        attention_sm90(F16, (1, 2, 2, 70, 70, 96), cu_seqlens=torch.tensor([0, 40, 41, 70]), dropout_p=0.25),
+        attention_sm90(BF16, (1, 1, 1, 150, 20, 64), cu_seqlens=BLIND),  # a block of queries with no key
+        attention_sm90(BF16, (1, 1, 1, 20, 1100, 32), causal=False),  # three splits
+        attention_sm90(BF16, (1, 4, 2, 70, 70, 64), dropout_p=0.25, bad=((2, 60, NAN),)),
     ],
     "layer_norm": [
         layer_norm(BF16, 9, 1000, True),

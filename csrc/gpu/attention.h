@@ -9,7 +9,21 @@
 #include "kernels/kernels.h"
 
 namespace gptcore {
+#ifdef GPTCORE_SIMT
+namespace simt {
+int compute_capability();  // of _simt.configure
+}
+#endif
 namespace GPTCORE_GPU {
+
+#ifdef GPTCORE_SIMT
+inline int compute_capability() { return simt::compute_capability(); }
+#else
+inline int compute_capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+#endif
 
 // Sets the parameters that both kernels share. `tensors` are all that the kernel accesses by rows.
 inline void set_common(AttentionParams& p, const AttentionArgs& args, std::initializer_list<HeadsView> tensors) {

@@ -8,10 +8,15 @@
 
 namespace gptcore {
 namespace GPTCORE_GPU {
+
+#ifdef GPTCORE_SM90
+void launch_forward_sm90(const AttentionArgs& args, const AttentionForwardParams& p, int64_t blocks);
+#endif
+
 namespace {
 
 struct ForwardPlan {
-  bool is_decode;
+  bool is_decode, is_sm90;
   int width, num_splits;
   int64_t blocks;  // of one split
   ForwardTile tile;
@@ -25,6 +30,10 @@ ForwardPlan plan_of(const AttentionArgs& args) {
   plan.is_decode = rows <= forward_tile(plan.width, element_size, true).rows();
   if (plan.is_decode) plan.width = decode_width(plan.width);
   plan.tile = forward_tile(plan.width, element_size, plan.is_decode);
+#ifdef GPTCORE_SM90
+  plan.is_sm90 = !plan.is_decode && has_warpgroup_kernel(plan.width, element_size) && compute_capability() == 90;
+  if (plan.is_sm90) plan.tile = warpgroup_forward_tile(plan.width);
+#endif
   plan.blocks = ceil_div(rows, plan.tile.rows()) * args.kv_heads * args.batch;
   plan.num_splits = num_splits(plan.tile, rows, plan.blocks, args.kv_len, multiprocessors());
   return plan;
@@ -96,7 +105,12 @@ void attention_forward(const AttentionArgs& args) {
   const AttentionForwardParams p = forward_params(args, plan);
   with_math(args, [&](auto math) {
     using Math = decltype(math);
+#ifdef GPTCORE_SM90
+    if (plan.is_sm90) launch_forward_sm90(args, p, plan.blocks * plan.num_splits);
+    else launch_width<Math>(args, plan, p);
+#else
     launch_width<Math>(args, plan, p);
+#endif
     if (plan.num_splits > 1)
       launch({"attention_combine", unsigned(ceil_div(rows, kCombineThreads / 32)), 1, 1, kCombineThreads,
               kCombineThreads / 32 * kMaxSplits * sizeof(float), args.stream},

@@ -108,6 +108,17 @@ if(NOT GPTCORE_CUDA_PROBLEM)
     endforeach()
   endif()
   list(TRANSFORM archs PREPEND "sm_")
+  # Files *_sm90.cu use instructions that only sm_90a has, and are compiled for it alone.
+  set(GPTCORE_SM90)
+  if("sm_90" IN_LIST archs)
+    execute_process(COMMAND "${GPTCORE_NVCC}" ${GPTCORE_NVCC_FLAGS} -arch=sm_90a -c "${probe}" -o "${probe}.o"
+      RESULT_VARIABLE failed OUTPUT_QUIET ERROR_QUIET)
+    if(failed)
+      message(STATUS "CUDA: ${GPTCORE_NVCC} does not support sm_90a")
+    else()
+      set(GPTCORE_SM90 -DGPTCORE_SM90)
+    endif()
+  endif()
   list(APPEND archs compute_80)  # PTX for newer GPUs
   list(JOIN archs "," codes)
 endif()
@@ -144,11 +155,18 @@ set_property(GLOBAL APPEND PROPERTY JOB_POOLS nvcc=${jobs})
 file(GLOB sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/gpu/*.cu")
 foreach(source IN LISTS sources)
   get_filename_component(name "${source}" NAME_WE)
+  set(target "arch=compute_80,code=[${codes}]")
+  if(name MATCHES "_sm90$")
+    if(NOT GPTCORE_SM90)
+      continue()
+    endif()
+    set(target "arch=compute_90a,code=sm_90a")
+  endif()
   set(object "${CMAKE_CURRENT_BINARY_DIR}/cuda/${name}.o")
   add_custom_command(OUTPUT "${object}"
     COMMAND "${GPTCORE_NVCC}" ${GPTCORE_NVCC_FLAGS} -Xcompiler -fPIC,-fvisibility=hidden,-Wall
       -Xfatbin -compress-all --threads 2
-      "-gencode" "arch=compute_80,code=[${codes}]" -DGPTCORE_GPU=cuda "-I${CMAKE_CURRENT_SOURCE_DIR}"
+      "-gencode" "${target}" -DGPTCORE_GPU=cuda ${GPTCORE_SM90} "-I${CMAKE_CURRENT_SOURCE_DIR}"
       -MD -MF "${object}.d" -c "${source}" -o "${object}"
     DEPENDS "${source}" DEPFILE "${object}.d" JOB_POOL nvcc COMMENT "nvcc ${name}.cu" VERBATIM)
   target_sources(_C PRIVATE "${object}")

@@ -256,6 +256,8 @@ std::map<std::string, KernelCounters> counters() {
   return all_counters;
 }
 
+int compute_capability() { return options.compute_capability; }
+
 void reset_counters() {
   std::lock_guard<std::mutex> guard(counters_mutex);
   all_counters.clear();

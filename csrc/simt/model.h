@@ -48,6 +48,7 @@ struct Options {
   uint64_t seed = 0;
   int threads = 0;  // 0: OpenMP's default
   bool count = false;
+  int compute_capability = 80;
 };
 extern Options options;
 
@@ -56,6 +57,7 @@ struct KernelCounters {
   std::unordered_map<uint32_t, Waste> waste;  // by instruction
 };
 std::map<std::string, KernelCounters> counters();
+int compute_capability();  // of options
 void reset_counters();
 
 // Source lines of an instruction of this module, innermost first: "kernels/cuda/gelu.cuh:40 < kernels/...:61".

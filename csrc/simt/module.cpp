@@ -43,14 +43,16 @@ py::dict as_dict(const simt::KernelCounters& kernel) {
   return d;
 }
 
-void configure(const std::string& order, uint64_t seed, int threads, bool count) {
+void configure(const std::string& order, uint64_t seed, int threads, bool count, int compute_capability) {
   if (threads < 0 || threads > 4096) refuse("threads is ", threads, ", expected 0 (OpenMP's default) to 4096");
   simt::Options next;
   if (order == "forward") next.order = simt::Order::forward;
   else if (order == "reverse") next.order = simt::Order::reverse;
   else if (order == "random") next.order = simt::Order::random;
   else refuse("order is '", order, "', expected forward, reverse or random");
-  next.seed = seed, next.threads = threads, next.count = count;
+  if (compute_capability != 80 && compute_capability != 90)
+    refuse("compute_capability is ", compute_capability, ", expected 80 or 90");
+  next.seed = seed, next.threads = threads, next.count = count, next.compute_capability = compute_capability;
   simt::options = next;
 }
 
@@ -121,7 +123,7 @@ PYBIND11_MODULE(_simt, m) {
   bind_operations(m);
   bind_hopper(m);
   m.def("configure", &configure, py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 0,
-        py::arg("threads") = 0, py::arg("count") = false);
+        py::arg("threads") = 0, py::arg("count") = false, py::arg("compute_capability") = 80);
   m.def("counters", [] {
     py::dict all;
     for (const auto& [name, kernel] : simt::counters()) all[py::str(name)] = as_dict(kernel);

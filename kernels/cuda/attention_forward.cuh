@@ -17,9 +17,11 @@
 // of head r % group. K and V are read once for all of them. In decoding the heads of a group fill the rows of the tile.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cuda/nonfinite.cuh"
 #include "kernels/cuda/policy.h"
-#include "kernels/cuda/tile.cuh"
+#include "kernels/cuda/warpgroup.cuh"
 #include "kernels/kernels.h"
 
 namespace gptcore {
@@ -61,11 +63,11 @@ GPTCORE_DEVICE float rescale_factor(float from, float to, float scale_log2) {
                                          : mul_rn(from, scale_log2) - mul_rn(to, scale_log2));
 }
 
-// One step of the online softmax: scores become probabilities relative to the row maximum, and acc_o and the row sums
-// are rescaled if it rises. row.sum is over this lane's columns; the four lanes of a row are added after the loop.
-template <class T, int kM, int kN, int kO>
-GPTCORE_DEVICE void softmax_step(float (&s)[kM][kN][4], RowSoftmax (&rows)[kM][2], float (&acc)[kM][kO][4],
-                                 float scale_log2) {
+// One step of the online softmax: scores become probabilities relative to the row maximum. If it rises, the row sums are
+// rescaled, and rescale(m, half, factor) rescales the accumulators. row.sum is over this lane's columns; the four lanes
+// of a row are added after the loop.
+template <class T, int kM, int kN, class Rescale>
+GPTCORE_DEVICE void softmax_step(float (&s)[kM][kN][4], RowSoftmax (&rows)[kM][2], float scale_log2, Rescale rescale) {
   // The shuffles of all rows are interleaved, which hides their latency.
   float max[kM][2];
 #pragma unroll
@@ -93,11 +95,10 @@ GPTCORE_DEVICE void softmax_step(float (&s)[kM][kN][4], RowSoftmax (&rows)[kM][2
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         RowSoftmax& row = rows[m][half];
-        const float rescale = max[m][half] == row.max ? 1.0f : rescale_factor<T>(row.max, max[m][half], scale_log2);
+        const float factor = max[m][half] == row.max ? 1.0f : rescale_factor<T>(row.max, max[m][half], scale_log2);
         row.max = max[m][half];
-        row.sum *= rescale;
-#pragma unroll
-        for (int j = 0; j < kO; ++j) acc[m][j][half * 2] *= rescale, acc[m][j][half * 2 + 1] *= rescale;
+        row.sum *= factor;
+        rescale(m, half, factor);
       }
   }
 #pragma unroll
@@ -160,18 +161,22 @@ GPTCORE_DEVICE float log_sum_exp(RowSoftmax row, float scale, float scale_log2) 
 template <class Math, int kWidth, bool kIsDecode>
 struct ForwardShared {
   using T = Storage<Math>;
-  static constexpr ForwardTile kTile = forward_tile(kWidth, sizeof(T), kIsDecode);
+  static constexpr ForwardTile kTile =
+      kWarpgroup<Math> ? warpgroup_forward_tile(kWidth) : forward_tile(kWidth, sizeof(T), kIsDecode);
   static constexpr int kThreads = kTile.threads(), kBlocks = kTile.blocks(), kRows = kTile.rows();
   static constexpr int kQueryBytes = kRows * kWidth * sizeof(T);
   static constexpr int kKeyBytes = kTile.keys * kWidth * sizeof(T);  // the same for values
+  using QueryTile = TileOf<Math, kWidth, kRows>;
+  using KeyTile = TileOf<Math, kWidth, kTile.keys>;  // and of values
   static constexpr int kRanges = kQueryBytes + 2 * 2 * kKeyBytes;
   static constexpr int kBytes = kRanges + kRows * sizeof(Range);
 };
 
 // Multiplies the rows of Q by the sign, each thread the chunks that it copied.
-template <int kRows, int kThreads, class T, int kWidth>
-GPTCORE_DEVICE void apply_sign(SharedTile<T, kWidth> queries, float sign) {
-  constexpr unsigned kChunks = SharedTile<T, kWidth>::kChunks, kPerChunk = SharedTile<T, kWidth>::kPerChunk;
+template <int kRows, int kThreads, class Tile>
+GPTCORE_DEVICE void apply_sign(Tile queries, float sign) {
+  using T = typename Tile::Element;
+  constexpr unsigned kChunks = Tile::kChunks, kPerChunk = Tile::kPerChunk;
   copy_wait<0>();
 #pragma unroll 1
   for (unsigned i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
@@ -192,12 +197,14 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
   if constexpr (kCalls == Calls::common) p.dropout = false, p.vectors = true;
 
   char* const shared = shared_memory();
-  const SharedTile<T, kWidth> query_tile{shared};
+  const typename Shared::QueryTile query_tile{shared};
   Range* const ranges = reinterpret_cast<Range*>(shared + Shared::kRanges);
   const auto key_tile = [&](int tile) {
-    return SharedTile<T, kWidth>{shared + Shared::kQueryBytes + tile % 2 * 2 * Shared::kKeyBytes};
+    return typename Shared::KeyTile{shared + Shared::kQueryBytes + tile % 2 * 2 * Shared::kKeyBytes};
   };
-  const auto value_tile = [&](int tile) { return SharedTile<T, kWidth>{key_tile(tile).data + Shared::kKeyBytes}; };
+  const auto value_tile = [&](int tile) {
+    return typename Shared::KeyTile{key_tile(tile).data + Shared::kKeyBytes};
+  };
 
   // The rows, head and split of this block. Under a causal mask the last rows take longest and come first.
   const int all_rows = p.query_len * p.group, row_tiles = (all_rows + kRows - 1) / kRows;
@@ -222,14 +229,13 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
   const int first_tile = begin / kKeys + (int)((int64_t)attended_tiles * split / p.num_splits);
   const int end_tile = begin / kKeys + (int)((int64_t)attended_tiles * (split + 1) / p.num_splits);
 
-  const auto load_keys = [&](int tile) {
-    const int key = tile * kKeys, count = end - key;
-    load_tile<kKeys, kThreads>(key_tile(tile), rows_of<const T>(p.key, batch, kv_head, key), p.key.row_stride, count,
-                               p.head_dim, p.vectors);
-    load_tile<kKeys, kThreads>(value_tile(tile), rows_of<const T>(p.value, batch, kv_head, key), p.value.row_stride,
-                               count, p.head_dim, p.vectors);
-    copy_commit();
+  const auto load = [&](typename Shared::KeyTile to, const HeadsView& from, int tile) {
+    const int key = tile * kKeys;
+    load_tile<kKeys, kThreads>(to, rows_of<const T>(from, batch, kv_head, key), from.row_stride, end - key, p.head_dim,
+                               p.vectors);
   };
+  const auto load_keys = [&](int tile) { load(key_tile(tile), p.key, tile); };
+  const auto load_values = [&](int tile) { load(value_tile(tile), p.value, tile); };
   const auto row_of = [&](const HeadsView& view, int row) -> T* {
     const int index = first_row + row;
     if (index >= all_rows) return nullptr;
@@ -246,23 +252,82 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
     load_rows<kRows, kThreads>(query_tile, [&](int row) -> const T* { return row_of(p.query, row); }, p.head_dim,
                                p.vectors);
     load_keys(first_tile);
+    if constexpr (!kWarpgroup<Math>) load_values(first_tile);
+    copy_commit();
     if (p.sign != 1.0f) apply_sign<kRows, kThreads>(query_tile, p.sign);
   }
-#pragma unroll 1
-  for (int tile = first_tile; tile < end_tile; ++tile) {
-    copy_wait<0>();
-    barrier();  // tile loaded; the previous buffer is free
-    if (tile + 1 < end_tile) load_keys(tile + 1);
 
-    const int key = tile * kKeys;
-    if (key >= warp_last.end || key + kKeys <= warp_first.begin || first_row + warp_row >= all_rows) continue;
-    float acc_s[kM][kKeys / 8][4];
-    multiply_transposed<Math>(acc_s, query_tile, warp_row, key_tile(tile), 0, lane);
+  const auto to_probabilities = [&](auto& acc_s, int key, auto rescale) {
     const bool masked = key < warp_last.begin || key + kKeys > warp_first.end;  // some row does not attend to some key
     if (masked) mask_scores(acc_s, ranges + warp_row, key, kMinusInfinity, lane);
-    softmax_step<T>(acc_s, rows, acc_o, p.scale_log2);
+    softmax_step<T>(acc_s, rows, p.scale_log2, rescale);
     if (p.dropout) drop(acc_s, p, batch, kv_head, first_row + warp_row, key, lane);
-    multiply_add<Math>(acc_o, acc_s, value_tile(tile), 0, lane);
+  };
+  const auto rescale = [&](int m, int half, float factor) {
+#pragma unroll
+    for (int j = 0; j < kWidth / 8; ++j) acc_o[m][j][half * 2] *= factor, acc_o[m][j][half * 2 + 1] *= factor;
+  };
+  if constexpr (kWarpgroup<Math>) {
+    // P V of a tile is computed during the softmax of the next. V is loaded one tile later than K.
+    uint32_t weights[kKeys / 16][4];  // P
+    const auto step = [&](int tile, auto is_first) {
+      copy_wait<0>();
+      fence_proxy_async();
+      barrier();  // K of this tile and V of the previous loaded; the buffers of the products before are free
+      float acc_s[kM][kKeys / 8][4];
+      keep(acc_s);
+      keep(acc_o);
+      wgmma_fence();
+      start_transposed(acc_s, query_tile, key_tile(tile));
+      wgmma_commit();
+      if constexpr (!is_first.value) start_add(acc_o, weights, value_tile(tile - 1));
+      wgmma_commit();  // of nothing for the first tile
+      if (tile + 1 < end_tile) load_keys(tile + 1);
+      load_values(tile);
+      copy_commit();
+      wgmma_wait<1>();
+      keep(acc_s);
+      float factors[2] = {1.0f, 1.0f};  // at most 1
+      to_probabilities(acc_s, tile * kKeys, [&](int, int half, float factor) { factors[half] = factor; });
+      wgmma_wait<0>();
+      keep(acc_s);
+      keep(acc_o);
+      if constexpr (!is_first.value) keep(weights);
+      if (factors[0] * factors[1] != 1.0f) rescale(0, 0, factors[0]), rescale(0, 1, factors[1]);
+      to_operand<T>(weights, acc_s);
+    };
+    if (first_tile < end_tile) step(first_tile, std::true_type());
+#pragma unroll 1
+    for (int tile = first_tile + 1; tile < end_tile; ++tile) step(tile, std::false_type());
+    if (first_tile < end_tile) {
+      copy_wait<0>();
+      fence_proxy_async();
+      barrier();  // V of the last tile loaded
+      keep(acc_o);
+      wgmma_fence();
+      start_add(acc_o, weights, value_tile(end_tile - 1));
+      wgmma_commit();
+      wgmma_wait<0>();
+      keep(acc_o);
+      keep(weights);
+    }
+  } else {
+#pragma unroll 1
+    for (int tile = first_tile; tile < end_tile; ++tile) {
+      copy_wait<0>();
+      barrier();  // tile loaded; the previous buffer is free
+      if (tile + 1 < end_tile) {
+        load_keys(tile + 1);
+        load_values(tile + 1);
+        copy_commit();
+      }
+      const int key = tile * kKeys;
+      if (key >= warp_last.end || key + kKeys <= warp_first.begin || first_row + warp_row >= all_rows) continue;
+      float acc_s[kM][kKeys / 8][4];
+      multiply_transposed<Math>(acc_s, query_tile, warp_row, key_tile(tile), 0, lane);
+      to_probabilities(acc_s, key, rescale);
+      multiply_add<Math>(acc_o, acc_s, value_tile(tile), 0, lane);
+    }
   }
 
   // Row sums over the four lanes of a row.

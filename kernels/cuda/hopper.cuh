@@ -84,11 +84,16 @@ GPTCORE_DEVICE void bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::
 
 // ---- products of a warpgroup ----------------------------------------------------------------------------------------
 
-// The compiler moves no access of `registers` across this.
+// The compiler moves no access of `registers` across this, and gives them to nothing else before.
 template <int N>
 GPTCORE_DEVICE void keep(float* registers) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+template <int N>
+GPTCORE_DEVICE void keep(uint32_t* registers) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 GPTCORE_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 GPTCORE_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -209,6 +214,8 @@ template <int N>
 GPTCORE_DEVICE void bulk_wait() { simt::bulk_wait(N, false); }
 template <int N>
 GPTCORE_DEVICE void keep(float*) {}
+template <int N>
+GPTCORE_DEVICE void keep(uint32_t*) {}
 GPTCORE_DEVICE void wgmma_fence(GPTCORE_SITE) { simt::wgmma_fence(site); }
 GPTCORE_DEVICE void wgmma_commit(GPTCORE_SITE) { simt::wgmma_commit(site); }
 template <int N>

@@ -24,10 +24,11 @@ struct ForwardTile {
   int warps;    // in a block
   int m_tiles;  // 16-row tiles per warp
   int keys;     // in one tile of K and V; there are two stages
+  int resident_warps = 8;  // on a multiprocessor: 8 warps of 255 registers fit
 
   constexpr int threads() const { return 32 * warps; }
   constexpr int rows() const { return 16 * m_tiles * warps; }
-  constexpr int blocks() const { return 8 / warps; }  // resident on a multiprocessor: 8 warps of 255 registers fit
+  constexpr int blocks() const { return resident_warps / warps; }
 };
 
 // `is_decode`: at most 16 rows. Reading K and V then takes most of the time, and many small blocks read fastest.
@@ -41,6 +42,12 @@ constexpr ForwardTile forward_tile(int width, int element_size, bool is_decode) 
   if (width <= 64) return {4, 2, 64};
   if (width <= 128) return {4, 2, 32};
   return {4, 1, 32};
+}
+
+// By wgmma, on sm_90: a product of a warpgroup has 64 rows.
+constexpr bool has_warpgroup_kernel(int width, int element_size) { return element_size == 2 && width <= 128; }
+constexpr ForwardTile warpgroup_forward_tile(int width) {
+  return {4, 1, 64, width <= 64 ? 16 : width <= 96 ? 12 : 8};
 }
 
 // Decoding is compiled for fewer widths: it computes little, and the padding of head_dim is never read from memory.

@@ -36,7 +36,7 @@ GPTCORE_DEVICE bool any(bool x) { return __any_sync(~0u, x); }  // whether it is
 
 // The block's dynamic shared memory. There is no other: a kernel declares no __shared__ variables.
 GPTCORE_DEVICE char* shared_memory() {
-  extern __shared__ __align__(128) char gptcore_shared[];
+  extern __shared__ __align__(1024) char gptcore_shared[];
   return gptcore_shared;
 }
 // Addresses of shared memory have 32 bits, which take half the registers and instructions of pointers.

@@ -63,6 +63,7 @@ GPTCORE_DEVICE BlockTile block_tile(int index, int tiles, int heads, int heads_p
 // eight successive chunks of a row (one copy) each cover all 32 banks.
 template <class T, int kWidth>
 struct SharedTile {
+  using Element = T;
   static constexpr int kPerChunk = 16 / sizeof(T), kChunks = kWidth / kPerChunk;
   static_assert(kWidth % kPerChunk == 0 && kChunks % 4 == 0, "the swizzle permutes four or eight chunks");
   char* data;
@@ -82,10 +83,11 @@ struct SharedTile {
 
 // Starts the copy of kRows rows of head_dim elements; row_at(i) is the address of row i, or null for a row of zeros.
 // Without `vectors` (addresses or head_dim not multiples of 16 bytes) elements are copied synchronously, one by one.
-template <int kRows, int kThreads, class T, int kWidth, class RowAt>
-GPTCORE_DEVICE void load_rows(SharedTile<T, kWidth> to, RowAt row_at, int head_dim, bool vectors) {
-  constexpr unsigned kChunks = SharedTile<T, kWidth>::kChunks;
-  constexpr int kPerChunk = 16 / sizeof(T);
+template <int kRows, int kThreads, class Tile, class RowAt>
+GPTCORE_DEVICE void load_rows(Tile to, RowAt row_at, int head_dim, bool vectors) {
+  using T = typename Tile::Element;
+  constexpr unsigned kChunks = Tile::kChunks;
+  constexpr int kPerChunk = Tile::kPerChunk;
 #pragma unroll 1  // unrolled, all addresses would stay in registers across the caller's loop
   for (unsigned i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, column = i % kChunks * kPerChunk;
@@ -101,10 +103,11 @@ GPTCORE_DEVICE void load_rows(SharedTile<T, kWidth> to, RowAt row_at, int head_d
 
 // load_rows for rows at one stride, of which `rows` exist. Each thread copies one column of every kStep-th row, so the
 // next address is one addition. A row of 12 chunks takes 16 threads, so that threads cover whole rows.
-template <int kRows, int kThreads, class T, int kWidth>
-GPTCORE_DEVICE void load_tile(SharedTile<T, kWidth> to, const T* from, int64_t stride, int rows, int head_dim,
+template <int kRows, int kThreads, class Tile>
+GPTCORE_DEVICE void load_tile(Tile to, const typename Tile::Element* from, int64_t stride, int rows, int head_dim,
                               bool vectors) {
-  constexpr unsigned kChunks = SharedTile<T, kWidth>::kChunks, kLanes = kChunks == 12 ? 16 : kChunks;
+  using T = typename Tile::Element;
+  constexpr unsigned kChunks = Tile::kChunks, kLanes = kChunks == 12 ? 16 : kChunks;
   constexpr unsigned kStep = kThreads / kLanes;  // 0 if a row has more chunks than there are threads
   if constexpr (kStep > 0) {
     static_assert(kThreads % kLanes == 0 && kRows % kStep == 0, "each thread copies the same number of rows");
@@ -138,10 +141,10 @@ GPTCORE_DEVICE void store_float4(void* to, const float (&v)[4]) {
 }
 
 // A warp stores kRows rows of a tile from first_row; row_at(i) is the destination of row i of the tile, or null.
-template <int kRows, class T, int kWidth, class RowAt>
-GPTCORE_DEVICE void store_rows(SharedTile<T, kWidth> from, int first_row, RowAt row_at, int head_dim, bool vectors,
-                               int lane) {
-  constexpr int kChunks = SharedTile<T, kWidth>::kChunks, kPerChunk = 16 / sizeof(T);
+template <int kRows, class Tile, class RowAt>
+GPTCORE_DEVICE void store_rows(Tile from, int first_row, RowAt row_at, int head_dim, bool vectors, int lane) {
+  using T = typename Tile::Element;
+  constexpr int kChunks = Tile::kChunks, kPerChunk = Tile::kPerChunk;
   for (int i = lane; i < kRows * kChunks; i += 32) {
     const int row = first_row + i / kChunks, column = i % kChunks * kPerChunk;
     T* const to = row_at(row);

@@ -1,0 +1,86 @@
+// Products of a warpgroup (four warps) by wgmma, for the attention kernels on Hopper: tiles in shared memory that wgmma
+// reads, and products that are started here and waited for by the caller. Accumulators have the layout of tile.cuh: warp
+// w has rows 16 w to 16 w + 15, which is one 16-row tile (m = 0).
+#pragma once
+
+#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/tile.cuh"
+
+namespace gptcore {
+
+template <class T> struct Warpgroup {};  // Math: T, multiplied by wgmma
+template <class T> struct StorageOf<Warpgroup<T>> { using Type = T; };
+template <class Math> constexpr bool kWarpgroup = false;
+template <class T> constexpr bool kWarpgroup<Warpgroup<T>> = true;
+
+// kRows rows of kWidth 16-bit elements, in blocks of 64 columns, or of 32 if kWidth is not a multiple of 64. A row of a
+// block is one period of the 128-byte or 64-byte swizzle, which is that of SharedTile. Begins at a multiple of 1024 bytes.
+template <class T, int kWidth, int kRows>
+struct WarpgroupTile {
+  using Element = T;
+  using Block = SharedTile<T, kWidth % 64 == 0 ? 64 : 32>;
+  static constexpr int kPerChunk = 8, kChunks = kWidth / kPerChunk;
+  static constexpr int kRowBytes = Block::kChunks * 16, kBlockBytes = kRows * kRowBytes;
+  static constexpr Swizzle kSwizzle = Block::kChunks == 8 ? Swizzle::bytes128 : Swizzle::bytes64;
+  static_assert(sizeof(T) == 2 && kWidth % 32 == 0 && kBlockBytes % 1024 == 0, "blocks are whole periods");
+  char* data;
+
+  GPTCORE_DEVICE char* chunk(unsigned row, unsigned index) const {
+    return Block{data + index / Block::kChunks * kBlockBytes}.chunk(row, index % Block::kChunks);
+  }
+  GPTCORE_DEVICE T* pair(int row, int column) const {  // two adjacent elements, from an even column
+    return reinterpret_cast<T*>(chunk(row, column / kPerChunk)) + column % kPerChunk;
+  }
+  // Columns 16 k to 16 k + 15 as an operand whose rows (of A) or columns (of B) are the rows of the tile.
+  GPTCORE_DEVICE MatrixDescriptor columns(int k) const {
+    constexpr int kSteps = Block::kChunks / 2;
+    return matrix_descriptor(data + k / kSteps * kBlockBytes + k % kSteps * 32, 16, 8 * kRowBytes, kSwizzle);
+  }
+  // Rows 16 k to 16 k + 15 as a transposed operand B: its columns are those of the tile.
+  GPTCORE_DEVICE MatrixDescriptor rows(int k) const {
+    return matrix_descriptor(data + k * 16 * kRowBytes, kBlockBytes, 8 * kRowBytes, kSwizzle);
+  }
+};
+
+// The tiles of a Math's kernels.
+template <class Math, int kWidth, int kRows>
+struct TileFor { using Type = SharedTile<Storage<Math>, kWidth>; };
+template <class T, int kWidth, int kRows>
+struct TileFor<Warpgroup<T>, kWidth, kRows> { using Type = WarpgroupTile<T, kWidth, kRows>; };
+template <class Math, int kWidth, int kRows>
+using TileOf = typename TileFor<Math, kWidth, kRows>::Type;
+
+// `keep` of accumulators, before their products start and after the wait; of operands, after it.
+template <int kN>
+GPTCORE_DEVICE void keep(float (&acc)[1][kN][4]) { keep<kN * 4>(&acc[0][0][0]); }
+template <int kSteps>
+GPTCORE_DEVICE void keep(uint32_t (&a)[kSteps][4]) { keep<kSteps * 4>(&a[0][0]); }
+
+// Starts S = A B^T over the width of the tiles: 64 rows of A times 8 kN rows of B.
+template <class T, int kN, int kWidth, int kRows>
+GPTCORE_DEVICE void start_transposed(float (&s)[1][kN][4], WarpgroupTile<T, kWidth, 64> a,
+                                     WarpgroupTile<T, kWidth, kRows> b) {
+  static_assert(kRows == kN * 8, "all rows of B");
+#pragma unroll
+  for (int k = 0; k < kWidth / 16; ++k) wgmma<T, kRows>(&s[0][0][0], a.columns(k), b.columns(k), k > 0);
+}
+
+// Starts acc += P B: P in registers, 16 kSteps columns wide, times the rows of B.
+template <class T, int kSteps, int kO, int kWidth, int kRows>
+GPTCORE_DEVICE void start_add(float (&acc)[1][kO][4], const uint32_t (&p)[kSteps][4], WarpgroupTile<T, kWidth, kRows> b) {
+  static_assert(kRows == kSteps * 16 && kWidth == kO * 8, "all of B");
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) wgmma<T, kWidth, true>(&acc[0][0][0], p[k], b.rows(k), true);
+}
+
+// Accumulators as the operand A of the next product.
+template <class T, int kSteps>
+GPTCORE_DEVICE void to_operand(uint32_t (&a)[kSteps][4], const float (&p)[1][2 * kSteps][4]) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      a[k][i] = pack<T>(p[0][2 * k + i / 2][i % 2 * 2], p[0][2 * k + i / 2][i % 2 * 2 + 1]);
+}
+
+}  // namespace gptcore
