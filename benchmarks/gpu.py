@@ -2,9 +2,10 @@
 
 Builds gptcore's CUDA kernels if this installation has none for the GPU, without a network. Then it runs parts in the
 order of their value, each in a process of its own and for a limited time: rates of the machine, GPT-2's training step
-against others', attention, layer norm and GELU against PyTorch's, layer norm with a warm and a cold cache, generation,
-rates of single instructions, and golden values of them for the simulator's tests. At last it runs the kernel grid of
-tests/grid.py on the backends cuda and triton, and a few calls under compute-sanitizer where it is installed.
+against others', attention, layer norm and GELU against PyTorch's, layer norm with a warm and a cold cache, what a
+matrix product could be joined with, generation, rates of single instructions, and golden values of them for the
+simulator. At last it runs the kernel grid of tests/grid.py on the backends cuda and triton, a few runs in CUDA
+graphs, and a few calls under compute-sanitizer where it is installed.
 
 gpu.json is complete after each part, however this ends. --dry-run runs every part here, on the CPU. Times of kernels
 are medians of CUDA events. Exits with 2 without a GPU, and with 1 if a step failed; failures are also in gpu.json.
@@ -273,6 +274,28 @@ def warm_and_cold(dry: bool) -> Iterator[dict[str, Any]]:
             yield {"case": case, "name": name} | {flush: milliseconds(call, flush=flush) for flush in FLUSHES}
 
 
+def epilogues(dry: bool) -> Iterator[dict[str, Any]]:
+    """Yield times of what could be joined with a matrix product, and of the product that would do it.
+
+    The epilogue of cuBLASLt keeps no input of GELU: a backward pass would compute the product again.
+    """
+    from gptcore import ops
+
+    rows, width = (64, 32) if dry else ROWS["GPT-2 124M"]
+    shapes = {"x": (rows, width), "weight": (4 * width, width), "bias": (4 * width,), "grad": (rows, 4 * width)}
+    x, weight, bias, grad = (torch.randn(*shape, device=DEVICE, dtype=BF16) for shape in shapes.values())
+    ones = torch.ones(1, rows, device=DEVICE, dtype=BF16)
+    calls: dict[str, Run] = {
+        "product": lambda: F.linear(x, weight, bias),
+        "product, then GELU": lambda: ops.gelu(F.linear(x, weight, bias)),
+        "product with GELU": lambda: torch._addmm_activation(bias, x, weight.t(), use_gelu=True),
+        "gradient of a bias by a sum": lambda: grad.sum(0),
+        "gradient of a bias by a product": lambda: ones @ grad,
+    }
+    for name, call in calls.items():
+        yield {"name": name, "shapes": shapes, "milliseconds": milliseconds(call)}
+
+
 def measured_rates(dry: bool) -> Iterator[dict[str, Any]]:
     for megabytes in (0.1,) if dry else (12.6, 25.0, 100.0, 600.0):
         a = torch.empty(int(megabytes * 1e6), dtype=torch.uint8, device=DEVICE)
@@ -333,6 +356,7 @@ PARTS = {
     "step": Part(180, lambda dry: steps.steps(DEVICE, dry)),
     "kernels": Part(150, kernels),
     "layer norm": Part(40, warm_and_cold),
+    "epilogues": Part(20, epilogues),
     "generation": Part(60, lambda dry: steps.generation(DEVICE, dry)),
     # In a process of their own: a capture that fails leaves CUDA unusable
     "graphs": Part(90, lambda dry: steps.steps(DEVICE, dry, graphs=True)),

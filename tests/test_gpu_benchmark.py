@@ -87,7 +87,7 @@ def rows_of(part: str, output: Path) -> Any:
     return rows
 
 
-@pytest.mark.parametrize("part", ["machine", "rates", "kernels", "layer norm"])
+@pytest.mark.parametrize("part", ["machine", "rates", "kernels", "layer norm", "epilogues"])
 def test_a_part_runs_without_a_gpu(tiny: None, tmp_path: Path, part: str) -> None:
     assert rows_of(part, tmp_path)
 

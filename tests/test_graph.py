@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_trainer, weights
+from tiny import same, tiny_model, tiny_trainer, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gptcore import ops
@@ -85,13 +85,25 @@ def test_a_run_in_graphs_has_the_same_bits(tmp_path: Path, events: list[str], ch
         out = trainer.train()
         results.append((out.training_loss, weights(trainer.model)))
     assert results[0][0] == results[1][0]
-    for name, weight in results[0][1].items():
-        assert torch.equal(weight, results[1][1][name]), name
+    assert same(results[0][1], results[1][1])
     assert events[:3] == ["wait", "eager", "wait"]
     assert events.count("eager") == 2 * graph.WARM_UP
     assert events.count("record") == 2
     passes = 16 if "gradient_accumulation_steps" not in changes else 24
     assert events.count("replay") == passes - 2 * graph.WARM_UP
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}, {"fp16": True}], ids=str)
+def test_a_run_in_graphs_of_a_gpu_has_the_same_bits(tmp_path: Path, changes: dict[str, Any]) -> None:
+    results = []
+    for cuda_graph in (False, True):
+        model = tiny_model(attn_pdrop=0.0).cuda()
+        options: dict[str, Any] = {"model": model, "data": DATA, "max_steps": 16, "cuda_graph": cuda_graph, **changes}
+        out = tiny_trainer(tmp_path / str(cuda_graph), **options).train()
+        results.append((out.training_loss, weights(model)))
+    assert results[0][0] == results[1][0]
+    assert same(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])

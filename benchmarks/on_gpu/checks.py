@@ -35,8 +35,8 @@ def build() -> str | None:
 
 
 def grid(backends: list[str]) -> str | None:
-    files = [f"tests/test_{name}.py" for name in ("attention", "layer_norm", "gelu", "ops")]
-    command = [sys.executable, "-m", "pytest", "-q", *files, "-k", " or ".join(backends)]
+    files = [f"tests/test_{name}.py" for name in ("attention", "layer_norm", "gelu", "ops", "graph")]
+    command = [sys.executable, "-m", "pytest", "-q", *files, "-k", " or ".join([*backends, "graphs_of_a_gpu"])]
     return run("kernel grid", command, 7200)
 
 
