@@ -22,8 +22,13 @@ constexpr int64_t kFewRows = 64;     // with up to so many, B is packed block by
 constexpr int64_t kFused = kLanes == 16 ? 16 : 8;  // with up to so many, it is not even packed
 constexpr int64_t kSerial = 1 << 17;  // multiplications that take less time than waking a thread
 
-// The vectors of columns that are multiplied at once: sums of all rows, and B, stay in registers.
-constexpr int fused_vectors(int rows) { return rows <= (kLanes == 16 ? 8 : 2) ? kVectors : 1; }
+// The vectors of columns that are multiplied at once: sums of all rows, and B, stay in registers. Up to so many rows, two
+// were faster than one; splitting float16 takes registers, too.
+template <class S, class T>
+constexpr int fused_vectors(int rows) {
+  const int most = kLanes == 16 ? (kStep<T> == 2 ? 7 : 3) : kSame<S, float16> ? 3 : 4;
+  return rows <= most ? kVectors : 1;
+}
 
 template <class T>
 struct Product {
@@ -221,10 +226,10 @@ GPTCORE_INLINE void multiply_panel(const Product<T>& p, const char* left, int64_
 }
 
 // Some columns of C for up to kFused rows: B is multiplied as it is transposed, without a copy in memory. `a` holds the
-// numbers of all rows step by step.
+// numbers of all rows step by step. Inlined, it would share registers with its caller: one row then took four times as long.
 template <int Rows, class S, class T>
-void multiply_fused(const Product<T>& p, const Wide<T>* a, int64_t column, Prefetch& next) {
-  constexpr int kSome = fused_vectors(Rows);
+__attribute__((noinline)) void multiply_fused(const Product<T>& p, const Wide<T>* a, int64_t column, Prefetch& next) {
+  constexpr int kSome = fused_vectors<S, T>(Rows);
   constexpr int64_t kNumbers = 4 / sizeof(S), kStepsOfUnit = kNumbers / kStep<T>, kBlock = kSteps / kStepsOfUnit;
   const int64_t columns = smaller(kSome * kLanes, p.columns - column), units = p.depth / kNumbers;
   const float* source = (const float*)((const S*)p.b.data + column * p.b.stride);
@@ -268,7 +273,7 @@ GPTCORE_INLINE void multiply_fused_some(const Product<T>& p, const Wide<T>* a, i
   if constexpr (Rows > 1)
     if (p.rows < Rows) return multiply_fused_some<Rows - 1, S>(p, a, column, next);
   const int64_t end = smaller(column + kWidth, p.columns);
-  for (; column < end; column += fused_vectors(Rows) * kLanes) multiply_fused<Rows, S>(p, a, column, next);
+  for (; column < end; column += fused_vectors<S, T>(Rows) * kLanes) multiply_fused<Rows, S>(p, a, column, next);
 }
 
 template <class T>

@@ -5,9 +5,9 @@
 // are summed in integers, which is exact in any order. The sums of blocks are added in float32, in the order of the
 // blocks, whatever the number of rows and of threads: a row of the result has the same bits alone and among others.
 //
-// A thread takes panels of kWidth outputs. It packs kChunk blocks of a panel into the first-level cache, transposed so
-// that a lane is an output, and multiplies them by up to kBand rows of x. For few rows, packing takes longer than adding
-// up the products of each output afterwards.
+// A thread takes panels of kWidth outputs, some at once. It packs kChunk blocks of a panel into the first-level cache,
+// transposed so that a lane is an output, and multiplies them by up to kBand rows of x. For few rows, packing takes longer
+// than adding up the products of each output afterwards.
 #include <omp.h>
 
 #include "kernels/cpu/panels.h"
@@ -21,6 +21,8 @@ constexpr int kBlock = 32;                       // numbers that share a scale
 constexpr int kVectors = kLanes == 16 ? 2 : 1;   // a tile of sums in registers is kRows x kVectors
 constexpr int kRows = kLanes == 16 ? 6 : 4;
 constexpr int kWidth = kVectors * kLanes;
+constexpr int kRead = 32;                        // outputs of a task: the weights of fewer are read ahead too late
+static_assert(kRead % kWidth == 0, "a task is whole panels");
 constexpr int64_t kChunk = 8;                    // blocks that are packed at once
 constexpr int64_t kBand = 256;                   // rows
 constexpr int64_t kSerial = 1 << 18;             // multiplications: below, one thread is faster
@@ -383,7 +385,7 @@ void multiply_all(const QuantizedLinearArgs& args) {
                       (int32_t*)(memory + layout.numbers + layout.scales)};
   const int64_t blocks = args.in_features / kBlock, row_bytes = blocks * block_bytes(Type);
   const int64_t bands = (args.rows + kBand - 1) / kBand, band = bands ? (args.rows + bands - 1) / bands : 0;
-  const int64_t panels = (args.out_features + kWidth - 1) / kWidth, tasks = bands * panels;
+  const int64_t panels = (args.out_features + kRead - 1) / kRead, tasks = bands * panels;
   const int num_threads = args.rows * args.in_features * args.out_features < kSerial ? 1 : args.num_threads;
   int64_t taken = 0;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
@@ -396,18 +398,17 @@ void multiply_all(const QuantizedLinearArgs& args) {
                   x.numbers + row * kBlock, x.scales + row, x.offsets + row);
       });
     const auto panel_of = [&](int64_t task) {
-      return task < tasks ? (const char*)args.weight + task % panels * kWidth * row_bytes : nullptr;
+      return task < tasks ? (const char*)args.weight + task % panels * kRead * row_bytes : nullptr;
     };
     take_panels(taken, tasks, num_threads, [&](int64_t task, int64_t next_task) {
-      Prefetch next(panel_of(task), panel_of(next_task), kWidth, row_bytes, row_bytes);
-      const int64_t begin = task / panels * band, column = task % panels * kWidth;
-      if (args.rows <= kFused) {
-        if (args.out_features - column > kLanes) multiply_fused<Type, kVectors>(args, x, column, next);
+      Prefetch next(panel_of(task), panel_of(next_task), kRead, row_bytes, row_bytes);
+      const int64_t begin = task / panels * band, first = task % panels * kRead;
+      for (int64_t column = first; column < smaller(first + kRead, args.out_features); column += kWidth)
+        if (args.rows > kFused)
+          multiply_panel<Type>(args, x, begin, smaller(begin + band, args.rows), column, (IntVec*)scratch,
+                               (float*)(scratch + layout.packed), next);
+        else if (args.out_features - column > kLanes) multiply_fused<Type, kVectors>(args, x, column, next);
         else multiply_fused<Type, 1>(args, x, column, next);
-        return;
-      }
-      multiply_panel<Type>(args, x, begin, smaller(begin + band, args.rows), column, (IntVec*)scratch,
-                           (float*)(scratch + layout.packed), next);
     });
   }
 }
