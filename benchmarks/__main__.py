@@ -1,7 +1,7 @@
 """python -m benchmarks: measure, print the table, and write results.json and the charts.
 
 Each file is measured in its own process, because earlier allocations of a process change the page faults of the next
-benchmark. With --toy all files share one process, since starting processes would take most of the time.
+benchmark. With --toy all files share this process, since starting processes would take most of the time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import report, tables
+import pytest
 
 HERE = Path(__file__).parent
 NOTHING_SELECTED = 5  # pytest's exit status
@@ -49,13 +49,18 @@ def main() -> int:
         os.environ.update(LIMITED[args.isa])
     if args.toy:
         os.environ["OMP_NUM_THREADS"] = "1"  # starting threads would take longer than the work
+    from benchmarks import report, tables  # import what reads the environment
+
     fixed = ["-q", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-p", "no:cacheprovider"]
     status, parts = 0, []
     with tempfile.TemporaryDirectory() as folder:
         for file in [HERE] if args.toy else sorted(HERE.glob("bench_*.py")):
             part = Path(folder) / f"{file.stem}.json"
-            command = [sys.executable, "-m", "pytest", str(file), *fixed, "--benchmark-quiet", "--output", str(part)]
-            found = subprocess.run([*command, *rest], check=False).returncode
+            options = [str(file), *fixed, "--benchmark-quiet", "--output", str(part), *rest]
+            if args.toy:
+                found = pytest.main(options)
+            else:
+                found = subprocess.run([sys.executable, "-m", "pytest", *options], check=False).returncode
             status = status or (found if found != NOTHING_SELECTED else 0)
             if part.exists():
                 parts.append(tables.load(part))

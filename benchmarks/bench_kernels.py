@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -341,7 +340,7 @@ def run_child(pipe: Connection, kept: bool) -> None:
 @pytest.fixture(scope="module")
 def processes() -> Iterator[list[Connection]]:
     """Yield pipes to two child processes: one keeps freed memory, the other has malloc's defaults."""
-    context, pipes = multiprocessing.get_context("spawn"), []
+    context, pipes = measure.PROCESSES, []
     for kept in (True, False):
         ours, theirs = context.Pipe()
         context.Process(target=run_child, args=(theirs, kept), daemon=True).start()

@@ -31,6 +31,8 @@ NEAR = NearDuplicates()
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     """Return the documents of the standard library's documentation, cut to 20,000 characters, in a random order."""
+    if FORM == "toy":  # the corpus takes seconds
+        return [Path(__file__).read_text(encoding="utf-8")] * COUNT
     with tempfile.TemporaryDirectory() as folder:
         corpus = write_standard_library_corpus(Path(folder) / "corpus.txt").read_text(encoding="utf-8")
     documents = [text[:20_000] for text in re.split(rf"\n{re.escape(END_OF_TEXT)}\n", corpus)]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.bench_small_model import SMALL, SMALL_BATCH
-from benchmarks.measure import FORM, pick, seconds
+from benchmarks.measure import FORM, PROCESSES, pick, seconds
 from benchmarks.models import NO_DROPOUT, Trainee, difference
 from gptcore import GPT, GPTConfig
 from gptcore.training import distributed
@@ -33,12 +31,11 @@ ROUNDS = {"toy": 2, "quick": 5, "full": 30}[FORM]
 
 def bench_reduction(record: Callable[..., None], tmp_path: Path) -> None:
     """Time the sum of the gradients of four micro-batches in two processes, over gloo on this machine."""
-    command = [sys.executable, "-m", "benchmarks.bench_trainer", str(tmp_path / "group")]
-    other = subprocess.Popen(command, cwd=Path(__file__).parents[1])
-    try:
-        tree, plain = sum_gradients(0, tmp_path / "group")
-    finally:
-        assert other.wait(60) == 0
+    other = PROCESSES.Process(target=sum_gradients, args=(1, tmp_path / "group"))
+    other.start()
+    tree, plain = sum_gradients(0, tmp_path / "group")
+    other.join(60)
+    assert other.exitcode == 0
     case = f"{MEDIUM.num_parameters / 1e6:,.1f} M parameters, 2 micro-batches each"
     record("sum of gradients over 2 processes", case, tree, plain, against="all-reduce")
 
@@ -95,7 +92,3 @@ def bench_compile(compare: Compare) -> None:
     case = "{} layers, width {}, batch {} x {}".format(SMALL.n_layer, SMALL.n_embd, *SMALL_BATCH)
     compare("training step with torch.compile", case, compiled, eager, against="without it", extra=extra)
     extra["loss difference"] = difference(compiled, eager)
-
-
-if __name__ == "__main__":
-    sum_gradients(1, Path(sys.argv[1]))

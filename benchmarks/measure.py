@@ -6,18 +6,24 @@ round of a few hundred milliseconds, so a machine that slows down affects all th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
+import importlib
 import importlib.metadata
+import io
 import json
 import math
+import multiprocessing
 import os
 import platform
+import runpy
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -88,8 +94,17 @@ def seconds(run: Run, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
+# How a benchmark starts another process: afresh, with PyTorch's imports, unless the times are meaningless anyway
+PROCESSES: Any = multiprocessing.get_context(pick("fork", "spawn"))
+
+
 def in_child(module: str, *arguments: str) -> Any:
     """Run `python -m module` in its own process and return its last line, parsed as JSON."""
+    if FORM == "toy":
+        ours, theirs = PROCESSES.Pipe()
+        PROCESSES.Process(target=_run_module, args=(theirs, module, arguments)).start()
+        theirs.close()
+        return ours.recv()
     root = Path(__file__).parents[1]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -98,6 +113,13 @@ def in_child(module: str, *arguments: str) -> Any:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _run_module(pipe: Connection, module: str, arguments: Sequence[str]) -> None:
+    sys.argv, output = [module, *arguments], io.StringIO()
+    with contextlib.redirect_stdout(output):
+        runpy.run_path(importlib.import_module(module).__file__, run_name="__main__")  # type: ignore[arg-type]
+    pipe.send(json.loads(output.getvalue().splitlines()[-1]))
 
 
 def keep_freed_memory() -> None:
