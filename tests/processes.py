@@ -28,7 +28,7 @@ from gptcore.training.trainer import Trainer
 # A server that has imported PyTorch forks each process in milliseconds; it never computes, so has no threads to lose.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["gptcore.training.trainer", "torch._dynamo", "torch.distributed.fsdp", "pytest", "hypothesis.strategies"]
+    ["gptcore.cli", "torch._dynamo", "torch.distributed.fsdp", "pytest", "hypothesis.strategies"]
 )
 os.fsync = os.fstat  # type: ignore[assignment]  # as in conftest.py, also in the processes
 STEPS = 20
