@@ -1,12 +1,12 @@
 """The command line, from text to model to text, and what it says when it cannot."""
 
 import os
-import random
 import re
 import signal
 import time
 from pathlib import Path
 
+import made_texts
 import pytest
 import torch
 from processes import start_command
@@ -23,12 +23,8 @@ TINY = ["--vocab-size", "400", "--n-layer", "1", "--n-embd", "32", "--n-head", "
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """The lines of the project's documentation, shuffled, so that the end is like the rest."""
-    pages = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
-    lines = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines()]
-    random.Random(0).shuffle(lines)
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    path.write_text(made_texts.text(0, lines=400), encoding="utf-8")  # 100 kB
     return path
 
 
@@ -56,8 +52,8 @@ def test_train_learns_and_the_rest_uses_what_it_leaves(text, tmp_path, capsys):
     out = tmp_path / "out"
     train = [
         "train", text, "--output-dir", out, "--cache-dir", tmp_path, "--tokenizer-kind", "char", "--n-layer", 2,
-        "--n-embd", 64, "--n-head", 2, "--n-positions", 64, "--max-steps", 100, "--learning-rate", 8e-3,
-        "--eval-steps", 50, "--save-steps", 50, "--threads", 1,
+        "--n-embd", 64, "--n-head", 2, "--n-positions", 64, "--max-steps", 140, "--learning-rate", 4e-3,
+        "--eval-steps", 70, "--save-steps", 70, "--threads", 1,
     ]  # fmt: skip
     status, printed, _ = run(capsys, *train)
     assert status == 0
@@ -68,7 +64,7 @@ def test_train_learns_and_the_rest_uses_what_it_leaves(text, tmp_path, capsys):
     assert printed.count("---- sample") == 3
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     evaluations = [entry for entry in read_log(out / "log.jsonl") if "eval_loss" in entry]
-    assert [entry["step"] for entry in evaluations] == [50, 100]
+    assert [entry["step"] for entry in evaluations] == [70, 140]
     assert evaluations[-1]["eval_loss"] == pytest.approx(after, abs=1e-4)
     model, tokenizer = GPT.from_pretrained(out), Tokenizer.from_pretrained(out)
     assert model.config.vocab_size == tokenizer.vocab_size
