@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -82,22 +83,38 @@ def run(
     return [member.exitcode for member in members], [path.read_text() if path.exists() else "" for path in reports]
 
 
-def work_by_command(argv: Sequence[str], output: Path, prepare: Callable[[], object] | None) -> None:
-    """Run `gptcore` in this process; what it prints goes into a file."""
+def work_printing(output: Path, function: Callable[..., object], arguments: Sequence[object]) -> None:
     torch.set_num_threads(1)
     with open(output, "w") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
+    sys.exit(function(*arguments))  # type: ignore[arg-type]
+
+
+def start_printing(output: Path, function: Callable[..., object], *arguments: object) -> BaseProcess:
+    """Start a function, without the seconds that imports take; what it prints goes into a file."""
+    member = processes.Process(target=work_printing, args=(output, function, arguments))
+    member.start()
+    return member
+
+
+def run_command(argv: Sequence[str], prepare: Callable[[], object] | None) -> int:
     if prepare is not None:
         prepare()
-    sys.exit(main(argv))
+    return main(argv)
 
 
 def start_command(argv: Sequence[object], output: Path, prepare: Callable[[], object] | None = None) -> BaseProcess:
-    """Start `gptcore` without the seconds that imports take."""
-    member = processes.Process(target=work_by_command, args=([str(word) for word in argv], output, prepare))
-    member.start()
-    return member
+    """Start `gptcore`."""
+    return start_printing(output, run_command, [str(word) for word in argv], prepare)
+
+
+def run_program(program: str, folder: Path, environment: dict[str, str]) -> None:
+    """Run a program in a folder, where each warning is an error."""
+    os.environ.update(environment)
+    os.chdir(folder)
+    warnings.simplefilter("error")
+    exec(program, {"__name__": "__main__"})
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,13 @@ import os
 import pickle
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import made_texts
 import numpy as np
 import pytest
 import zstandard
+from processes import start_printing
 
 from gptcore.cli import main
 from gptcore.data.shards import read_shard
@@ -179,28 +178,24 @@ def test_a_killed_run_goes_on_to_the_same_bytes(prepared, raw, tmp_path, monkeyp
     assert not (tmp_path / "out.partial").exists()
 
 
-KILLED = """
-import os, signal
-from gptcore.prepare import passes, pipeline
-from gptcore.prepare.recipe import make_recipe
-pipeline.CHUNK_RECORDS = 20
-inner = pipeline.second_pass
-def second_pass(context, number, *rest):
-    if number == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    inner(context, number, *rest)
-pipeline.second_pass = second_pass
-pipeline.prepare([{raw!r}], {out!r}, make_recipe("web", {changes!r}))
-"""
+def run_killed(raw: Path, out: Path) -> None:
+    inner = pipeline.second_pass
+
+    def second_pass(context, number, *rest):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        inner(context, number, *rest)
+
+    pipeline.CHUNK_RECORDS, pipeline.second_pass = 20, second_pass
+    run([raw], out)
 
 
-@pytest.mark.slow
 def test_kill_and_a_full_disk(prepared, raw, tmp_path):
     """SIGKILL in the second pass; then files that cannot grow (a full disk gives the same kind of error)."""
-    out = str(tmp_path / "out")
-    program = KILLED.format(raw=str(raw), out=out, changes=SMALL)
-    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    out = tmp_path / "out"
+    process = start_printing(tmp_path / "printed", run_killed, raw, out)
+    process.join(100)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "printed").read_text()
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard[1]))
     try:
@@ -209,7 +204,7 @@ def test_kill_and_a_full_disk(prepared, raw, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, hard)
     run([raw], out)
-    assert contents(Path(out)) == contents(prepared[0])
+    assert contents(out) == contents(prepared[0])
 
 
 def test_what_is_there_is_not_overwritten(prepared, raw, tmp_path):

@@ -8,8 +8,6 @@ import fnmatch
 import json
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from processes import run_program, start_printing
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -280,12 +279,13 @@ def test_a_name_that_cannot_be_found_says_what_was_tried(cache: Path, folder: Pa
 def test_offline_by_the_environment(folder: Path, tmp_path: Path) -> None:
     put(tmp_path / "home" / "hub", "gpt2", folder)
     program = "from gptcore import GPT; GPT.from_pretrained('gpt2'); GPT.from_pretrained('somebody/else')"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    environment.pop("HF_HUB_CACHE", None)
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    program = (
+        "import os, sys; os.environ.pop('HF_HUB_CACHE', None); assert 'huggingface_hub' not in sys.modules\n" + program
     )
-    last = done.stderr.strip().splitlines()[-1]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    process = start_printing(tmp_path / "printed", run_program, program, tmp_path, environment)
+    process.join(100)
+    last = (tmp_path / "printed").read_text().strip().splitlines()[-1]
     assert last.startswith("FileNotFoundError: there is no folder somebody/else")
     assert "HF_HUB_OFFLINE" in last
 
