@@ -59,7 +59,7 @@ def bench_attention(backward: bool, dtype: torch.dtype, D: int, S: int, compare:
         ours, theirs = lambda: ops.attention(*inputs), lambda: sdpa(*inputs, is_causal=True)
     compare(
         f"attention {'forward + backward' if backward else 'forward'} {name_of(dtype)}", f"D={D} S={S}", ours, theirs,
-        against=PYTORCH, limit=measure.matmul(dtype), flops=flops,
+        against=PYTORCH, limit=measure.matmul(measure.operand(dtype)), flops=flops,
         bytes=(4 + 8 * backward) * elements * dtype.itemsize, extra={"D": D, "S": S},
     )  # fmt: skip
 
@@ -102,7 +102,7 @@ def bench_attention_matmuls(dtype: torch.dtype, S: int, compare: Compare) -> Non
     compare(
         f"attention against its matmuls {name_of(dtype)}", f"D={D} S={S}, no mask",
         lambda: ops.attention(q[None], k[None], v[None], causal=False), matmuls,
-        against="torch.bmm alone", limit=measure.matmul(dtype), flops=4 * HEADS * D * S * S,
+        against="torch.bmm alone", limit=measure.matmul(measure.operand(dtype)), flops=4 * HEADS * D * S * S,
         bytes=4 * q.nbytes,
     )  # fmt: skip
 
@@ -266,7 +266,7 @@ def bench_linear(shape: tuple[int, int, int], compare: Compare) -> None:
     ours, theirs = (forward_backward(autocast(linear), inputs, [grad]) for linear in (ops.linear, reference(F.linear)))
     compare(
         "linear layer forward + backward bfloat16 autocast", f"{rows} x {inner} to {outer}", ours, theirs,
-        against=PYTORCH, limit=measure.matmul(torch.bfloat16), flops=6 * rows * inner * outer,
+        against=PYTORCH, limit=measure.matmul(measure.operand(torch.bfloat16)), flops=6 * rows * inner * outer,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ class Goal(NamedTuple):
 
 REST = r"attention without its matmuls, \1 \2 \3"
 FORWARD, BOTH = r"attention (forward) (bfloat16)", r"attention (forward \+ backward) (bfloat16)"
-GOALS = [
+WITH_BFLOAT16 = [
     Goal(r"attention (forward) (float32) (.*)", ratio=1.8, stops=REST),
     Goal(r"attention forward float32 .* S=(1024|2048|4096)", percent=80),
     Goal(FORWARD + r" (.* S=256)", ratio=4, stops=REST),
@@ -28,6 +28,18 @@ GOALS = [
     Goal(FORWARD + r" (.* S=(?:1024|2048|4096))", percent=75, stops=REST),
     Goal(r"attention (forward \+ backward) (float32) (.*)", ratio=1.8, percent=70, stops=REST),
     Goal(BOTH + r" (.*)", ratio=3, percent=60, stops=REST),
+    Goal(r"small model training step float32 against ops\.use\(\"torch\"\)", ratio=1.6),
+]
+# of instruction sets without products of bfloat16, which are made in float32
+WITHOUT_BFLOAT16 = [
+    Goal(r"attention (forward|forward \+ backward) (\w+) (.*)", percent=85, stops=REST),
+    Goal(r"attention (forward|forward \+ backward) (float32) (.* S=(?:256|1024))", ratio=1.5, stops=REST),
+    Goal(r"attention (forward|forward \+ backward) (float32) (.* S=(?:2048|4096))", ratio=1, stops=REST),
+    Goal(FORWARD + r" (.*)", ratio=1, stops=REST),
+    Goal(BOTH + r" (.*)", ratio=4, stops=REST),
+    Goal(r"small model training step float32 against ops\.use\(\"torch\"\)", ratio=1.8),
+]
+GOALS = [
     Goal(r"attention decode (\w+) .*", ratio=1.5, percent=80, stops=r"attention decode, native function alone \1 "),
     Goal(r"GELU forward \+ backward (\w+) .*", ratio=4, percent=85, stops=r"GELU into preallocated outputs \1 "),
     Goal(
@@ -39,7 +51,6 @@ GOALS = [
         stops=r"layer norm with residual into preallocated outputs \1 ",
     ),
     Goal(r"GPT-2 124M training step (\w+) .*", ratio=1.3, percent=85, stops=r"GPT-2 124M step with parts removed \1 "),
-    Goal(r"small model training step float32 against ops\.use\(\"torch\"\)", ratio=1.6),
     Goal(
         r"small model training step (bfloat16(?: \w+)?) against ops\.use\(\"torch\"\)", ratio=2.5,
         stops=r"small model step with parts removed \1 ",
@@ -74,10 +85,10 @@ class Outcome(NamedTuple):
         return self.verdict.startswith("met")
 
 
-def outcomes(row: dict[str, Any]) -> list[Outcome]:
-    """Return the outcome of each goal for a row of results.json."""
+def outcomes(row: dict[str, Any], isa: str) -> list[Outcome]:
+    """Return the outcome of each goal for a row of results.json, measured with an instruction set."""
     name, found = f"{row['group']} {row['case']}", []
-    for goal in GOALS:
+    for goal in [*(WITH_BFLOAT16 if "bf16" in isa else WITHOUT_BFLOAT16), *GOALS]:
         if match := re.fullmatch(goal.rows, name):
             stops = match.expand(goal.stops)
             for minimum, key, unit in ((goal.ratio, "ratio", "x"), (goal.percent, "percent", "%")):

@@ -85,7 +85,7 @@ def table(results: Results) -> list[list[str]]:
         limit = (
             "" if row["percent"] is None else "{:.0f} % ({:.0f} to {:.0f}) of {}".format(*row["percent"], row["limit"])
         )
-        goals = "; ".join(f"{goal.goal:g} {goal.unit} {goal.verdict}" for goal in outcomes(row))
+        goals = "; ".join(f"{goal.goal:g} {goal.unit} {goal.verdict}" for goal in outcomes(row, results["isa"]))
         measured[1] += f", {row['against']}"
         lines.append([row["group"], row["case"], *measured, times(row["ratio"]), limit, goals])
     return lines
@@ -93,7 +93,7 @@ def table(results: Results) -> list[list[str]]:
 
 def shortfalls(results: Results) -> list[str]:
     """Return a line on all goals, and one for each goal that is missed."""
-    found = [(row, goal) for row in results["rows"] for goal in outcomes(row)]
+    found = [(row, goal) for row in results["rows"] for goal in outcomes(row, results["isa"])]
     missed = [
         f"{goal.verdict}: {row['group']}, {row['case']}: {goal.measured.median:.2f} of {goal.goal:g} {goal.unit}"
         + ceiling(row, goal, results["rows"])

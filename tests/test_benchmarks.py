@@ -108,10 +108,13 @@ def test_the_slower_of_reading_and_computing_is_the_limit(monkeypatch: pytest.Mo
 
 def test_goals_are_about_the_rows_they_name() -> None:
     line = gelu_row([0.010] * 3, [0.043] * 3)
-    by_ratio, by_percent = goals.outcomes(line)
+    by_ratio, by_percent = goals.outcomes(line, "avx2")
     assert (by_ratio.goal, by_ratio.unit, by_ratio.verdict) == (4, "x", "met")
     assert (by_percent.goal, by_percent.unit, by_percent.verdict) == (85, "%", "missed")
-    assert goals.outcomes({**line, "group": "toy " + line["group"]}) == []
+    assert goals.outcomes({**line, "group": "toy " + line["group"]}, "avx2") == []
+    line |= {"group": "attention forward + backward bfloat16", "case": "D=64 S=256"}
+    assert [(goal.goal, goal.unit) for goal in goals.outcomes(line, "avx512_bf16")] == [(3, "x"), (60, "%")]
+    assert [(goal.goal, goal.unit) for goal in goals.outcomes(line, "avx2")] == [(85, "%"), (4, "x")]
 
 
 # ---- report
