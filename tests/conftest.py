@@ -20,6 +20,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 import torch  # noqa: E402  (after the environment that it reads)
+from hypothesis import settings  # noqa: E402
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,6 +31,8 @@ os.fsync = os.fstat  # type: ignore[assignment]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+settings.register_profile("any machine", deadline=None)  # else an example that takes 200 ms fails, as under load
+settings.load_profile("any machine")
 CASES = 2  # of each test function, with --quick
 
 

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import struct
 import time
@@ -29,6 +28,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_tensor_file import peak_growth
 
 from gptcore import GPT, GPTConfig, Tokenizer, TrainingArguments
 from gptcore.data.shards import read_shard, write_shard
@@ -42,7 +42,7 @@ from gptcore.training.state import TrainerState
 pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("GPTCORE_FUZZ_SECONDS", 0))
-MEMORY = 256 << 20  # bytes that reading one of these files, of some kilobytes, may add to the most that was ever taken
+MEMORY = 256 << 20  # bytes that reading one of these files, of some kilobytes, may add to what is taken
 CONFIG = GPTConfig(vocab_size=11, n_positions=4, n_embd=4, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
 TEXT = "one two three, three two one; one and two are three. " * 20
 
@@ -286,17 +286,21 @@ def change(draw: Any, name: str, content: bytes) -> bytes:
 
 def check(folder: Path, name: str, content: bytes, read: Callable[[Path], Any]) -> None:
     (folder / name).write_bytes(content)
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, time.process_time()
-    message = str(folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            read(folder)
-    except (ValueError, OSError, CheckpointError) as error:
-        message = str(error)
+    started, message = time.process_time(), str(folder)
+
+    def read_or_refuse() -> None:
+        nonlocal message
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read(folder)
+        except (ValueError, OSError, CheckpointError) as error:
+            message = str(error)
+
+    grown = peak_growth(read_or_refuse)
     assert str(folder) in message, f"the error does not name the file: {message}"
     assert message.isprintable(), f"control characters reach the terminal: {message!r}"
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before < MEMORY
+    assert grown < MEMORY
     assert time.process_time() - started < 10
 
 

@@ -128,7 +128,7 @@ def test_a_part_that_takes_too_long_is_killed_and_the_next_begins(
     child_that_writes(monkeypatch, tmp_path)
     monkeypatch.setitem(gpu.PARTS, "rates", gpu.Part(1, gpu.measured_rates))
     names = ["machine", "rates", "golden"]
-    assert gpu.measure(tmp_path, names, 3, [], dry=True, skip_tests=True) == 1
+    assert gpu.measure(tmp_path, names, 4, [], dry=True, skip_tests=True) == 1
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert [found["parts"][name]["rows"] for name in names] == [[{"name": "a row"}]] * 3
     assert found["parts"]["machine"]["failure"] is None

@@ -239,7 +239,7 @@ def test_sigterm_drains(folder, tmp_path):
         assert (refused.status, refused.error["message"]) == (503, "the server is shutting down")
         events = stream.result().events
         assert events[-1]["choices"][0]["finish_reason"] in ("length", "stop")
-        process.join(10)
+        process.join(30)
         assert (process.exitcode, more()) == (0, "stopped\n")
 
 
@@ -250,5 +250,5 @@ def test_the_drain_is_limited(folder, tmp_path):
         wait_for(lambda: b"running 1.0" in server.request("GET", "/metrics").data)
         process.terminate()
         assert "shut down" in stream.result().events[-1]["error"]["message"]
-        process.join(10)
+        process.join(30)
         assert process.exitcode == 0

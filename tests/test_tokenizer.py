@@ -123,7 +123,7 @@ def test_a_run_of_one_character_takes_linear_time_and_round_trips(tokenizer: Tok
         return took
 
     few = min(seconds(20_000) for _ in range(2))
-    assert seconds(4 * PIECE) < 39 * max(0.01, few)  # three times as long for each character
+    assert seconds(4 * PIECE) < 65 * max(0.01, few)  # 13 times the text; 170 times the time if it were quadratic
 
 
 @given(

@@ -169,7 +169,7 @@ def test_ten_times_the_text_takes_ten_times_as_long(gpt2: Tokenizer, character: 
         return time.process_time() - start
 
     few = min(seconds(100_000) for _ in range(3))
-    assert seconds(1_000_000) < 30 * max(0.01, few)  # 100 times as long if it were quadratic
+    assert seconds(1_000_000) < 50 * max(0.01, few)  # 100 times as long if it were quadratic
 
 
 ADDED = ["for", "for bar", "naïve", "  ", "\n", "日本", "x<|user"]
