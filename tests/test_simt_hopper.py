@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import test_attention as attention_grid
@@ -102,7 +103,8 @@ FORWARD = [
 def test_attention_on_wgmma(case: attention_grid.Attention) -> None:
     _simt.configure(compute_capability=90)
     attention_grid.check_attention(case, "simt")
-    assert "attention_forward_sm90" in _simt.counters()
+    kernels = {"attention_forward_sm90", "attention_backward_query_sm90", "attention_backward_key_value_sm90"}
+    assert kernels <= _simt.counters().keys()
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -120,6 +122,58 @@ def test_attention_on_wgmma_has_the_same_bits_in_every_schedule_and_keeps_bad_nu
     assert torch.equal(out[0, 0], results[0][0][0, 0])
     torch.testing.assert_close(out[0, 1, :100], results[0][0][0, 1, :100], atol=1e-3, rtol=1e-2)  # summed anew
     assert out[0, 1, 100:, 5].isnan().all()
+
+
+# ---- attention's backward kernels for sm_90a -------------------------------------------------------------------------
+
+Gradients = tuple[torch.Tensor, ...]
+
+
+def gradients_of(
+    case: attention_grid.Attention, configurations: list[dict[str, Any]], bad: tuple[tuple[int, int, float], ...] = ()
+) -> list[Gradients]:
+    """Return dQ, dK and dV in each configuration, from one forward pass. `bad`: q, k or v, a row, and its number."""
+    q, k, v, grad_out, grad_lse = case.inputs()
+    for which, row, number in bad:
+        (q, k, v)[which][-1, -1, row, case.head_dim // 2] = number
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    torch.manual_seed(0)
+    results = ops.attention_with_lse(*inputs, backend="simt", **case.settings())
+    gradients = []
+    for configuration in configurations:
+        _simt.configure(**configuration)
+        gradients.append(torch.autograd.grad(results, inputs, [grad_out, grad_lse], retain_graph=True))
+    return gradients
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        attention_grid.Attention((150, 150), 64, (4, 2), window=(70, 0), dropout_p=0.25, dtype=BF16),
+        attention_grid.Attention((130, 200), 128, (2, 1), dtype=BF16),
+        attention_grid.Attention((70, 150), 124, (1, 1), causal=False, window=(9, 40), dropout_p=0.25, dtype=F16),
+        attention_grid.Attention((97, 97), 90, (1, 1), documents=((40, 0, 1, 56),) * 2, dtype=F16),
+        attention_grid.Attention((65, 129), 31, (2, 2), scale=-0.2, dtype=F16),
+    ],
+    ids=str,
+)
+def test_the_backward_on_wgmma_has_the_bits_of_that_on_mma_in_every_schedule(case: attention_grid.Attention) -> None:
+    """The simulator sums both products in the same order."""
+    schedules = [{"order": order, "seed": seed, "compute_capability": 90} for order, seed in ORDERS]
+    expected, *gradients = gradients_of(case, [{}, *schedules])
+    assert {"attention_backward_query_sm90", "attention_backward_key_value_sm90"} <= _simt.counters().keys()
+    for got in gradients:
+        assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("head_dim", [61, 128])
+def test_bad_numbers_reach_the_same_gradients_on_wgmma_as_on_mma(head_dim: int) -> None:
+    case = attention_grid.Attention((130, 170), head_dim, (2, 1), window=(40, 0), dtype=BF16)
+    bad = ((2, 60, torch.nan), (0, 5, torch.inf))
+    for mma, wgmma in zip(*gradients_of(case, [{}, {"compute_capability": 90}], bad), strict=True):
+        assert mma.isnan().any()
+        assert torch.equal(mma.isfinite(), wgmma.isfinite())
+        torch.testing.assert_close(wgmma, mma, atol=2e-2, rtol=2e-2, equal_nan=True)  # some sums are in float32
 
 
 # ---- layouts of wgmma's operands -------------------------------------------------------------------------------------

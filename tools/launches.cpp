@@ -40,19 +40,12 @@ void widths(const char* math) {
   attention<Math, 256>(math);
 }
 
-template <class T, int kWidth>
-void warpgroup(const char* type) {
-  using Forward = ForwardShared<Warpgroup<T>, kWidth, false>;
-  std::printf("attention_forward_kernel<Warpgroup<%s>, %d, false %d %d\n", type, kWidth, Forward::kThreads,
-              Forward::kBytes);
-}
-
 template <class T>
-void warpgroups(const char* type) {
-  warpgroup<T, 32>(type);
-  warpgroup<T, 64>(type);
-  warpgroup<T, 96>(type);
-  warpgroup<T, 128>(type);
+void warpgroups(const char* math) {
+  attention<Warpgroup<T>, 32>(math);
+  attention<Warpgroup<T>, 64>(math);
+  attention<Warpgroup<T>, 96>(math);
+  attention<Warpgroup<T>, 128>(math);
 }
 
 template <class T>
@@ -64,8 +57,8 @@ void layer_norm_backward(const char* type) {
 int main() {
   widths<bfloat16>("bfloat16");
   widths<float16>("float16");
-  warpgroups<bfloat16>("bfloat16");
-  warpgroups<float16>("float16");
+  warpgroups<bfloat16>("Warpgroup<bfloat16>");
+  warpgroups<float16>("Warpgroup<float16>");
   widths<Tf32>("Tf32");
   widths<float>("float");
   layer_norm_backward<bfloat16>("bfloat16");

@@ -146,6 +146,13 @@ GRID = {
         attention_sm90(BF16, (1, 1, 1, 20, 1100, 32), causal=False),  # three splits
         attention_sm90(BF16, (1, 4, 2, 70, 70, 64), dropout_p=0.25, bad=((2, 60, NAN),)),
     ],
+    "attention_backward_sm90": [
+        attention(BF16, (1, 4, 2, 150, 150, 64)),
+        attention(F16, (1, 1, 1, 70, 200, 33), causal=False, window=(90, 20), scale=-0.2, dropout_p=0.25),
+        attention(BF16, (1, 1, 1, 150, 150, 128), window=(40, 0)),  # a warpgroup with no key in a tile of the other
+        attention(F16, (1, 1, 1, 97, 97, 90), cu_seqlens=torch.tensor([0, 40, 41, 97])),
+        attention(BF16, (1, 2, 1, 70, 70, 32), bad=((2, 60, NAN), (0, 5, INF))),
+    ],
     "layer_norm": [
         layer_norm(BF16, 9, 1000, True),
         layer_norm(BF16, 130, 96, True, BF16),  # several rows at a time share weight and bias

@@ -15,63 +15,16 @@
 // A warp owns whole rows, so P and dS stay in its registers: the accumulators of S and dP are the A operands of the
 // sums. A1 and A2 stay in shared memory; B1 and B2 are double buffered there: cp.async loads the next tile while this
 // one is multiplied. At head_dim 128 in 16 bits two warps share their rows, with A1 and A2 in registers instead
-// (docs/kernels.md, "Pairs of warps").
+// (docs/kernels.md, "Pairs of warps"). On Hopper a warpgroup owns 64 rows, and multiplies with wgmma ("Warpgroups").
 #pragma once
 
+#include "kernels/cuda/attention_delta.cuh"
 #include "kernels/cuda/nonfinite.cuh"
 #include "kernels/cuda/policy.h"
-#include "kernels/cuda/tile.cuh"
-#include "kernels/kernels.h"
+#include "kernels/cuda/warpgroup.cuh"
 
 namespace gptcore {
 namespace GPTCORE_GPU {
-
-struct AttentionBackwardParams : AttentionParams {
-  HeadsView grad_out, grad_query, grad_key, grad_value;
-  const float* grad_lse;  // may be null
-  float* delta;           // (batch, query_heads, query_len)
-  int query_heads;
-  float scale;
-};
-
-// ---- delta ----------------------------------------------------------------------------------------------------------
-
-constexpr int kDeltaThreads = 128;
-// Lanes per row. One for float, which adds in the order of multiply_transposed: with a probability of exactly 1 (see
-// kDifferenceFirst) dP - delta is then exactly 0.
-template <class T>
-constexpr int kDeltaLanes = sizeof(T) == 4 ? 1 : 8;
-
-// delta = rowsum(dO O) - dLSE of each query. dLSE enters with a minus sign, since d LSE / d S = P.
-template <class T>
-__global__ void __launch_bounds__(kDeltaThreads) attention_delta(AttentionBackwardParams p) {
-  constexpr int kPerChunk = 16 / sizeof(T);
-  constexpr int kLanes = kDeltaLanes<T>;
-  const int64_t row = (int64_t)blockIdx.x * (kDeltaThreads / kLanes) + threadIdx.x / kLanes;
-  const int lane = threadIdx.x % kLanes;
-  const bool valid = row < (int64_t)p.batch * p.query_heads * p.query_len;
-  float sum = 0.0f;
-  if (valid) {
-    const int query = row % p.query_len, head = row / p.query_len % p.query_heads;
-    const int batch = row / p.query_len / p.query_heads;
-    const T* out = rows_of<const T>(p.out, batch, head, query);
-    const T* grad_out = rows_of<const T>(p.grad_out, batch, head, query);
-    for (int d = lane * kPerChunk; d < p.head_dim; d += kLanes * kPerChunk) {
-      if (p.vectors) {
-        const Vec16 a = load_vec(out + d), b = load_vec(grad_out + d);
-        T x[kPerChunk], y[kPerChunk];
-        memcpy(x, &a, 16), memcpy(y, &b, 16);
-#pragma unroll
-        for (int j = 0; j < kPerChunk; ++j) sum += to_float(x[j]) * to_float(y[j]);
-      } else {
-        for (int j = d; j < d + kPerChunk && j < p.head_dim; ++j)
-          sum += to_float(out[j]) * to_float(grad_out[j]);
-      }
-    }
-  }
-  for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-  if (valid && lane == 0) p.delta[row] = sum - (p.grad_lse ? p.grad_lse[row] : 0.0f);
-}
 
 // ---- dQ, dK, dV -----------------------------------------------------------------------------------------------------
 
@@ -84,10 +37,16 @@ template <class Math, int kWidth, Gradients kOf>
 struct BackwardShared {
   using T = Storage<Math>;
   static constexpr bool kKeyRows = kOf != Gradients::query;
-  static constexpr BackwardTile kTile = backward_tile(kWidth, sizeof(T), kKeyRows, kPlainFloat<Math>);
+  static constexpr BackwardTile kTile = kWarpgroup<Math>
+                                            ? warpgroup_backward_tile(kWidth)
+                                            : backward_tile(kWidth, sizeof(T), kKeyRows, kPlainFloat<Math>);
+  using RowTile = TileOf<Math, kWidth, kTile.rows()>;
+  using ColumnTile = TileOf<Math, kWidth, kTile.columns>;
   static constexpr int kThreads = kTile.threads(), kRows = kTile.rows();
   static constexpr int kRowBytes = kRows * kWidth * sizeof(T), kColumnBytes = kTile.columns * kWidth * sizeof(T);
-  static constexpr int kStage = 2 * kColumnBytes + 2 * kTile.columns * sizeof(float);
+  static constexpr int kAlignment = kWarpgroup<Math> ? 1024 : 16;  // of tiles
+  static constexpr int kStage =
+      (2 * kColumnBytes + 2 * kTile.columns * int(sizeof(float)) + kAlignment - 1) / kAlignment * kAlignment;
   // A pair of warps keeps its rows in registers, and their memory becomes the stages and the exchange of the pairs.
   static constexpr int kExchangeBytes = kTile.paired ? kRows * kTile.chunk * sizeof(float) : 0;
   static constexpr int kStages = kTile.paired ? 0 : 2 * kRowBytes, kExchange = kStages + 2 * kStage;
@@ -153,20 +112,23 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
   constexpr bool kHasDv = kOf == Gradients::value || kOf == Gradients::key_value;
   constexpr int kThreads = Shared::kThreads, kRows = Shared::kRows, kColumns = kTile.columns, kChunk = kTile.chunk;
   constexpr int kM = kTile.m_tiles, kN = kChunk / 8;
+  constexpr int kGroupRows = kWarpgroup<Math> ? 64 : 16 * kM;  // rows whose products are computed together
   // A pair shares its rows: either one warp accumulates dV of them and the other dK, or each dQ of a half of them.
   constexpr bool kPaired = kTile.paired;
   static_assert(!kPaired || (kChunk == kColumns && (kHasDs && (kHasDv || kM == 2))), "what pairs can compute");
+  static_assert(!kWarpgroup<Math> || (kChunk == kColumns && kHasDs && kM == 1), "what warpgroups can compute");
   constexpr int kOwnM = kPaired && !kHasDv ? 1 : kM;
   if constexpr (kCalls == Calls::common) p.dropout = false, p.vectors = true;
 
   char* const shared = shared_memory();
-  const SharedTile<T, kWidth> a1{shared}, a2{shared + Shared::kRowBytes};
+  const typename Shared::RowTile a1{shared}, a2{shared + Shared::kRowBytes};
   Range* const ranges = reinterpret_cast<Range*>(shared + Shared::kRanges);
-  const auto b1 = [&](int stage) { return SharedTile<T, kWidth>{shared + Shared::kStages + stage * Shared::kStage}; };
-  const auto b2 = [&](int stage) { return SharedTile<T, kWidth>{b1(stage).data + Shared::kColumnBytes}; };
   const auto column_tile = [&](int stage, int which) {  // b1 or b2
-    return SharedTile<T, kWidth>{b1(stage).data + which * Shared::kColumnBytes};
+    char* const first = shared + Shared::kStages + stage * Shared::kStage;
+    return typename Shared::ColumnTile{first + which * Shared::kColumnBytes};
   };
+  const auto b1 = [&](int stage) { return column_tile(stage, 0); };
+  const auto b2 = [&](int stage) { return column_tile(stage, 1); };
   const auto stats = [&](int stage) { return reinterpret_cast<float*>(b2(stage).data + Shared::kColumnBytes); };
 
   // The rows and head of this block.
@@ -182,6 +144,7 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
   const int role = kPaired ? warp % 2 : 0;                           // in a pair: 0 computes S, 1 computes dP
   const int warp_row = (kPaired ? warp / 2 : warp) * 16 * kM;        // the first row of S and dP
   const int own_row = kOwnM < kM ? warp_row + role * 16 : warp_row;  // the first row of the gradients
+  const int group_row = kWarpgroup<Math> ? warp_row / kGroupRows * kGroupRows : warp_row;
   const HeadsView &a1_view = kKeyRows ? p.key : p.query, &a2_view = kKeyRows ? p.value : p.grad_out;
   const HeadsView &b1_view = kKeyRows ? p.query : p.key, &b2_view = kKeyRows ? p.grad_out : p.value;
 
@@ -253,6 +216,31 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
       fragments.park(shared + Shared::kParked + warp * Shared::Fragments::kParkedBytes + lane * 16);
     }
   }
+  // S becomes P, and dP becomes dS. `stats` are LSE and, kColumns further, delta of the columns, if these are queries.
+  const auto to_probabilities = [&](float (&s)[kM][kN][4], const float* stats) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      Float2 lse{};
+      if constexpr (kKeyRows) lse = load_shared<Float2>(stats + n * 8 + lane % 4 * 2);
+#pragma unroll
+      for (int m = 0; m < kOwnM; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          s[m][n][i] = probability<T>(s[m][n][i], p.scale, kKeyRows ? lse.v[i % 2] : row_lse[m][i / 2]);
+    }
+  };
+  const auto to_gradients = [&](float (&dp)[kM][kN][4], const float (&weights)[kM][kN][4], const float* stats) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      Float2 delta{};
+      if constexpr (kKeyRows) delta = load_shared<Float2>(stats + kColumns + n * 8 + lane % 4 * 2);
+#pragma unroll
+      for (int m = 0; m < kOwnM; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          dp[m][n][i] = weights[m][n][i] * (dp[m][n][i] - (kKeyRows ? delta.v[i % 2] : row_delta[m][i / 2]));
+    }
+  };
   // In a pair with dK and dV, acc_ds is dV of the first warp and dK of the second.
   float acc_ds[kOwnM][kHasDs ? kWidth / 8 : 1][4] = {}, acc_dv[kM][kHasDv && !kPaired ? kWidth / 8 : 1][4] = {};
   Columns next{first_head, first_column};
@@ -260,15 +248,16 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
 #pragma unroll 1
   for (int left = steps; left > 0; --left) {
     copy_wait<0>();
+    if constexpr (kWarpgroup<Math>) fence_proxy_async();
     barrier();  // columns loaded; the previous buffer is free
     const int stage = left % 2, query_head = next.query_head, column = next.column;
     next = after(next);
     if (left > 1) load_columns(next, (left - 1) % 2);
-    const Range first = ranges[warp_row], last = ranges[warp_row + 16 * kM - 1];  // of the warp's rows
+    const uint32_t batch_head = batch * p.query_heads + query_head;
+    const Range first = ranges[group_row], last = ranges[group_row + kGroupRows - 1];
     if constexpr (kPaired) {
       const bool active = column < last.end && column + kColumns > first.begin;
       const bool masked = column < last.begin || column + kColumns > first.end;
-      const uint32_t batch_head = batch * p.query_heads + query_head;
       char* const exchange = shared + Shared::kExchange + lane * 16;
       constexpr int kSent = kHasDv ? kM * kN : kN;  // vectors of four floats that a lane sends
       float s[kM][kN][4];  // S or dP
@@ -334,6 +323,43 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
         if (masked) mask_scores(ds, ranges + own_row, column, 0.0f, lane);
         multiply_add<Math>(acc_ds, ds, b1(stage), 0, lane);
       }
+    } else if constexpr (kWarpgroup<Math>) {  // P is computed while dP is multiplied
+      if (column >= last.end || column + kColumns <= first.begin) continue;
+      const bool masked = column < last.begin || column + kColumns > first.end;
+      float s[kM][kN][4], dp[kM][kN][4];  // S, then P; dP, then dS
+      keep(s);
+      keep(dp);
+      wgmma_fence();
+      start_transposed(s, a1, group_row, b1(stage));
+      wgmma_commit();
+      start_transposed(dp, a2, group_row, b2(stage));
+      wgmma_commit();
+      uint32_t kept = 0;
+      if (p.dropout) kept = kept_weights<kKeyRows, kM, kN>(p, first_row + warp_row, column, batch_head, lane);
+      wgmma_wait<1>();  // S
+      keep(s);
+      to_probabilities(s, stats(stage));
+      wgmma_wait<0>();  // dP
+      keep(dp);
+      if (p.dropout) drop(dp, kept, p.dropout_scale);
+      to_gradients(dp, s, stats(stage));
+      if (masked) {
+        mask_scores(s, ranges + warp_row, column, 0.0f, lane);
+        mask_scores(dp, ranges + warp_row, column, 0.0f, lane);
+      }
+      uint32_t weights[kN / 2][4], gradients[kN / 2][4];  // P and dS
+      if (kHasDv && p.dropout) drop(s, kept, p.dropout_scale);
+      if constexpr (kHasDv) to_operand<T>(weights, s);
+      to_operand<T>(gradients, dp);
+      keep(acc_dv);
+      keep(acc_ds);
+      wgmma_fence();
+      if constexpr (kHasDv) start_add(acc_dv, weights, b2(stage));
+      start_add(acc_ds, gradients, b1(stage));
+      wgmma_commit();
+      wgmma_wait<0>();
+      keep(acc_dv);
+      keep(acc_ds);
     } else {
 #pragma unroll 1
       for (int chunk = 0; chunk < kColumns; chunk += kChunk) {
@@ -345,25 +371,11 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
 
         uint32_t kept = 0;
         if (p.dropout) {
-          const uint32_t batch_head = batch * p.query_heads + query_head;
           kept = kept_weights<kKeyRows, kM, kN>(p, first_row + warp_row, begin, batch_head, lane);
           if constexpr (kHasDs) drop(dp, kept, p.dropout_scale);
         }
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-          Float2 lse{}, delta{};  // of the columns, if these are queries
-          if constexpr (kKeyRows) lse = load_shared<Float2>(stats(stage) + chunk + n * 8 + lane % 4 * 2);
-          if constexpr (kKeyRows && kHasDs)
-            delta = load_shared<Float2>(stats(stage) + kColumns + chunk + n * 8 + lane % 4 * 2);
-#pragma unroll
-          for (int m = 0; m < kM; ++m)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              s[m][n][i] = probability<T>(s[m][n][i], p.scale, kKeyRows ? lse.v[i % 2] : row_lse[m][i / 2]);
-              if constexpr (kHasDs)
-                dp[m][n][i] = s[m][n][i] * (dp[m][n][i] - (kKeyRows ? delta.v[i % 2] : row_delta[m][i / 2]));
-            }
-        }
+        to_probabilities(s, stats(stage) + chunk);
+        if constexpr (kHasDs) to_gradients(dp, s, stats(stage) + chunk);
         const bool masked = begin < last.begin || end > first.end;  // some row does not attend to some column
         if (masked) {
           mask_scores(s, ranges + warp_row, begin, 0.0f, lane);
@@ -382,7 +394,7 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
   if constexpr (kPaired) barrier();  // the stages and the exchange are free
   // Only this warp uses its rows of A1, and of a pair with dK and dV the second warp those of A2: the accumulators go
   // through them, to be stored in whole vectors.
-  const SharedTile<T, kWidth> staged = kPaired && kHasDv && role == 1 ? a2 : a1;
+  const typename Shared::RowTile staged = kPaired && kHasDv && role == 1 ? a2 : a1;
   const auto store = [&](const auto& sums, const HeadsView& view, float factor) {
     warp_barrier();
 #pragma unroll

@@ -278,7 +278,7 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
       keep(acc_s);
       keep(acc_o);
       wgmma_fence();
-      start_transposed(acc_s, query_tile, key_tile(tile));
+      start_transposed(acc_s, query_tile, 0, key_tile(tile));
       wgmma_commit();
       if constexpr (!is_first.value) start_add(acc_o, weights, value_tile(tile - 1));
       wgmma_commit();  // of nothing for the first tile

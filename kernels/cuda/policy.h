@@ -100,4 +100,9 @@ constexpr BackwardTile backward_tile(int width, int element_size, bool keys, boo
   return {4, 1, 16, 16, 1};
 }
 
+// By wgmma, for the widths of has_warpgroup_kernel: one warpgroup, or two that share their columns.
+constexpr BackwardTile warpgroup_backward_tile(int width) {
+  return width <= 64 ? BackwardTile{4, 1, 64, 64, 3} : BackwardTile{8, 1, 64, 64, 1};
+}
+
 }  // namespace gptcore

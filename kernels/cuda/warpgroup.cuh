@@ -13,6 +13,11 @@ template <class T> struct StorageOf<Warpgroup<T>> { using Type = T; };
 template <class Math> constexpr bool kWarpgroup = false;
 template <class T> constexpr bool kWarpgroup<Warpgroup<T>> = true;
 
+// The operand this many bytes further. The address is in the lower word: one addition.
+GPTCORE_DEVICE MatrixDescriptor advance(MatrixDescriptor first, int bytes) {
+  return {first.bits >> 32 << 32 | (uint32_t(first.bits) + uint32_t(bytes) / 16)};
+}
+
 // kRows rows of kWidth 16-bit elements, in blocks of 64 columns, or of 32 if kWidth is not a multiple of 64. A row of a
 // block is one period of the 128-byte or 64-byte swizzle, which is that of SharedTile. Begins at a multiple of 1024 bytes.
 template <class T, int kWidth, int kRows>
@@ -31,15 +36,18 @@ struct WarpgroupTile {
   GPTCORE_DEVICE T* pair(int row, int column) const {  // two adjacent elements, from an even column
     return reinterpret_cast<T*>(chunk(row, column / kPerChunk)) + column % kPerChunk;
   }
-  // Columns 16 k to 16 k + 15 as an operand whose rows (of A) or columns (of B) are the rows of the tile.
-  GPTCORE_DEVICE MatrixDescriptor columns(int k) const {
+  // The operand that begins at a row, from lane 0: so the compiler knows that all lanes have the same.
+  GPTCORE_DEVICE MatrixDescriptor descriptor(int row) const {
+    const uint64_t bits = matrix_descriptor(data + row * kRowBytes, kBlockBytes, 8 * kRowBytes, kSwizzle).bits;
+    return {bits >> 32 << 32 | shuffle(uint32_t(bits), 0)};
+  }
+  // Where columns 16 k to 16 k + 15 are, of an operand whose rows (of A) or columns (of B) are the rows of the tile.
+  static GPTCORE_DEVICE constexpr int columns(int k) {
     constexpr int kSteps = Block::kChunks / 2;
-    return matrix_descriptor(data + k / kSteps * kBlockBytes + k % kSteps * 32, 16, 8 * kRowBytes, kSwizzle);
+    return k / kSteps * kBlockBytes + k % kSteps * 32;
   }
-  // Rows 16 k to 16 k + 15 as a transposed operand B: its columns are those of the tile.
-  GPTCORE_DEVICE MatrixDescriptor rows(int k) const {
-    return matrix_descriptor(data + k * 16 * kRowBytes, kBlockBytes, 8 * kRowBytes, kSwizzle);
-  }
+  // Where rows 16 k to 16 k + 15 are, of a transposed operand B: its columns are those of the tile.
+  static GPTCORE_DEVICE constexpr int rows(int k) { return k * 16 * kRowBytes; }
 };
 
 // The tiles of a Math's kernels.
@@ -56,21 +64,24 @@ GPTCORE_DEVICE void keep(float (&acc)[1][kN][4]) { keep<kN * 4>(&acc[0][0][0]); 
 template <int kSteps>
 GPTCORE_DEVICE void keep(uint32_t (&a)[kSteps][4]) { keep<kSteps * 4>(&a[0][0]); }
 
-// Starts S = A B^T over the width of the tiles: 64 rows of A times 8 kN rows of B.
-template <class T, int kN, int kWidth, int kRows>
-GPTCORE_DEVICE void start_transposed(float (&s)[1][kN][4], WarpgroupTile<T, kWidth, 64> a,
-                                     WarpgroupTile<T, kWidth, kRows> b) {
-  static_assert(kRows == kN * 8, "all rows of B");
+// Starts S = A B^T over the width of the tiles: 64 rows of A, from `row` on, times 8 kN rows of B.
+template <class T, int kN, int kWidth, int kRowsA, int kRowsB>
+GPTCORE_DEVICE void start_transposed(float (&s)[1][kN][4], WarpgroupTile<T, kWidth, kRowsA> a, int row,
+                                     WarpgroupTile<T, kWidth, kRowsB> b) {
+  static_assert(kRowsB == kN * 8, "all rows of B");
+  const MatrixDescriptor first_a = a.descriptor(row), first_b = b.descriptor(0);
 #pragma unroll
-  for (int k = 0; k < kWidth / 16; ++k) wgmma<T, kRows>(&s[0][0][0], a.columns(k), b.columns(k), k > 0);
+  for (int k = 0; k < kWidth / 16; ++k)
+    wgmma<T, kRowsB>(&s[0][0][0], advance(first_a, a.columns(k)), advance(first_b, b.columns(k)), k > 0);
 }
 
 // Starts acc += P B: P in registers, 16 kSteps columns wide, times the rows of B.
 template <class T, int kSteps, int kO, int kWidth, int kRows>
 GPTCORE_DEVICE void start_add(float (&acc)[1][kO][4], const uint32_t (&p)[kSteps][4], WarpgroupTile<T, kWidth, kRows> b) {
   static_assert(kRows == kSteps * 16 && kWidth == kO * 8, "all of B");
+  const MatrixDescriptor first = b.descriptor(0);
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) wgmma<T, kWidth, true>(&acc[0][0][0], p[k], b.rows(k), true);
+  for (int k = 0; k < kSteps; ++k) wgmma<T, kWidth, true>(&acc[0][0][0], p[k], advance(first, b.rows(k)), true);
 }
 
 // Accumulators as the operand A of the next product.
