@@ -69,7 +69,9 @@ def recorded() -> dict[str, dict[str, Any]]:
 
 
 def fresh(value: Any) -> Any:
-    """Return a copy of a tensor with its strides."""
+    """Return a copy of a tensor, or of a list of tensors, with their strides."""
+    if isinstance(value, list):
+        return [fresh(item) for item in value]
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
@@ -114,17 +116,31 @@ def replaced(arguments: dict[str, Any], place: Place, value: Any) -> dict[str, A
     return {**arguments, name: [*arguments[name][:index], value, *arguments[name][index + 1 :]]}
 
 
-def valid_arguments() -> dict[str, dict[str, Any]]:
-    """Return valid arguments of each function."""
+@functools.cache
+def calls() -> dict[str, dict[str, Any]]:
+    """Return valid arguments of each function of both modules; those of _simt.<name> are the simulator's."""
     cu_q, cu_k = torch.tensor([0, 2, 5, 10]), torch.tensor([0, 3, 6, 12])
     segments = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "batch": 2, "query_len": 5, "kv_len": 6}
-    return {
-        **{name: {key: fresh(value) for key, value in arguments.items()} for name, arguments in recorded().items()},
+    found = {
+        **recorded(),
         "check_segments": segments,
-        "segments": {**segments},
+        "segments": segments,
         "use_cpu_isa": {"name": _C.cpu_isa()},
         "decode": decode_arguments(),
     }
+    if ops.backends()["simt"] is None:
+        execution = native.execution("simt", torch.zeros(1))
+        found |= {
+            f"_simt.{name}": {**arguments, "execution": execution}
+            for name, arguments in found.items()
+            if "execution" in arguments and hasattr(native.module("simt"), name)
+        }
+    return found
+
+
+def arguments_of(name: str) -> dict[str, Any]:
+    """Return a copy of the valid arguments of a function, which may be modified."""
+    return {argument: fresh(value) for argument, value in calls()[name].items()}
 
 
 def test_the_samples_call_every_kernel() -> None:
@@ -186,22 +202,9 @@ def call(name: str, arguments: dict[str, Any]) -> None:
     getattr(module, name)(**arguments)
 
 
-def calls() -> dict[str, dict[str, Any]]:
-    """Right calls of the functions of both modules."""
-    found = valid_arguments()
-    if ops.backends()["simt"] is None:
-        execution = native.execution("simt", torch.zeros(1))
-        found |= {
-            f"_simt.{name}": {**arguments, "execution": execution}
-            for name, arguments in found.items()
-            if "execution" in arguments and hasattr(native.module("simt"), name)
-        }
-    return found
-
-
 @pytest.mark.parametrize("name", calls())
 def test_right_arguments_are_taken(name: str) -> None:
-    call(name, calls()[name])
+    call(name, arguments_of(name))
 
 
 class Named(torch.Tensor):
@@ -273,7 +276,7 @@ def test_a_fake_tensor_is_refused() -> None:
 @given(data=st.data())
 @QUICK
 def test_wrong_arguments_of_native_functions_raise(name: str, data: st.DataObject) -> None:
-    arguments = calls()[name]
+    arguments = arguments_of(name)
     places = tensors_in(arguments)
     for argument in data.draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2, unique=True)):
         own = [place for place in places if place[0] == argument]
