@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,20 +28,23 @@ def extents(arguments: Iterable[Any]) -> list[tuple[int, int]]:
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreted() -> Iterator[None]:
-    """Change the interpreter in four ways.
+    """Change the interpreter in seven ways.
 
-    It patches triton.language at each call of each function, half of its time: here once a launch. It makes a table of
-    dtypes for each tensor, a tenth: here it is asked once for each dtype. It reads and writes any address: here only
-    within the tensors that the kernel was given. And its dot is NumPy's, whose Q K^T and (K Q^T)^T differ with some
-    BLAS: here every sum runs in the order of k, on every CPU.
+    It patches triton.language at each call of each function, half of its time: here once. It computes whether integers
+    overflow and ignores the result, a third of the rest: here it does not. It makes a table of dtypes and the shape for
+    each tensor: here once for each dtype and shape. It converts bfloat16 to float32 by its fields: here by a shift. It
+    reads and writes any address: here only within the tensors that the kernel was given. And its dot is NumPy's, whose
+    Q K^T and (K Q^T)^T differ with some BLAS: here every sum runs in the order of k, on every CPU.
     """
+    from triton.language import core
     from triton.runtime import interpreter
 
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
     numpy_dtype, numpy_dtypes = interpreter._get_np_dtype, {}
-    patched: set[int] = set()
+    convert = interpreter._convert_float
+    patched: dict[tuple[Any, Any], Any] = {}  # by the modules that a function may call
     tensors: list[tuple[int, int]] = []
 
     def numpy_dtype_once(dtype: Any) -> Any:
@@ -47,14 +53,25 @@ def interpreted() -> Iterator[None]:
         return numpy_dtypes[name]
 
     def patch_once(function: Any) -> Any:
-        module = id(function.__globals__)
-        if module in patched:
-            return interpreter._LangPatchScope()
-        patched.add(module)
-        return patch(function)
+        languages = function.__globals__.get("tl"), function.__globals__.get("core")
+        if languages not in patched:
+            patched[languages] = patch(function)
+        return interpreter._LangPatchScope()  # restores nothing
 
-    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patched.clear()
+    @functools.cache
+    def shape_of(*sizes: int) -> tuple[Any, Any]:
+        return core.constexpr(math.prod(sizes)), core.tuple([core.constexpr(size) for size in sizes])
+
+    def tensor_init(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = shape_of(*(type.shape if type.is_block() else ()))
+
+    def convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source.name, target.name) == ("bf16", "fp32"):
+            return values.astype(np.uint32) << 16
+        return convert(values, source, target, rounding)
+
+    def launch_with_tensors(self: Any, *args: Any, **kwargs: Any) -> Any:
         tensors[:] = extents(args)
         return launch(self, *args, **kwargs)
 
@@ -79,10 +96,16 @@ def interpreted() -> Iterator[None]:
         return interpreter.TensorHandle(acc + total.data, total.dtype.scalar)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
+        options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
         monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
         monkeypatch.setattr(interpreter, "_get_np_dtype", numpy_dtype_once)
         monkeypatch.setattr(builder, "create_dot", dot_in_order)
-        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        monkeypatch.setattr(interpreter, "_convert_float", convert_float)
+        monkeypatch.setattr(core.tensor, "__init__", tensor_init)
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_with_tensors)
         monkeypatch.setattr(builder, "create_masked_load", checked_load)
         monkeypatch.setattr(builder, "create_masked_store", checked_store)
         yield
+        for scope in reversed(patched.values()):
+            scope.restore()
