@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from grid import BACKENDS, DTYPES, F32, F64, check, running
+from interpreter import interpreted  # noqa: F401
 from torch import Tensor
 
 from gptcore import ops

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,17 +173,20 @@ def gelu(case: gelu_grid.Gelu) -> Results:
 
 
 def largest() -> dict[str, Callable[[], Results]]:
-    """The largest shape of each kernel in the kernel grid, in each dtype, and tools/mutants.py's grid."""
+    """The largest shape of each kernel in the kernel grid, in each dtype, and tools/mutants.py's grid.
+
+    Attention has one head of keys and two of queries: others are the same program, once more.
+    """
 
     def work(case: attention_grid.Attention) -> int:
-        return int(case.seen().sum()) * case.heads[0] * case.head_dim
+        return int(case.seen().sum()) * case.head_dim
 
     def decodes(case: attention_grid.Attention) -> bool:
         return case.lengths[0] * case.heads[0] <= 16 * case.heads[1]
 
     calls: dict[str, Callable[[], Results]] = {}
     for dtype in DTYPES:
-        attentions = [case for case in attention_grid.TILES if case.dtype == dtype]
+        attentions = [replace(case, heads=(2, 1)) for case in attention_grid.TILES if case.dtype == dtype]
         calls[f"attention-{dtype}"] = functools.partial(attention, max(attentions, key=work))
         calls[f"decoding-{dtype}"] = functools.partial(attention, max(filter(decodes, attentions), key=work))
         norms = [case for case in layer_norm_grid.FEW if case.dtype == dtype]
@@ -191,8 +195,8 @@ def largest() -> dict[str, Callable[[], Results]]:
             calls[f"layer_norm{'_wide' * wide}-{dtype}"] = functools.partial(layer_norm, most)
         gelus = [case for case in gelu_grid.FEW if case.dtype == dtype]
         calls[f"gelu-{dtype}"] = functools.partial(gelu, max(gelus, key=lambda case: math.prod(case.shape)))
-    float32 = [case for case in attention_grid.TILES if case.dtype == F32]
-    calls["attention-tf32"] = functools.partial(attention, max(float32, key=work), tf32=True)
+        if dtype == F32:
+            calls["attention-tf32"] = functools.partial(attention, max(attentions, key=work), tf32=True)
     for family, grid in mutants.GRID.items():
         calls[f"mutants-{family}"] = lambda grid=grid: [t.detach() for call in grid for t in call()]  # type: ignore[misc]
     return calls
@@ -205,7 +209,7 @@ LARGEST = largest()
 @pytest.mark.parametrize("name", LARGEST)
 def test_every_schedule_gives_the_same_bits(name: str) -> None:
     first = LARGEST[name]()
-    for order, seed in ORDERS[1:]:
+    for order, seed in ORDERS[1:4]:  # reverse and two at random: races are reported whatever the order
         _simt.configure(order=order, seed=seed)
         for a, b in zip(first, LARGEST[name](), strict=True):
             assert torch.equal(a.nan_to_num(), b.nan_to_num()), (order, seed)

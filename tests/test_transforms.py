@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from every_operation import HERE, OF_ALL_TENSORS, OF_ONE_TENSOR, as_heads, every_operation, every_tensor, flat
 from grid import BF16, F32, leaves, randn
+from interpreter import interpreted  # noqa: F401
 from test_ops import Bits, assert_same_bits
 from torch import Tensor
 

@@ -341,7 +341,7 @@ def test_the_same_bits_again_and_every_element_written() -> None:
 )
 def test_a_forward_by_one_backend_and_a_backward_by_another(one: str, other: str) -> None:
     native = torch.ops.gptcore
-    q, k, v, grad = (randn(2, heads, 70, 24, seed=s) for s, heads in enumerate((4, 2, 2, 4)))
+    q, k, v, grad = (randn(2, heads, 70, 24, seed=s) for s, heads in enumerate((2, 1, 1, 2)))
     cu, seed = torch.tensor([0, 30, 70]), torch.tensor([2**40 + 3])
     for settings in ((None, None, None, 0.3, True, -1, -1, 0.0, False), (cu, cu, seed, 0.3, False, 20, 3, 0.2, False)):
         gradients = []
@@ -362,11 +362,11 @@ def test_a_forward_by_one_backend_and_a_backward_by_another(one: str, other: str
 def losses(backend: str) -> list[float]:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=50, n_positions=32, n_layer=2, n_head=2, n_embd=32))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     tokens = torch.randint(50, (2, 32), generator=torch.Generator().manual_seed(1))
     found = []
     with ops.use(backend):
-        for _ in range(10):
+        for _ in range(5):
             loss = model(tokens, labels=tokens).loss
             optimizer.zero_grad()
             loss.backward()
@@ -376,7 +376,7 @@ def losses(backend: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_tiny_gpt_trains_ten_steps_like_the_reference() -> None:
+def test_a_tiny_gpt_trains_five_steps_like_the_reference() -> None:
     ours, reference = losses("triton"), losses("torch")
     assert reference[-1] < reference[0] - 0.5
     assert ours == pytest.approx(reference, abs=1e-3)
