@@ -6,14 +6,18 @@ region a hundred times slower where another process uses the cores, as a second 
 Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when triton is imported.
 
 A shell that starts the tests in the background has them ignore SIGINT, which some of them send.
+
+Garbage is collected only from the first test on, and not among the million objects that were imported before.
 """
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 
+gc.disable()
 # Read when the libraries load, here and in the processes that tests start
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
@@ -38,6 +42,11 @@ CASES = 2  # of each test function, with --quick
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help=f"run {CASES} cases of each test, and none marked slow")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
