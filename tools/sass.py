@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -126,16 +127,29 @@ def count_kinds(names: list[str], kinds: dict[str, str]) -> collections.Counter[
     )
 
 
-def instructions(cubin: Path) -> dict[tuple[str, str], collections.Counter[str]]:
-    """How often each kind of COUNTED occurs, by function and architecture."""
+def code_of(cubin: Path) -> bytes:
+    """Return the machine code and the names of its functions: the sections .text.NAME of an ELF file."""
+    data = cubin.read_bytes()
+    (table,), (size, count, names) = struct.unpack_from("<Q", data, 40), struct.unpack_from("<3H", data, 58)
+    sections = [struct.unpack_from("<IIQQQQ", data, table + size * i) for i in range(count)]
+    code = b""
+    for name, _, _, _, begin, length in sections:
+        at = sections[names][4] + name
+        title = data[at : data.index(0, at)]
+        if title.startswith(b".text."):
+            code += title + data[begin : begin + length]
+    return code
+
+
+def instructions(cubin: Path) -> dict[str, collections.Counter[str]]:
+    """How often each kind of COUNTED occurs, by function."""
     text = subprocess.run([find_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-    arch = cubin.suffixes[-2][1:]  # name.3.sm_90.cubin
     counts = {}
     for part in re.split(r"^\.text\.", text, flags=re.M)[1:]:
         names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", part, re.M)
         count = count_kinds(names, COUNTED)
         loop = main_loop(part.splitlines()) if count["mma"] else []
-        counts[part[: part.index(":")], arch] = count + count_kinds(loop, LOOP)
+        counts[part[: part.index(":")]] = count + count_kinds(loop, LOOP)
     return counts
 
 
@@ -156,8 +170,13 @@ def measure(module: Path = MODULE) -> Table:
     counts: dict[tuple[str, str], collections.Counter[str]] = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         subprocess.run([cuobjdump, "-xelf", "all", str(module)], cwd=folder, capture_output=True, check=True)
-        for counted in pool.map(instructions, Path(folder).iterdir()):
-            counts |= counted
+        alike: dict[bytes, list[Path]] = {}  # sm_86 and sm_89 have the same code: it is disassembled once
+        for cubin in Path(folder).iterdir():
+            alike.setdefault(code_of(cubin), []).append(cubin)
+        disassembled = pool.map(instructions, [cubins[0] for cubins in alike.values()])
+        for cubins, counted in zip(alike.values(), disassembled, strict=True):
+            for cubin in cubins:  # name.3.sm_90.cubin
+                counts |= {(function, cubin.suffixes[-2][1:]): count for function, count in counted.items()}
 
     known = launches()
     functions = sorted({function for function, _ in usage})
