@@ -84,79 +84,82 @@ void Block::add_reader(Cell& cell, Reader reader) {
   cell.read_run = run_, cell.reader = reader.code, cell.read_stamp = reader.stamp, cell.read_pc = reader.pc;
 }
 
+std::string Block::describe(const Access& access) const {
+  const char* does = access.writes() ? "writes " : "reads ";
+  return (actor_ ? std::string(actor_->does) + " " : "") + does + bytes_text(access.width) + " at " +
+         describe_address(access.address);
+}
+
+void Block::report_race(const Access& access, const char* did, uint16_t code, uint32_t run, uint32_t stamp,
+                        uint32_t other_pc) {
+  if (code == kReaderSet)
+    for (const Reader& reader : readers_.readers(stamp))
+      if (!before(reader.code, reader.stamp)) code = reader.code, other_pc = reader.pc;
+  const bool is_copy = run == run_ && code & kAgent && code < kWholeWarp && did[0] == 'w';
+  fail(is_copy ? "unfinished copy" : "data race", access.pc,
+       [=, text = describe(access), other = describe_accessor(code, run), same_run = run == run_,
+        precise = precise_] {
+         return text + ", which " + other + " " + did + " at " + source_line(other_pc) +
+                (!same_run ? ", and blocks are not ordered"
+                 : is_copy ? " and which has not been waited for"
+                 : precise ? ", and nothing orders them"
+                           : ", with no barrier between");
+       });
+}
+
 // An access of this run happens before the present one if it is of the same thread, is older than the last barrier of
 // the block, or is of the same warp and older than the last barrier of the warp. Where other things order accesses,
 // clocks_ tell.
 template <bool kPrecise>
-void Block::check_cell(Cell& cell, Kind kind, bool shared, uintptr_t address, unsigned width, uint32_t pc) {
+void Block::check_cell(Cell& cell, const Access& access, bool shared) {
   const int w = thread_ / kLanes;
-  const uint32_t warp_stamp = warp_[w].stamp;
+  const uint32_t warp_stamp = warp_[w].stamp, pc = access.pc;
   const Actor* const actor = kPrecise ? actor_ : nullptr;
   const uint32_t now = actor ? actor->stamp : kPrecise ? clocks_.stamp(thread_) : warp_stamp;
   const uint16_t me = actor ? actor->code
-                            : static_cast<uint16_t>(kind == Kind::warp_read ? kWholeWarp + w : thread_ + 1);
-  const bool writes = kind == Kind::write || kind == Kind::start_copy;
+                            : static_cast<uint16_t>(access.kind == Kind::warp_read ? kWholeWarp + w : thread_ + 1);
   const bool written_here = cell.write_run == run_;
 
-  if (kind == Kind::finish_copy) {
+  if (access.kind == Kind::finish_copy) {
     cell.writer = me, cell.write_stamp = now;
     return;
   }
-  auto unordered = [&](uint16_t code, uint32_t stamp) {
+  const auto unordered = [&](uint16_t code, uint32_t stamp) {
     if (kPrecise) return !before(code, stamp);
     if (stamp < block_stamp_ || code == me) return false;
     if (code == kSeveral) return true;
     const int other = code & kWholeWarp ? code & ~kWholeWarp : (code - 1) / kLanes;
     return other != w || stamp >= warp_stamp;
   };
-  const auto describe = [&] {
-    return (actor ? std::string(actor->does) + (writes ? " writes " : " reads ")
-                   : std::string(writes ? "writes " : "reads ")) +
-           bytes_text(width) + " at " + describe_address(address);
-  };
-  auto race = [&](const char* did, uint16_t code, uint32_t run, uint32_t stamp, uint32_t other_pc) {
-    if (code == kReaderSet)
-      for (const Reader& reader : readers_.readers(stamp))
-        if (unordered(reader.code, reader.stamp)) code = reader.code, other_pc = reader.pc;
-    const bool is_copy = run == run_ && code & kAgent && code < kWholeWarp && did[0] == 'w';
-    fail(is_copy ? "unfinished copy" : "data race", pc,
-         [=, text = describe(), other = describe_accessor(code, run), same_run = run == run_] {
-           return text + ", which " + other + " " + did + " at " + source_line(other_pc) +
-                  (!same_run ? ", and blocks are not ordered"
-                   : is_copy ? " and which has not been waited for"
-                   : kPrecise ? ", and nothing orders them"
-                             : ", with no barrier between");
-         });
-  };
 
   if (written_here && cell.writer == kMbarrier)
-    fail("mbarrier", pc, [text = describe()] { return text + ", where an mbarrier lies"; });
+    fail("mbarrier", pc, [text = describe(access)] { return text + ", where an mbarrier lies"; });
   if (written_here && (cell.writer & kPendingCopy))
-    fail("unfinished copy", pc, [=, text = describe(), other = describe_accessor(cell.writer, run_),
+    fail("unfinished copy", pc, [text = describe(access), other = describe_accessor(cell.writer, run_),
                                  copy_pc = cell.write_pc] {
       return text + ", the destination of an asynchronous copy of " + other + " at " + source_line(copy_pc) +
              " that has not been waited for";
     });
   if (written_here ? unordered(cell.writer, cell.write_stamp) : !shared && cell.write_run >= state_->first_run)
-    race("wrote", cell.writer, cell.write_run, cell.write_stamp, cell.write_pc);
+    report_race(access, "wrote", cell.writer, cell.write_run, cell.write_stamp, cell.write_pc);
   if (actor && written_here && !(cell.writer & kAgent) && !fenced(cell.writer, cell.write_stamp, *actor->seen))
-    fail("missing fence", pc, [=, text = describe(), other = describe_accessor(cell.writer, run_),
+    fail("missing fence", pc, [text = describe(access), other = describe_accessor(cell.writer, run_),
                                other_pc = cell.write_pc] {
       return text + ", which " + other + " wrote at " + source_line(other_pc) +
              " with no fence_proxy_async of that thread afterwards that is ordered before";
     });
 
-  if (writes) {
+  if (access.writes()) {
     const bool read_here = cell.read_run == run_;
     if (read_here ? unordered(cell.reader, cell.read_stamp) : !shared && cell.read_run >= state_->first_run)
-      race("read", cell.reader, cell.read_run, cell.read_stamp, cell.read_pc);
+      report_race(access, "read", cell.reader, cell.read_run, cell.read_stamp, cell.read_pc);
     cell.write_run = run_, cell.write_stamp = now, cell.write_pc = pc;
-    cell.writer = kind == Kind::start_copy ? me | kPendingCopy : me;
+    cell.writer = access.kind == Kind::start_copy ? me | kPendingCopy : me;
     return;
   }
 
   if (shared ? !written_here : cell.write_run == 0)
-    fail("uninitialised read", pc, [text = describe()] { return text + ", which was never written"; });
+    fail("uninitialised read", pc, [text = describe(access)] { return text + ", which was never written"; });
   if (kPrecise && shared) return add_reader(cell, {me, now, pc});
   auto set_reader = [&](uint16_t code, uint32_t stamp) {
     cell.read_run = run_, cell.reader = code, cell.read_stamp = stamp, cell.read_pc = pc;
@@ -192,9 +195,11 @@ void Block::shared_access(uintptr_t address, unsigned width, Kind kind, uint32_t
     });
   const int alignment = static_cast<int>((offset | width) & -(offset | width));
   if (alignment < granule_) refine_shared(alignment);
-  for (size_t i = offset / granule_, end = (offset + width) / granule_; i < end; ++i)
-    if (precise_) check_cell<true>(shared_cells_[i], kind, true, address, width, pc);
-    else check_cell<false>(shared_cells_[i], kind, true, address, width, pc);
+  const int shift = __builtin_ctz(granule_);  // a division is slower than all checks
+  const Access access{kind, address, width, pc};
+  for (size_t i = offset >> shift, end = (offset + width) >> shift; i < end; ++i)
+    if (precise_) check_cell<true>(shared_cells_[i], access, true);
+    else check_cell<false>(shared_cells_[i], access, true);
 }
 
 void Block::global_access(uintptr_t address, unsigned width, bool write, uint32_t pc) {
@@ -215,13 +220,14 @@ void Block::global_access(uintptr_t address, unsigned width, bool write, uint32_
              (unwritable ? unwritable->element(address) : "an address " + tensors->describe_outside(address));
     });
   if (!tensor->written) return;  // an input
-  const int64_t first = (address - region->begin) / region->granule;
-  const int64_t last = (address + width - 1 - region->begin) / region->granule;
-  for (int64_t i = first; i <= last; ++i) {
+  const int shift = __builtin_ctz(region->granule);
+  const Access access{write ? Kind::write : Kind::read, address, width, pc};
+  const size_t first = (address - region->begin) >> shift, last = (address + width - 1 - region->begin) >> shift;
+  for (size_t i = first; i <= last; ++i) {
     lock_ = &locks[(reinterpret_cast<uintptr_t>(&region->cells[i]) >> 6) % 1024];
     while (lock_->test_and_set(std::memory_order_acquire)) {}
-    if (precise_) check_cell<true>(region->cells[i], write ? Kind::write : Kind::read, false, address, width, pc);
-    else check_cell<false>(region->cells[i], write ? Kind::write : Kind::read, false, address, width, pc);
+    if (precise_) check_cell<true>(region->cells[i], access, false);
+    else check_cell<false>(region->cells[i], access, false);
     lock_->clear(std::memory_order_release);
     lock_ = nullptr;
   }

@@ -203,14 +203,24 @@ class Block {
 
   // In access.cpp.
   enum class Kind { read, write, warp_read, start_copy, finish_copy };
+  struct Access {
+    Kind kind;
+    uintptr_t address;
+    unsigned width;
+    uint32_t pc;
+    bool writes() const { return kind == Kind::write || kind == Kind::start_copy; }
+  };
   bool happened(uint16_t code, uint32_t stamp, const Clock& seen) const;
   bool fenced(uint16_t code, uint32_t stamp, const Clock& seen, bool of_mbarrier = false) const;
   bool before(uint16_t code, uint32_t stamp) const;  // the present access
   void add_reader(Cell& cell, Reader reader);
   void shared_access(uintptr_t address, unsigned width, Kind kind, uint32_t pc);
   void global_access(uintptr_t address, unsigned width, bool write, uint32_t pc);
+  std::string describe(const Access& access) const;
+  [[noreturn]] void report_race(const Access& access, const char* did, uint16_t code, uint32_t run, uint32_t stamp,
+                                uint32_t other_pc);
   template <bool kPrecise>
-  void check_cell(Cell& cell, Kind kind, bool shared, uintptr_t address, unsigned width, uint32_t pc);
+  void check_cell(Cell& cell, const Access& access, bool shared);
   void matrix_row_access(uintptr_t address, uint32_t pc);
   void refine_shared(int granule);
   void log(uintptr_t address, unsigned width, bool write, bool shared, uint32_t pc);
