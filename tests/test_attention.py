@@ -384,11 +384,14 @@ def test_philox_gives_the_words_that_its_authors_publish() -> None:
     assert [int(w) for w in words] == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
+KEYS = 101  # more than a block, and not a multiple of the four words that Philox returns
+
+
 def dropped(backend: str, p: float, seed: int, dtype: torch.dtype = F32) -> Tensor:
     """The weights after dropout: with an identity as values, they are the output."""
     torch.manual_seed(seed)
-    q, k = torch.zeros(3, 2, 200, 256, dtype=dtype), torch.zeros(3, 2, 256, 256, dtype=dtype)
-    v = torch.eye(256, dtype=dtype).expand(3, 2, 256, 256)
+    q, k = torch.zeros(3, 2, 130, KEYS, dtype=dtype), torch.zeros(3, 2, KEYS, KEYS, dtype=dtype)
+    v = torch.eye(KEYS, dtype=dtype).expand(3, 2, KEYS, KEYS)
     return ops.attention(q, k, v, causal=False, dropout_p=p, backend=backend)
 
 
@@ -398,7 +401,7 @@ def test_dropout_drops_the_same_everywhere_at_the_rate_asked_for(backend: str) -
         weights = dropped(backend, p, seed=7)
         assert abs(float((weights == 0).double().mean()) - p) < 4 * math.sqrt(p * (1 - p) / weights.numel())
         kept = weights[weights > 0]
-        torch.testing.assert_close(kept, torch.full_like(kept, 1 / 256 / (1 - p)))
+        torch.testing.assert_close(kept, torch.full_like(kept, 1 / KEYS / (1 - p)))
         assert torch.equal(weights == 0, dropped("torch", p, seed=7) == 0)
         assert torch.equal(weights == 0, dropped(backend, p, seed=7, dtype=BF16) == 0)
         assert not torch.equal(weights == 0, dropped(backend, p, seed=8) == 0)
