@@ -24,14 +24,13 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 import torch  # noqa: E402  (after the environment that it reads)
+import unsynced  # noqa: E402, F401
 from hypothesis import settings  # noqa: E402
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
-# Checks the descriptor, and does not wait for the disk: what a process wrote is there after its end in any case
-os.fsync = os.fstat  # type: ignore[assignment]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

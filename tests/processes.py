@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import unsynced  # noqa: F401  (in the processes, too)
 from tiny_run import exact, losses, tiny_trainer
 
 from gptcore.cli import main
@@ -31,7 +32,6 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     ["gptcore.cli", "torch._dynamo", "torch.distributed.fsdp", "pytest", "hypothesis.strategies"]
 )
-os.fsync = os.fstat  # type: ignore[assignment]  # as in conftest.py, also in the processes
 STEPS = 20
 # 44 examples: the last step of an epoch has 6 of 8 micro-batches, so of four processes one has none
 SETTINGS = {
