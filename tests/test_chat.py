@@ -122,9 +122,13 @@ def use_terminal(name: str) -> None:
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 (to the end of the process)
 
 
-def waits(process: BaseProcess) -> bool:
-    """Return whether the first thread of a process sleeps."""
-    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+def until_it_waits(process: BaseProcess) -> None:
+    """Wait until the first thread of a process has slept for a while."""
+    asleep = 0
+    while asleep < 20:
+        state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        asleep = asleep + 1 if state == "S" else 0
+        time.sleep(0.002)
 
 
 def test_a_terminal(folder: Path, tmp_path: Path) -> None:
@@ -150,8 +154,7 @@ def test_a_terminal(folder: Path, tmp_path: Path) -> None:
     os.write(ours, b"Name?\n")
     until("I am Ada 🙂.".encode())
     until(b"> ")
-    while not waits(process):  # a signal between the prompt and the wait for a key is seen with the next one
-        time.sleep(0.001)
+    until_it_waits(process)  # a signal between the prompt and the wait for a key is seen with the next one
     for _ in range(10):
         os.write(ours, b"\x03")
         process.join(5)

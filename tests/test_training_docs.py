@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import re
 import shlex
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.run
-from processes import start_printing
 from tiny import tiny_model
 
 from gptcore.cli import main, make_parser
@@ -58,13 +57,6 @@ SIZES = shlex.split(
 )
 
 
-def launch_in(folder: Path, arguments: list[str]) -> None:
-    """Run torchrun in a folder."""
-    os.chdir(folder)
-    os.environ["GPTCORE_CACHE"] = str(folder / "cache")
-    torch.distributed.run.main(arguments)
-
-
 @pytest.mark.slow
 def test_two_machines_give_the_bits_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two launchers of torchrun on this machine, which find each other as on two; one process each."""
@@ -79,11 +71,13 @@ def test_two_machines_give_the_bits_of_one_process(tmp_path: Path, monkeypatch: 
         place = f"localhost:{probe.getsockname()[1]}"
     changes = {"--nproc-per-node": "1", "--rdzv-endpoint": place}
     torchrun = [changes.get(before, word) for before, word in itertools.pairwise(launch[:start])]
-    outputs = [tmp_path / f"output {number}" for number in range(2)]
-    agents = [start_printing(output, launch_in, tmp_path, [*torchrun, "-m", "gptcore", *options]) for output in outputs]
-    for agent in agents:
-        agent.join(200)
-    assert [agent.exitcode for agent in agents] == [0, 0], [output.read_text() for output in outputs]
+    agents = [
+        subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", "gptcore", *options],
+                         stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]  # fmt: skip
+    errors = [agent.communicate(timeout=200)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], errors
     assert main([*options, "--output-dir", "one"]) == 0
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert Path("out/checkpoint-4", name).read_bytes() == Path("one/checkpoint-4", name).read_bytes()
