@@ -106,6 +106,7 @@ LAYER_NORMS += [LayerNorm(width=1 << 20, rows=1)]
 LAYER_NORMS += [LayerNorm(width=48, rows=rows, data="shifted") for rows in (0, 2100)]
 LAYER_NORMS += [LayerNorm(width=width, data="constant") for width in (1000, 4096, 65536)]  # sums drift
 LAYER_NORMS += [LayerNorm(eps=eps) for eps in (0.0, 1e-12, 1.0)]
+LAYER_NORMS += [LayerNorm(width=8, rows=1800, dtype=BF16, residual=r, parameters="same") for r in (None, "same")]
 FEW = [case for case in LAYER_NORMS if case.rows * case.width < 20_000 or case.width == 65536]
 
 

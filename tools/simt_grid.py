@@ -68,6 +68,7 @@ def layer_norm(
     constant: bool = False,
     eps: float = 1e-5,
     out: torch.dtype | None = None,
+    weights: torch.dtype = torch.float32,
 ) -> Call:
     def call() -> list[torch.Tensor]:
         from gptcore import ops  # after tools.mutants has replaced gptcore._simt
@@ -76,7 +77,7 @@ def layer_norm(
         mean = 1e6 if dtype == F32 else 3.0  # one that matters, also to the backward, which corrects for a wrong one
         x = torch.randn(rows, 1 if constant else width).expand(rows, width)
         x = (x + mean).to(dtype).requires_grad_()
-        parameters = [torch.randn(width, requires_grad=True) for _ in range(1 + bias)]
+        parameters = [torch.randn(width).to(weights).requires_grad_() for _ in range(1 + bias)]
         added = [torch.randn(rows, width).to(residual).requires_grad_()] if residual else []
         options: dict[str, Any] = {"eps": eps, "out_dtype": out, "backend": "simt"}
         result = ops.layer_norm(x, *parameters, residual=added[0] if added else None, **options)
@@ -157,6 +158,8 @@ GRID = {
         layer_norm(BF16, 9, 1000, True),
         layer_norm(BF16, 130, 96, True, BF16),  # several rows at a time share weight and bias
         layer_norm(F16, 1800, 8, True),  # and several times
+        layer_norm(BF16, 1800, 8, True, BF16, weights=BF16),  # whose loads are a row ahead
+        layer_norm(BF16, 5, 96, True, weights=BF16),
         layer_norm(F16, 5, 1007, False),
         layer_norm(BF16, 6, 768, True, F32),
         layer_norm(BF16, 5, 1504, True),  # several rows at a time, of several warps each

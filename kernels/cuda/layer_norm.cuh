@@ -6,6 +6,8 @@
 // cache.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cuda/rows.cuh"
 
 namespace gptcore {
@@ -65,16 +67,19 @@ struct SharedChunks {
   }
 };
 
-// Copies v from the first group of the block to the other groups, through chunks from `index` on in shared memory.
-template <int kWarps, int kChunks>
-GPTCORE_DEVICE void share(float (&v)[kChunks][kChunk], SharedChunks<kWarps> shared, int index, int group) {
+// Copies parameters from the first group of the block to the others, through chunks from `index` on in shared memory.
+template <int kWarps, int kChunks, class W>
+GPTCORE_DEVICE void share(Chunk<W> (&parameters)[kChunks], SharedChunks<kWarps> shared, int index, int group) {
+  float v[kChunk];
 #pragma unroll
-  for (int j = 0; j < kChunks; ++j)
-    if (group == 0) shared.put(index + j, v[j]);
+  for (int j = 0; j < kChunks; ++j) {
+    parameters[j].get(v);
+    if (group == 0) shared.put(index + j, v);
+  }
   barrier();  // chunks written
 #pragma unroll
   for (int j = 0; j < kChunks; ++j)
-    if (group > 0) shared.get(index + j, v[j]);
+    if (group > 0) shared.get(index + j, v), parameters[j].set(v);
 }
 
 struct Statistics {
@@ -94,81 +99,100 @@ constexpr int kForwardSums = 3 * kForwardWarps;
 constexpr int kForwardShared = SharedChunks<kForwardSharing>::floats(2 * kForwardChunks);
 template <class X, class R, class W, class O>
 __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_kernel(LayerNormArgs args, RowPlan plan) {
+  // The next row loads while this one is summed. Other types leave no registers; float16 is widened ahead of the loop
+  constexpr bool kAhead = std::is_same_v<R, bfloat16> && std::is_same_v<W, bfloat16>;
   float* shared = reinterpret_cast<float*>(shared_memory());
   const RowThread lane(plan);
-  const int width = args.width;
+  const int width = args.width, first_warp = lane.group * plan.warps;
   const int parameters = lane.group == 0 ? width : 0;  // the first group loads weight and bias for all groups
-  float weight[kForwardChunks][kChunk], bias[kForwardChunks][kChunk];
+  Chunk<W> weight[kForwardChunks], bias[kForwardChunks];
 #pragma unroll
   for (int j = 0; j < kForwardChunks; ++j) {
     const int column = lane.column(j);
-    load_chunk(static_cast<const W*>(args.weight) + column, parameters - column, plan.vectors, weight[j]);
-    load_chunk(static_cast<const W*>(args.bias) + column, args.bias ? parameters - column : 0, plan.vectors, bias[j]);
+    weight[j].load(static_cast<const W*>(args.weight) + column, parameters - column, plan.vectors);
+    bias[j].load(static_cast<const W*>(args.bias) + column, args.bias ? parameters - column : 0, plan.vectors);
   }
 
-  const int64_t begin_rows = int64_t(blockIdx.x) * plan.groups;
-  for (int64_t first = begin_rows; first < args.rows; first += gridDim.x * plan.groups) {
-    // Groups beyond the last row load and store nothing, but take part in the barriers.
+  // Groups beyond the last row load and store nothing, but take part in the barriers.
+  const int64_t begin_rows = int64_t(blockIdx.x) * plan.groups, stride = int64_t(gridDim.x) * plan.groups;
+  Chunk<X> x[kForwardChunks];
+  Chunk<R> residual[kForwardChunks];
+  const auto load = [&](int64_t row) {
+    const int64_t begin = row * width;
+    const int end = row < args.rows ? width : 0;
+#pragma unroll
+    for (int j = 0; j < kForwardChunks; ++j) {
+      const int column = lane.column(j);
+      x[j].load(static_cast<const X*>(args.x) + begin + column, end - column, plan.vectors);
+      if (kAhead && args.residual)
+        residual[j].load(static_cast<const R*>(args.residual) + begin + column, end - column, plan.vectors);
+    }
+  };
+  if (kAhead) load(begin_rows + lane.group);
+  for (int64_t first = begin_rows; first < args.rows; first += stride) {
     const int64_t row = first + lane.group, begin = row * width;
     const int end = row < args.rows ? width : 0;
-    Chunk<X> x[kForwardChunks];
-#pragma unroll
-    for (int j = 0; j < kForwardChunks; ++j)
-      x[j].load(static_cast<const X*>(args.x) + begin + lane.column(j), end - lane.column(j), plan.vectors);
+    if (!kAhead) load(row);
     if (plan.groups > 1 && first == begin_rows) {  // overlaps the loads of the first rows
       const SharedChunks<kForwardSharing> chunks(shared + kForwardSums, lane.thread);
       share(weight, chunks, 0, lane.group);
       share(bias, chunks, kForwardChunks, lane.group);
     }
-    float v[kForwardChunks][kChunk], sum[1] = {};
-    if (args.residual) {
-      Chunk<R> stored[kForwardChunks];
+    Chunk<R> values[kForwardChunks];  // statistics of the rounded residual_out, because the backward reads it
+    float v[kChunk], sum[1] = {};
 #pragma unroll
-      for (int j = 0; j < kForwardChunks; ++j) {
+    for (int j = 0; j < kForwardChunks; ++j) {
+      x[j].get(v);
+      if (args.residual) {
         float term[kChunk];
-        x[j].get(v[j]);
-        load_chunk(static_cast<const R*>(args.residual) + begin + lane.column(j), end - lane.column(j), plan.vectors,
-                   term);
+        if (!kAhead)
+          residual[j].load(static_cast<const R*>(args.residual) + begin + lane.column(j), end - lane.column(j),
+                           plan.vectors);
+        residual[j].get(term);
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) v[j][i] += term[i];
-        stored[j].set(v[j]);
-        stored[j].get(v[j]);  // statistics of the rounded residual_out, because the backward reads it
+        for (int i = 0; i < kChunk; ++i) v[i] += term[i];
       }
+      values[j].set(v);
+    }
+    if (kAhead) load(row + stride);
+    if (args.residual) {
 #pragma unroll
       for (int j = 0; j < kForwardChunks; ++j)
-        stored[j].store(static_cast<R*>(args.residual_out) + begin + lane.column(j), end - lane.column(j),
+        values[j].store(static_cast<R*>(args.residual_out) + begin + lane.column(j), end - lane.column(j),
                         plan.vectors);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kForwardChunks; ++j) x[j].get(v[j]);
     }
 
 #pragma unroll
-    for (int j = 0; j < kForwardChunks; ++j)
+    for (int j = 0; j < kForwardChunks; ++j) {
+      values[j].get(v);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) sum[0] += v[j][i];
-    sum_over_row(sum, plan.warps, shared);
+      for (int i = 0; i < kChunk; ++i) sum[0] += v[i];
+    }
+    sum_over_row(sum, plan.warps, first_warp, shared);
     const float mean = sum[0] / width;
     float sums[2] = {};
 #pragma unroll
     for (int j = 0; j < kForwardChunks; ++j) {
-      fill_chunk(end - lane.column(j), mean, v[j]);
+      values[j].get(v);
+      fill_chunk(end - lane.column(j), mean, v);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        const float difference = v[j][i] - mean;
+        const float difference = v[i] - mean;
         sums[0] += difference;
         sums[1] += difference * difference;
       }
     }
-    sum_over_row(sums, plan.warps, shared + kForwardWarps);  // warps may still read the first sum
+    sum_over_row(sums, plan.warps, first_warp, shared + kForwardWarps);  // warps may still read the first sum
     const Statistics stats = statistics(mean, sums, width, args.eps);
 
     const float shift = stats.rest * stats.rstd;
 #pragma unroll
     for (int j = 0; j < kForwardChunks; ++j) {
+      float scale[kChunk], offset[kChunk];
+      values[j].get(v), weight[j].get(scale), bias[j].get(offset);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) v[j][i] = ((v[j][i] - mean) * stats.rstd - shift) * weight[j][i] + bias[j][i];
-      store_chunk(static_cast<O*>(args.out) + begin + lane.column(j), end - lane.column(j), plan.vectors, v[j]);
+      for (int i = 0; i < kChunk; ++i) v[i] = ((v[i] - mean) * stats.rstd - shift) * scale[i] + offset[i];
+      store_chunk(static_cast<O*>(args.out) + begin + lane.column(j), end - lane.column(j), plan.vectors, v);
     }
     if (lane.thread == 0 && end > 0) args.mean[row] = mean + stats.rest, args.rstd[row] = stats.rstd;
   }
@@ -201,7 +225,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(Layer
     for (int i = 0; i < kChunk; ++i) chunk += v[i];
     sum[0] += chunk;
   }
-  sum_over_row(sum, kForwardWarps, shared);
+  sum_over_row(sum, kForwardWarps, 0, shared);
   const float mean = sum[0] / width;
   float sums[2] = {};
   for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {
@@ -216,7 +240,7 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(Layer
     }
     sums[0] += chunk[0], sums[1] += chunk[1];
   }
-  sum_over_row(sums, kForwardWarps, shared + kForwardWarps);
+  sum_over_row(sums, kForwardWarps, 0, shared + kForwardWarps);
   const Statistics stats = statistics(mean, sums, width, args.eps);
   const float shift = stats.rest * stats.rstd;
   for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {
@@ -257,12 +281,13 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
   constexpr int kChunks = kBackwardChunks<T>;
   float* shared = reinterpret_cast<float*>(shared_memory());
   const RowThread lane(plan);
-  const int width = args.width;
+  const int width = args.width, first_warp = lane.group * plan.warps;
   const int parameters = lane.group == 0 ? width : 0;  // as in the forward
-  float weight[kChunks][kChunk], weight_sum[kChunks][kChunk] = {}, bias_sum[kChunks][kChunk] = {};
+  Chunk<W> weights[kChunks];
+  float weight_sum[kChunks][kChunk] = {}, bias_sum[kChunks][kChunk] = {};
 #pragma unroll
   for (int j = 0; j < kChunks; ++j)
-    load_chunk(static_cast<const W*>(args.weight) + lane.column(j), parameters - lane.column(j), plan.vectors, weight[j]);
+    weights[j].load(static_cast<const W*>(args.weight) + lane.column(j), parameters - lane.column(j), plan.vectors);
 
   const SharedChunks<kBackwardSharing> chunks(shared + kBackwardSums, lane.thread);
   int parity = 0;  // selects a buffer of the row sums: a warp may write the next sums while others read these
@@ -280,33 +305,33 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_kernel(L
       dy[j].load(static_cast<const G*>(args.grad_out) + begin + lane.column(j), end - lane.column(j), plan.vectors);
     }
     mean = shuffle(mean, 0), rstd = shuffle(rstd, 0);
-    if (plan.groups > 1 && first == begin_rows) share(weight, chunks, 0, lane.group);
+    if (plan.groups > 1 && first == begin_rows) share(weights, chunks, 0, lane.group);
     float sums[3] = {};
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
-      float x_row[kChunk], dy_row[kChunk];
-      x[j].get(x_row), dy[j].get(dy_row);
+      float x_row[kChunk], dy_row[kChunk], weight[kChunk];
+      x[j].get(x_row), dy[j].get(dy_row), weights[j].get(weight);
       fill_chunk(end - lane.column(j), mean, x_row);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         const float xhat = (x_row[i] - mean) * rstd;
         sums[0] += xhat;
-        sums[1] += weight[j][i] * dy_row[i];
-        sums[2] += weight[j][i] * (dy_row[i] * xhat);
+        sums[1] += weight[i] * dy_row[i];
+        sums[2] += weight[i] * (dy_row[i] * xhat);
       }
     }
-    sum_over_row(sums, plan.warps, shared + parity * (kBackwardWarps * 3));
+    sum_over_row(sums, plan.warps, first_warp, shared + parity * (kBackwardWarps * 3));
     const RowMeans means = row_means(sums, width);
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
-      float x_row[kChunk], dy_row[kChunk], dx[kChunk];
-      x[j].get(x_row), dy[j].get(dy_row);
+      float x_row[kChunk], dy_row[kChunk], weight[kChunk], dx[kChunk];
+      x[j].get(x_row), dy[j].get(dy_row), weights[j].get(weight);
       const int more = args.grad_residual_out ? end - lane.column(j) : 0;
       load_chunk(static_cast<const T*>(args.grad_residual_out) + begin + lane.column(j), more, plan.vectors, dx);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {  // past the end of the row dy is 0, and dx is not stored
         const float xhat = (x_row[i] - mean) * rstd - means.shift;
-        dx[i] += (mul_rn(weight[j][i], dy_row[i]) - means.g - xhat * means.g_xhat) * rstd;
+        dx[i] += (mul_rn(weight[i], dy_row[i]) - means.g - xhat * means.g_xhat) * rstd;
         weight_sum[j][i] += dy_row[i] * xhat;
         bias_sum[j][i] += dy_row[i];
       }
@@ -365,7 +390,7 @@ __global__ void __launch_bounds__(kBackwardThreads) layer_norm_backward_wide(Lay
 #pragma unroll
       for (int i = 0; i < 3; ++i) sums[i] += chunk[i];
     }
-    sum_over_row(sums, kBackwardWarps, shared + parity * (kBackwardWarps * 3));
+    sum_over_row(sums, kBackwardWarps, 0, shared + parity * (kBackwardWarps * 3));
     const RowMeans means = row_means(sums, width);
     const bool first = row == blockIdx.x;
     for (int64_t c = threadIdx.x * kChunk; c < width; c += kStride) {

@@ -91,29 +91,32 @@ GPTCORE_DEVICE void fill_chunk(int n, float value, float (&v)[kChunk]) {
     if (i >= n) v[i] = value;
 }
 
-// Sums v over the threads of each row in a fixed order: over lanes by a butterfly, then over the warps of the row.
-// `shared` holds kCount floats per warp of the block and must be free. All threads of the block take part.
+// Sums v over the threads of each row in a fixed order: over lanes by a butterfly, then over the warps of the row, of
+// which `first` is the first, by another. `shared` holds kCount floats per warp of the block and must be free. All threads
+// of the block take part.
 template <int kCount>
-GPTCORE_DEVICE void sum_over_row(float (&v)[kCount], int warps_per_row, float* shared) {
+GPTCORE_DEVICE void sum_over_row(float (&v)[kCount], int warps_per_row, int first, float* shared) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) v[i] += shuffle_xor(v[i], mask);
   }
   if (warps_per_row == 1) return;
-  const int warp = threadIdx.x / 32, first = warp / warps_per_row * warps_per_row;
-  if (threadIdx.x % 32 == 0) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (lane == 0) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) shared[warp * kCount + i] = v[i];
   }
   barrier();  // partial sums of every warp written
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) v[i] = 0.0f;
+  for (int i = 0; i < kCount; ++i) v[i] = lane < warps_per_row ? shared[(first + lane) * kCount + i] : 0.0f;
 #pragma unroll 1
-  for (int other = first; other < first + warps_per_row; ++other) {
+  for (int mask = 1; mask < warps_per_row; mask *= 2) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) v[i] += shared[other * kCount + i];
+    for (int i = 0; i < kCount; ++i) v[i] += shuffle_xor(v[i], mask);
   }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) v[i] = shuffle(v[i], 0);  // lanes beyond the warps have another sum
 }
 
 // The second pass of every sum over rows: out[c] = sum over p of partial[p * stride + c], for c < columns; where c is not
