@@ -252,7 +252,10 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
     barrier();  // columns loaded; the previous buffer is free
     const int stage = left % 2, query_head = next.query_head, column = next.column;
     next = after(next);
-    if (left > 1) load_columns(next, (left - 1) % 2);
+    const auto load_next = [&] {
+      if (left > 1) load_columns(next, (left - 1) % 2);
+    };
+    if constexpr (!kWarpgroup<Math>) load_next();
     const uint32_t batch_head = batch * p.query_heads + query_head;
     const Range first = ranges[group_row], last = ranges[group_row + kGroupRows - 1];
     if constexpr (kPaired) {
@@ -324,7 +327,10 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
         multiply_add<Math>(acc_ds, ds, b1(stage), 0, lane);
       }
     } else if constexpr (kWarpgroup<Math>) {  // P is computed while dP is multiplied
-      if (column >= last.end || column + kColumns <= first.begin) continue;
+      if (column >= last.end || column + kColumns <= first.begin) {
+        load_next();
+        continue;
+      }
       const bool masked = column < last.begin || column + kColumns > first.end;
       float s[kM][kN][4], dp[kM][kN][4];  // S, then P; dP, then dS
       keep(s);
@@ -339,6 +345,7 @@ __global__ void __launch_bounds__(BackwardShared<Math, kWidth, kOf>::kThreads,
       wgmma_wait<1>();  // S
       keep(s);
       to_probabilities(s, stats(stage));
+      load_next();  // a branch: without one, ptxas moves the exponentials behind the wait
       wgmma_wait<0>();  // dP
       keep(dp);
       if (p.dropout) drop(dp, kept, p.dropout_scale);
