@@ -94,7 +94,7 @@ def test_what_the_units_do_is_counted() -> None:
 FORWARD = [
     case
     for case in attention_grid.TILES
-    if case.dtype != F32 and case.head_dim <= 128 and case.magnitude == 1.0 and case.batch * case.lengths[1] > 0
+    if case.dtype != F32 and case.head_dim <= 128 and case.magnitude == 1.0 and case.batch * case.lengths[0] > 0
     if case.lengths[0] * case.heads[0] > 16 * case.heads[1]  # not decoding
 ]
 
@@ -174,6 +174,21 @@ def test_bad_numbers_reach_the_same_gradients_on_wgmma_as_on_mma(head_dim: int) 
         assert mma.isnan().any()
         assert torch.equal(mma.isfinite(), wgmma.isfinite())
         torch.testing.assert_close(wgmma, mma, atol=2e-2, rtol=2e-2, equal_nan=True)  # some sums are in float32
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 128])
+def test_attention_copies_keys_and_values_in_bulk_unless_a_stride_forbids_it(head_dim: int) -> None:
+    q, k, v = torch.randn(3, 1, 2, 70, head_dim, generator=torch.Generator().manual_seed(0)).to(BF16)
+    outs = []
+    for keys in (k[:, :1].expand(-1, 2, -1, -1), k[:, :1].repeat(1, 2, 1, 1)):
+        _simt.reset_counters()
+        _simt.configure(compute_capability=90)
+        outs.append(ops.attention(q, keys, v, backend="simt"))
+        bulk_bytes = _simt.counters()["attention_forward_sm90"]["bulk_bytes"]
+        tiles = 2 * (1 + 2)  # heads x (of rows 0 to 63, of rows 64 to 69), of 64 keys, padded
+        width = {40: 64, 72: 96}.get(head_dim, head_dim)
+        assert bulk_bytes == (0 if keys.stride(1) == 0 else tiles * 2 * 64 * width * 2)
+    assert torch.equal(*outs)
 
 
 # ---- layouts of wgmma's operands -------------------------------------------------------------------------------------

@@ -40,12 +40,22 @@ void widths(const char* math) {
   attention<Math, 256>(math);
 }
 
+template <class T, int kWidth>
+void bulk(const char* math) {
+  using Forward = ForwardShared<Warpgroup<T>, kWidth, false>;
+  std::printf("attention_forward_bulk<%s, %d %d %d\n", math, kWidth, Forward::kThreads, Forward::kBytes);
+}
+
 template <class T>
 void warpgroups(const char* math) {
   attention<Warpgroup<T>, 32>(math);
   attention<Warpgroup<T>, 64>(math);
   attention<Warpgroup<T>, 96>(math);
   attention<Warpgroup<T>, 128>(math);
+  bulk<T, 32>(math);
+  bulk<T, 64>(math);
+  bulk<T, 96>(math);
+  bulk<T, 128>(math);
 }
 
 template <class T>

@@ -144,13 +144,16 @@ PATTERNS = [
     ("wait", re.compile(r"\bcopy_wait<0>\(\);"), "copy_wait<1>();"),
     ("wait", re.compile(r"\bwgmma_wait<\d>\(\);"), ";"),
     ("wait", re.compile(r"\bwgmma_wait<0>\(\);"), "wgmma_wait<1>();"),
-    ("fence", re.compile(r"\b(fence_proxy_async|wgmma_fence)\(\);"), ";"),
+    ("wait", re.compile(r"\bwait_for\(.*?\);"), ";"),
+    ("wait", re.compile(r"\(tile - first_tile\) / 2 % 2"), "(tile - first_tile) / 2 % 2 ^ 1"),  # the other parity
+    ("fence", re.compile(r"\b(fence_proxy_async|fence_mbarrier_init|wgmma_fence)\(\);"), ";"),
+    ("bytes", re.compile(r"\bkBytes(?=\);)"), "kBytes / 2"),
     ("commit", re.compile(r"\b(copy|wgmma)_commit\(\);"), ";"),
     ("mask", re.compile(r"\b(mask_scores|fill_chunk)\(.*\);"), ";"),
     ("mask", re.compile(r"\bkept >> .+? & 1\b"), "true"),
     ("swizzle", re.compile(r"\bindex \^ swizzle\b"), "index"),
 ]
-KINDS = ("barrier", "wait", "fence", "commit", "mask", "check", "bound", "swizzle")
+KINDS = ("barrier", "wait", "fence", "bytes", "commit", "mask", "check", "bound", "swizzle")
 COMPARISON = re.compile(r" (<|<=|>|>=|==|!=) ")
 WORD = r"!?(?!k[A-Z])[a-z][\w.]*"
 FLAG = re.compile(  # a condition of one word: all of it, the first of several, or the last

@@ -46,7 +46,7 @@ MULTIPROCESSOR = {
 COUNTED = {
     "mma": r"HG?MMA",  # tensor cores
     "ldmatrix": r"LDSM",
-    "cp_async": r"LDGSTS",
+    "cp_async": r"LDGSTS|UTMALDG",  # and bulk copies
     "wide": r"(LDG|STG)\..*128",  # 16-byte accesses to global memory
     "local": r"LDL|STL",  # accesses to the stack
     "fp64": r"D(ADD|MUL|FMA|MMA|SETP)|.*\.F64",
@@ -58,7 +58,7 @@ MORE_IS_WORSE = ("registers", "stack", "shared", "local", "fp64", "loop", "loop_
 LESS_IS_WORSE = ("blocks", "mma", "ldmatrix", "cp_async", "wide")
 
 COUNTED_IN_SUMMARY = {
-    "mma": "HMMA", "ldmatrix": "LDSM", "cp_async": "LDGSTS", "wide": "16-byte LDG, STG", "loop": "loop",
+    "mma": "HMMA", "ldmatrix": "LDSM", "cp_async": "LDGSTS, UTMALDG", "wide": "16-byte LDG, STG", "loop": "loop",
     "loop_mma": "HMMA", "loop_ldmatrix": "LDSM",
 }  # fmt: skip
 # What the template arguments of a kernel mean
@@ -206,7 +206,7 @@ def problems(table: Table) -> list[str]:
                     found.append(f"{at}: {field} is {row[field]}, expected 0")
             if row["blocks"] < 1:
                 found.append(f"{at}: no block fits on a multiprocessor")
-            attention = re.match(r"attention_(forward|backward)_kernel<(\w+)", name)
+            attention = re.match(r"attention_(forward|backward)_(?:kernel|bulk)<(\w+)", name)
             needs = ["wide"] if name.startswith(("layer_norm", "gelu")) else []
             if attention:
                 without = {"float": ["mma", "ldmatrix"], "Warpgroup": ["ldmatrix"]}.get(attention[2], [])

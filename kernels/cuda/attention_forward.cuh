@@ -169,7 +169,8 @@ struct ForwardShared {
   using QueryTile = TileOf<Math, kWidth, kRows>;
   using KeyTile = TileOf<Math, kWidth, kTile.keys>;  // and of values
   static constexpr int kRanges = kQueryBytes + 2 * 2 * kKeyBytes;
-  static constexpr int kBytes = kRanges + kRows * sizeof(Range);
+  static constexpr int kBarriers = kRanges + kRows * sizeof(Range);  // of the two stages of K, and of V
+  static constexpr int kBytes = kBarriers + (kWarpgroup<Math> ? 4 * sizeof(uint64_t) : 0);
 };
 
 // Multiplies the rows of Q by the sign, each thread the chunks that it copied.
@@ -186,15 +187,15 @@ GPTCORE_DEVICE void apply_sign(Tile queries, float sign) {
   }
 }
 
+// `p` is the kernel's parameter: a copy of it would take registers. The maps are for Calls::bulk.
 template <class Math, int kWidth, bool kIsDecode, Calls kCalls>
-__global__ void
-__launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShared<Math, kWidth, kIsDecode>::kBlocks)
-    attention_forward_kernel(AttentionForwardParams p) {
+GPTCORE_DEVICE void forward_block(AttentionForwardParams& p, const TensorMap* key_map, const TensorMap* value_map) {
   using T = Storage<Math>;
   using Shared = ForwardShared<Math, kWidth, kIsDecode>;
   constexpr int kThreads = Shared::kThreads, kRows = Shared::kRows, kKeys = Shared::kTile.keys;
   constexpr int kM = Shared::kTile.m_tiles;
-  if constexpr (kCalls == Calls::common) p.dropout = false, p.vectors = true;
+  if constexpr (kCalls != Calls::all) p.dropout = false, p.vectors = true;
+  constexpr bool kBulk = kCalls == Calls::bulk;
 
   char* const shared = shared_memory();
   const typename Shared::QueryTile query_tile{shared};
@@ -205,6 +206,14 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
   const auto value_tile = [&](int tile) {
     return typename Shared::KeyTile{key_tile(tile).data + Shared::kKeyBytes};
   };
+
+  uint64_t* const keys_full = reinterpret_cast<uint64_t*>(shared + Shared::kBarriers);
+  uint64_t* const values_full = keys_full + 2;
+  if constexpr (kBulk)
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < 4; ++i) mbarrier_init(keys_full + i, 1);
+      fence_mbarrier_init();
+    }
 
   // The rows, head and split of this block. Under a causal mask the last rows take longest and come first.
   const int all_rows = p.query_len * p.group, row_tiles = (all_rows + kRows - 1) / kRows;
@@ -222,20 +231,25 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
     const Range range = attended(query, queries, keys, p.num_boundaries, p.window_left, p.window_right);
     store_words(ranges + i, range.begin, range.end);
   }
-  barrier();  // ranges written
+  barrier();  // ranges written, mbarriers initialised
   const int begin = ranges[0].begin, end = ranges[kRows - 1].end;  // of the keys that at least one row attends to
   const Range warp_first = ranges[warp_row], warp_last = ranges[warp_row + 16 * kM - 1];
   const int attended_tiles = begin < end ? (end - 1) / kKeys + 1 - begin / kKeys : 0;
   const int first_tile = begin / kKeys + (int)((int64_t)attended_tiles * split / p.num_splits);
   const int end_tile = begin / kKeys + (int)((int64_t)attended_tiles * (split + 1) / p.num_splits);
 
-  const auto load = [&](typename Shared::KeyTile to, const HeadsView& from, int tile) {
+  const auto load = [&](typename Shared::KeyTile to, const HeadsView& from, const TensorMap* map, uint64_t* full,
+                        int tile) {
     const int key = tile * kKeys;
-    load_tile<kKeys, kThreads>(to, rows_of<const T>(from, batch, kv_head, key), from.row_stride, end - key, p.head_dim,
-                               p.vectors);
+    if constexpr (kBulk) {
+      if (threadIdx.x == 0) load_bulk(to, map, full + tile % 2, key, kv_head, batch);
+    } else {
+      load_tile<kKeys, kThreads>(to, rows_of<const T>(from, batch, kv_head, key), from.row_stride, end - key,
+                                 p.head_dim, p.vectors);
+    }
   };
-  const auto load_keys = [&](int tile) { load(key_tile(tile), p.key, tile); };
-  const auto load_values = [&](int tile) { load(value_tile(tile), p.value, tile); };
+  const auto load_keys = [&](int tile) { load(key_tile(tile), p.key, key_map, keys_full, tile); };
+  const auto load_values = [&](int tile) { load(value_tile(tile), p.value, value_map, values_full, tile); };
   const auto row_of = [&](const HeadsView& view, int row) -> T* {
     const int index = first_row + row;
     if (index >= all_rows) return nullptr;
@@ -270,10 +284,17 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
   if constexpr (kWarpgroup<Math>) {
     // P V of a tile is computed during the softmax of the next. V is loaded one tile later than K.
     uint32_t weights[kKeys / 16][4];  // P
+    const auto wait_for = [&](uint64_t* full, int tile) {
+      mbarrier_wait(full + tile % 2, (tile - first_tile) / 2 % 2);
+    };
     const auto step = [&](int tile, auto is_first) {
-      copy_wait<0>();
-      fence_proxy_async();
-      barrier();  // K of this tile and V of the previous loaded; the buffers of the products before are free
+      if constexpr (!kBulk || is_first.value) {
+        copy_wait<0>();
+        fence_proxy_async();
+        barrier();  // Q, K of this tile and V of the previous loaded; the buffers of the products before are free
+      }
+      if constexpr (kBulk) wait_for(keys_full, tile);
+      if constexpr (kBulk && !is_first.value) wait_for(values_full, tile - 1);
       float acc_s[kM][kKeys / 8][4];
       keep(acc_s);
       keep(acc_o);
@@ -282,6 +303,7 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
       wgmma_commit();
       if constexpr (!is_first.value) start_add(acc_o, weights, value_tile(tile - 1));
       wgmma_commit();  // of nothing for the first tile
+      // In bulk, no barrier: this thread has waited for the products of its warpgroup in the buffers of these copies.
       if (tile + 1 < end_tile) load_keys(tile + 1);
       load_values(tile);
       copy_commit();
@@ -300,9 +322,13 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
 #pragma unroll 1
     for (int tile = first_tile + 1; tile < end_tile; ++tile) step(tile, std::false_type());
     if (first_tile < end_tile) {
-      copy_wait<0>();
-      fence_proxy_async();
-      barrier();  // V of the last tile loaded
+      if constexpr (kBulk) {
+        wait_for(values_full, end_tile - 1);
+      } else {
+        copy_wait<0>();
+        fence_proxy_async();
+        barrier();  // V of the last tile loaded
+      }
       keep(acc_o);
       wgmma_fence();
       start_add(acc_o, weights, value_tile(end_tile - 1));
@@ -402,6 +428,21 @@ __launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShare
       sum_nonfinite<T>(row_of(p.out, i), keys, p.head_dim, p.dropout_scale, lane, weight);
     }
   }
+}
+
+template <class Math, int kWidth, bool kIsDecode, Calls kCalls>
+__global__ void
+__launch_bounds__(ForwardShared<Math, kWidth, kIsDecode>::kThreads, ForwardShared<Math, kWidth, kIsDecode>::kBlocks)
+    attention_forward_kernel(AttentionForwardParams p) {
+  forward_block<Math, kWidth, kIsDecode, kCalls>(p, nullptr, nullptr);
+}
+
+template <class Math, int kWidth>
+__global__ void
+__launch_bounds__(ForwardShared<Math, kWidth, false>::kThreads, ForwardShared<Math, kWidth, false>::kBlocks)
+    attention_forward_bulk(AttentionForwardParams p, const __grid_constant__ TensorMap key_map,
+                           const __grid_constant__ TensorMap value_map) {
+  forward_block<Math, kWidth, false, Calls::bulk>(p, &key_map, &value_map);
 }
 
 // ---- combine the splits ---------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ constexpr int tile_width(int head_dim, int element_size) {
 }
 
 // Most calls have no dropout, and rows of whole 16-byte vectors. Kernels for these alone have fewer instructions and
-// registers. They are compiled where time matters most: for 16 bits and usual widths.
-enum class Calls { common, all };
+// registers. They are compiled where time matters most: for 16 bits and usual widths. Those for Hopper copy K and V in
+// bulk (TMA), which needs positive strides, too.
+enum class Calls { common, all, bulk };
 constexpr bool has_common_kernel(int width, int element_size) { return element_size == 2 && width >= 64 && width <= 128; }
 
 struct ForwardTile {

@@ -20,11 +20,13 @@ GPTCORE_DEVICE MatrixDescriptor advance(MatrixDescriptor first, int bytes) {
 
 // kRows rows of kWidth 16-bit elements, in blocks of 64 columns, or of 32 if kWidth is not a multiple of 64. A row of a
 // block is one period of the 128-byte or 64-byte swizzle, which is that of SharedTile. Begins at a multiple of 1024 bytes.
-template <class T, int kWidth, int kRows>
+template <class T, int kWidth, int kTileRows>
 struct WarpgroupTile {
   using Element = T;
+  static constexpr int kRows = kTileRows;
   using Block = SharedTile<T, kWidth % 64 == 0 ? 64 : 32>;
   static constexpr int kPerChunk = 8, kChunks = kWidth / kPerChunk;
+  static constexpr int kBlockWidth = Block::kChunks * kPerChunk;
   static constexpr int kRowBytes = Block::kChunks * 16, kBlockBytes = kRows * kRowBytes;
   static constexpr Swizzle kSwizzle = Block::kChunks == 8 ? Swizzle::bytes128 : Swizzle::bytes64;
   static_assert(sizeof(T) == 2 && kWidth % 32 == 0 && kBlockBytes % 1024 == 0, "blocks are whole periods");
@@ -57,6 +59,19 @@ template <class T, int kWidth, int kRows>
 struct TileFor<Warpgroup<T>, kWidth, kRows> { using Type = WarpgroupTile<T, kWidth, kRows>; };
 template <class Math, int kWidth, int kRows>
 using TileOf = typename TileFor<Math, kWidth, kRows>::Type;
+
+// One thread starts the copy of rows from `row` on, of one head: a box for each block of columns, 64 or 32 wide. What is
+// beyond the tensor becomes zeros. The phase of `full` ends when the whole tile is there.
+template <class T, int kWidth, int kRows>
+GPTCORE_DEVICE void load_bulk(WarpgroupTile<T, kWidth, kRows> to, const TensorMap* map, uint64_t* full, int row, int head,
+                              int batch) {
+  using Tile = WarpgroupTile<T, kWidth, kRows>;
+  constexpr int kBytes = kRows * kWidth * sizeof(T);
+  mbarrier_arrive_expect(full, kBytes);
+#pragma unroll
+  for (int column = 0; column < kWidth; column += Tile::kBlockWidth)
+    bulk_load(to.data + column / Tile::kBlockWidth * Tile::kBlockBytes, map, full, column, row, head, batch);
+}
 
 // `keep` of accumulators, before their products start and after the wait; of operands, after it.
 template <int kN>
