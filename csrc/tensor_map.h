@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -23,7 +24,7 @@ struct TensorMapArgs {
   int swizzle_bytes;  // 0 (none), 32, 64 or 128: at least the bytes of a row of the box
 };
 
-// Raises std::invalid_argument for what the driver or the hardware refuses.
+// Raises std::invalid_argument for what the hardware cannot do.
 inline void check_tensor_map(const TensorMapArgs& args) {
   const auto require = [](bool holds, const std::string& what, auto given, const char* expected) {
     if (!holds)
@@ -47,6 +48,7 @@ inline void check_tensor_map(const TensorMapArgs& args) {
   require(span == 0 || args.box[0] * 2 == span, "the bytes of a row of the box", args.box[0] * 2, "swizzle_bytes");
 }
 
-TensorMap encode_tensor_map(const TensorMapArgs& args);
+// Empty if the driver refuses the map.
+std::optional<TensorMap> encode_tensor_map(const TensorMapArgs& args);
 
 }  // namespace gptcore

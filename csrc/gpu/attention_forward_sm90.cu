@@ -9,7 +9,7 @@ namespace GPTCORE_GPU {
 namespace {
 
 // Tiles of K or V, of rows of 16-byte vectors, as boxes of (columns, rows, heads, batch). Empty if a map does not
-// take them, such as no keys, or the stride 0 of an expanded dimension.
+// take them, such as no keys, or the stride 0 of an expanded dimension: cp.async does.
 template <class Tile>
 std::optional<TensorMap> map_of(const AttentionForwardParams& p, const HeadsView& view) {
   TensorMapArgs args{view.data, 4, {p.head_dim, p.kv_len, p.kv_heads, p.batch},

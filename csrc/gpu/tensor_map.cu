@@ -26,7 +26,7 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
 
 }  // namespace
 
-TensorMap encode_tensor_map(const TensorMapArgs& args) {
+std::optional<TensorMap> encode_tensor_map(const TensorMapArgs& args) {
   check_tensor_map(args);
   static const auto encode = encoder();
   std::array<cuuint64_t, 5> sizes, strides{};
@@ -45,8 +45,7 @@ TensorMap encode_tensor_map(const TensorMapArgs& args) {
                                  sizes.data(), strides.data(), box.data(), steps.data(),
                                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS)
-    throw std::runtime_error("cuTensorMapEncodeTiled refuses a tensor map: error " + std::to_string(int(status)));
+  if (status != CUDA_SUCCESS) return {};
   TensorMap encoded;
   static_assert(alignof(CUtensorMap) >= alignof(TensorMap));
   std::memcpy(&encoded, &map, sizeof map);

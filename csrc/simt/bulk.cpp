@@ -8,7 +8,7 @@
 namespace gptcore {
 
 // The words of a tensor map are the driver's secret: here they are those of a Box.
-TensorMap encode_tensor_map(const TensorMapArgs& args) {
+std::optional<TensorMap> encode_tensor_map(const TensorMapArgs& args) {
   check_tensor_map(args);
   const int swizzle = args.swizzle_bytes ? args.swizzle_bytes / 16 : 1;
   const simt::Box box{static_cast<char*>(const_cast<void*>(args.data)), args.rank, args.sizes, args.strides, args.box,

@@ -398,8 +398,8 @@ void run_product(const HopperProduct& p) {
 
 void run_copy(const TensorMapArgs& from, const TensorMapArgs* to, const std::array<int, 8>& at, uint16_t* out) {
   const int bytes = from.box[0] * from.box[1] * from.box[2] * from.box[3] * 2;
-  const TensorMap map = encode_tensor_map(from);
-  launch({"one_copy", 1, 1, 1, 128, size_t(bytes) + 8, nullptr}, one_copy, map, to ? encode_tensor_map(*to) : map,
+  const TensorMap map = *encode_tensor_map(from);
+  launch({"one_copy", 1, 1, 1, 128, size_t(bytes) + 8, nullptr}, one_copy, map, to ? *encode_tensor_map(*to) : map,
          At{at[0], at[1], at[2], at[3]}, At{at[4], at[5], at[6], at[7]}, bytes, out, to != nullptr);
 }
 

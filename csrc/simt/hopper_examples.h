@@ -18,7 +18,7 @@ struct HopperTensors {
   float* out;         // (128, 32)
 
   static TensorMap map_of(const void* data, int rows) {
-    return encode_tensor_map({data, 4, {64, rows, 1, 1}, {128, 128, 128}, {64, 64, 1, 1}, 128});
+    return *encode_tensor_map({data, 4, {64, rows, 1, 1}, {128, 128, 128}, {64, 64, 1, 1}, 128});
   }
   TensorMap x_map() const { return map_of(x, 250); }
   TensorMap y_map() const { return map_of(y, 256); }
