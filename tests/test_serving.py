@@ -15,6 +15,7 @@ from served import MODEL, POSITIONS, Running, running, tiny_tokenizer
 
 from gptcore.generation import seed_of_row
 from gptcore.serving import Request
+from gptcore.serving.requests import Ticket
 from gptcore.serving.text import Decoder, Speller, spell
 
 MESSAGES = [{"role": "user", "content": "the quick brown"}]
@@ -333,17 +334,16 @@ def test_the_async_client_streams_many_at_once(server):
     assert len(set(alone)) > 6
 
 
-def test_an_error_in_a_stream_is_raised_by_the_client(tokenizer):
+def test_an_error_in_a_stream_is_raised_by_the_client(tokenizer, monkeypatch):
+    add = Ticket.add
+
+    def failing(ticket, token):
+        if ticket.request.seed == 13:
+            return ticket.finish("error", FloatingPointError("logits are not finite"))
+        return add(ticket, token)
+
+    monkeypatch.setattr(Ticket, "add", failing)
     with running(tokenizer) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
-        submit = server.served.engine.submit
-
-        def failing(request):
-            ticket = submit(request)
-            if request.seed == 13:
-                ticket.add = lambda token: ticket.finish("error", FloatingPointError("logits are not finite"))
-            return ticket
-
-        server.served.engine.submit = failing
         stream = client.completions.create(model=MODEL, prompt="the", seed=13, stream=True)
         with pytest.raises(openai.APIError, match="logits are not finite"):
             list(stream)

@@ -178,7 +178,7 @@ def test_soak(tokenizer):
         server.until_idle()
         assert not server.guard._work
         (memory, objects), after = counts
-        assert after[0] - memory < 16 << 20
+        assert after[0] - memory < 32 << 20  # 9 MiB were seen: arenas of threads
         assert after[1] - objects < 3000
         assert threading.active_count() <= threads + 40  # the pool of the event loop at most
 
