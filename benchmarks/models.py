@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Limit, name_of, pick
+from benchmarks.measure import Limit, name_of, operand, pick
 from gptcore import GPT, GPTConfig, ops
 from gptcore.hf.pretrained import PREFIX, TRANSPOSED
 from gptcore.ops.linear import uses_kernel
@@ -144,7 +144,9 @@ def matmuls(config: GPTConfig, tokens: int, dtype: torch.dtype) -> Limit:
     """Return the limit of the matrix products of a training step: forward and both gradients of every linear layer.
 
     They write into preallocated buffers, without biases, casts and attention: a lower bound for the time of a step.
+    Without instructions for bfloat16 they are made in float32, as ours are.
     """
+    dtype = operand(dtype)
     C, V, inner = config.n_embd, config.vocab_size, config.n_inner or 4 * config.n_embd
     runs: list[tuple[int, Callable[[], None]]] = []
     for width, height, times in ((C, 3 * C, 0), (C, C, 0), (C, inner, 0), (inner, C, 0), (C, V, 1)):
