@@ -335,14 +335,14 @@ def test_the_async_client_streams_many_at_once(server):
 
 
 def test_an_error_in_a_stream_is_raised_by_the_client(tokenizer, monkeypatch):
-    add = Ticket.add
+    finish = Ticket.finish
 
-    def failing(ticket, token):
-        if ticket.request.seed == 13:
-            return ticket.finish("error", FloatingPointError("logits are not finite"))
-        return add(ticket, token)
+    def failing(ticket, reason, error=None):
+        if ticket.request.seed == 13:  # whatever the model says, which may be a stop token at once
+            reason, error = "error", FloatingPointError("logits are not finite")
+        finish(ticket, reason, error)
 
-    monkeypatch.setattr(Ticket, "add", failing)
+    monkeypatch.setattr(Ticket, "finish", failing)
     with running(tokenizer) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
         stream = client.completions.create(model=MODEL, prompt="the", seed=13, stream=True)
         with pytest.raises(openai.APIError, match="logits are not finite"):
