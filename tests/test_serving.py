@@ -338,7 +338,7 @@ def test_an_error_in_a_stream_is_raised_by_the_client(tokenizer, monkeypatch):
     finish = Ticket.finish
 
     def failing(ticket, reason, error=None):
-        if ticket.request.seed == 13:  # whatever the model says, which may be a stop token at once
+        if ticket.request.seed == 13:  # also if the model generates a stop token first
             reason, error = "error", FloatingPointError("logits are not finite")
         finish(ticket, reason, error)
 

@@ -86,12 +86,7 @@ def _check_out_dtype(out_dtype: object, dtype: torch.dtype, normalised: torch.dt
 
 
 def _layer_norm_torch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, out_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     residual_out = x if residual is None else x + residual
     wide = residual_out.to(torch.promote_types(residual_out.dtype, torch.float32))
@@ -122,12 +117,7 @@ def _forward_native(
 
 
 def _outputs(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, out_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = x if residual is None else residual
     residual_out = like.new_empty(0) if residual is None else torch.empty_like(like)

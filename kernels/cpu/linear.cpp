@@ -22,8 +22,8 @@ constexpr int64_t kFewRows = 64;     // with up to so many, B is packed block by
 constexpr int64_t kFused = kLanes == 16 ? 16 : 8;  // with up to so many, it is not even packed
 constexpr int64_t kSerial = 1 << 17;  // multiplications that take less time than waking a thread
 
-// The vectors of columns that are multiplied at once: sums of all rows, and B, stay in registers. Up to so many rows, two
-// were faster than one; splitting float16 takes registers, too.
+// The vectors of columns that are multiplied at once: accumulators of all rows, and B, stay in registers. Splitting
+// float16 takes registers, too.
 template <class S, class T>
 constexpr int fused_vectors(int rows) {
   const int most = kLanes == 16 ? (kStep<T> == 2 ? 7 : 3) : kSame<S, float16> ? 3 : 4;
@@ -226,7 +226,7 @@ GPTCORE_INLINE void multiply_panel(const Product<T>& p, const char* left, int64_
 }
 
 // Some columns of C for up to kFused rows: B is multiplied as it is transposed, without a copy in memory. `a` holds the
-// numbers of all rows step by step. Inlined, it would share registers with its caller: one row then took four times as long.
+// numbers of all rows step by step. noinline: GCC inlined it for one row into the parallel region, which was far slower.
 template <int Rows, class S, class T>
 __attribute__((noinline)) void multiply_fused(const Product<T>& p, const Wide<T>* a, int64_t column, Prefetch& next) {
   constexpr int kSome = fused_vectors<S, T>(Rows);

@@ -21,7 +21,7 @@ constexpr int kBlock = 32;                       // numbers that share a scale
 constexpr int kVectors = kLanes == 16 ? 2 : 1;   // a tile of sums in registers is kRows x kVectors
 constexpr int kRows = kLanes == 16 ? 6 : 4;
 constexpr int kWidth = kVectors * kLanes;
-constexpr int kRead = 32;                        // outputs of a task: the weights of fewer are read ahead too late
+constexpr int kRead = 32;                        // outputs of a task: with fewer, weights are prefetched too late
 static_assert(kRead % kWidth == 0, "a task is whole panels");
 constexpr int64_t kChunk = 8;                    // blocks that are packed at once
 constexpr int64_t kBand = 256;                   // rows
