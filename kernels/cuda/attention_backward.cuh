@@ -15,7 +15,8 @@
 // A warp owns whole rows, so P and dS stay in its registers: the accumulators of S and dP are the A operands of the
 // sums. A1 and A2 stay in shared memory; B1 and B2 are double buffered there: cp.async loads the next tile while this
 // one is multiplied. At head_dim 128 in 16 bits two warps share their rows, with A1 and A2 in registers instead
-// (docs/kernels.md, "Pairs of warps"). On Hopper a warpgroup owns 64 rows, and multiplies with wgmma ("Warpgroups").
+// (docs/kernels.md, "Pairs of warps"). On Hopper a warpgroup owns 64 rows, and multiplies with wgmma (there, "Attention
+// backward on Hopper").
 #pragma once
 
 #include "kernels/cuda/attention_delta.cuh"

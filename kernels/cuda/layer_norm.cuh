@@ -259,8 +259,9 @@ __global__ void __launch_bounds__(kForwardThreads) layer_norm_forward_wide(Layer
 //
 // With xhat = (x - mean) * rstd and g = weight * dy:  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)). A row adds
 // dy * xhat to dweight and dy to dbias. `shift` is the mean of xhat, which is not 0 because args.mean is rounded; it is
-// subtracted from xhat. T is the type of x and dx, G that of dy. g is rounded (mul_rn) before mean(g) is subtracted, so that the difference is 0 in a row of one
-// element. The sums use weight * (dy * xhat) rather than g * xhat, so that the compiler does not keep g in registers.
+// subtracted from xhat. T is the type of x and dx, G that of dy. g is rounded (mul_rn) before mean(g) is subtracted, so
+// that the difference is 0 in a row of one element. The sums use weight * (dy * xhat) rather than g * xhat, so that the
+// compiler does not keep g in registers.
 struct RowMeans {
   float shift, g, g_xhat;
 };
